@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# Set up what is missing on this machine, once, then run a command in that environment.
+#
+#   bash run.sh                    the main job: ResNet-32, only BatchNorm trained (with --quick where there is no CUDA GPU)
+#   bash run.sh pytest             the tests
+#   bash run.sh python train.py …  anything else
+#
+# Set-up: FFCV's system libraries (apt), a virtual environment in .venv, requirements.txt. PYTHON names another interpreter.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+say() { printf 'run.sh: %s\n' "$*" >&2; }
+
+find_python() {
+  local candidate
+  for candidate in ${PYTHON:-} python3 python3.13 python3.12 python3.11; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      echo "$candidate"
+      return
+    fi
+  done
+  say "needs Python 3.11 or newer; install it, or name one: PYTHON=/path/to/python3.12 bash run.sh"
+  exit 2
+}
+
+system_libraries() { # what FFCV compiles and links against, and what makes a virtual environment
+  local python=$1 minor packages=()
+  minor=$("$python" -c 'import sys; print("python3.%d" % sys.version_info[1])')
+  "$python" -c 'import ensurepip, venv' 2>/dev/null || packages+=("$minor-venv")
+  "$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' \
+    || packages+=("$minor-dev")
+  command -v g++ >/dev/null || packages+=(g++)
+  command -v pkg-config >/dev/null || packages+=(pkg-config)
+  pkg-config --exists opencv4 2>/dev/null || packages+=(libopencv-dev)
+  pkg-config --exists libturbojpeg 2>/dev/null || packages+=(libturbojpeg0-dev)
+  ((${#packages[@]})) || return 0
+
+  local root=()
+  ((EUID == 0)) || root=(sudo -n)
+  if command -v apt-get >/dev/null && { ((EUID == 0)) || sudo -n true 2>/dev/null; }; then
+    say "installing ${packages[*]}"
+    "${root[@]}" apt-get update -qq
+    "${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "${packages[@]}" >/dev/null
+  else
+    say "missing system libraries; run: sudo apt-get install -y ${packages[*]}"
+    say "or, without root: conda install -c conda-forge python=3.12 cxx-compiler pkg-config opencv libjpeg-turbo"
+    exit 2
+  fi
+}
+
+set_up() {
+  local python
+  python=$(find_python)
+  if command -v flock >/dev/null; then # two first runs at once set up once
+    exec 9>.setup.lock
+    flock 9
+    [[ "$(cat .venv/.ready 2>/dev/null)" == "$wanted" ]] && return
+  fi
+  say "setting up .venv (once; a few minutes)"
+  system_libraries "$python"
+  [[ -x .venv/bin/python ]] || "$python" -m venv --clear .venv
+  .venv/bin/python -m pip install -q --disable-pip-version-check -r requirements.txt
+  echo "$wanted" >.venv/.ready # last: an interrupted set-up is taken up again
+}
+
+wanted=$(cksum <requirements.txt)
+[[ -x .venv/bin/python && "$(cat .venv/.ready 2>/dev/null)" == "$wanted" ]] || set_up
+exec 9>&- # the command that follows must not hold the lock
+export VIRTUAL_ENV=$PWD/.venv PATH=$PWD/.venv/bin:$PATH
+
+if (($# == 0)); then
+  set -- python train.py --arch resnet32 --mode bn_only --resume
+  python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || set -- "$@" --quick
+fi
+exec "$@"
