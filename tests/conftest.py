@@ -1,0 +1,39 @@
+"""What several rooms' tests need: a tiny image folder, and the real images where they are at hand."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU; torch finds none"))
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    """Four classes of 16x16 images that differ in mean colour and grain: 24 to train on, 5 to test, a class."""
+    root, rng = tmp_path_factory.mktemp("data") / "tiny", np.random.RandomState(0)
+    for split, count in (("train", 24), ("test", 5)):
+        for label, name in enumerate(("ash", "elm", "oak", "yew")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                image = rng.randint(0, 120, (16, 16, 3))
+                image[:, :: label + 1] += 40 * label
+                Image.fromarray(image.astype(np.uint8)).save(folder / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def cifar10_folder() -> Path:
+    """A folder that holds CIFAR-10 in any layout."""
+    if "CIFAR10_FOLDER" not in os.environ:
+        pytest.skip("needs real images: set CIFAR10_FOLDER to a folder that holds CIFAR-10")
+    return Path(os.environ["CIFAR10_FOLDER"])

@@ -1,0 +1,223 @@
+"""Architectures have the published sizes and names, and their draws depend on the seed alone."""
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import models
+
+CIFAR_TOTALS = {  # projection, projection_all, pad
+    14: (175_258, 175_546, 172_506),
+    32: (466_906, 467_194, 464_154),
+    56: (855_770, 856_058, 853_018),
+    110: (1_730_714, 1_731_002, 1_727_962),
+    218: (3_480_602, 3_480_890, 3_477_850),
+    434: (6_980_378, 6_980_666, 6_977_626),
+    866: (13_979_930, 13_980_218, 13_977_178),
+}
+WIDTH_TOTALS = {2: 696_618, 4: 2_777_674, 8: 11_093_130, 16: 44_337_418, 32: 177_279_498}
+IMAGENET_TOTALS = {
+    18: 11_689_512,
+    34: 21_797_672,
+    50: 25_557_032,
+    101: 44_549_160,
+    152: 60_192_808,
+    200: 64_673_832,
+}
+
+
+def on_meta(*arguments) -> nn.Module:
+    with torch.device("meta"):
+        return models.build(*arguments)
+
+
+def total(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def drawn(arch="resnet8", seed=0, shortcut="projection", **inits) -> nn.Module:
+    model = models.build(arch, 10, shortcut)
+    models.initialise(model, seed, **inits)
+    return model
+
+
+@pytest.mark.parametrize("depth", CIFAR_TOTALS)
+def test_cifar_resnets_have_the_published_parameter_counts(depth):
+    assert tuple(total(on_meta(f"resnet{depth}", 10, s)) for s in models.SHORTCUTS) == CIFAR_TOTALS[depth]
+
+
+@pytest.mark.parametrize("width", WIDTH_TOTALS)
+def test_wide_resnet14_has_the_published_parameter_counts(width):
+    assert total(on_meta(f"resnet14_w{width}")) == WIDTH_TOTALS[width]
+
+
+@pytest.mark.parametrize("depth", IMAGENET_TOTALS)
+def test_imagenet_resnets_have_torchvisions_parameter_counts(depth):
+    assert total(on_meta(f"resnet{depth}", 1000)) == IMAGENET_TOTALS[depth]
+
+
+def test_imagenet_resnets_have_torchvisions_names_and_shapes():
+    shapes = {name: tuple(p.shape) for name, p in on_meta("resnet50", 1000).state_dict().items()}
+    expected = {
+        "conv1.weight": (64, 3, 7, 7),
+        "bn1.running_var": (64,),
+        "layer1.0.downsample.0.weight": (256, 64, 1, 1),
+        "layer1.0.downsample.1.bias": (256,),
+        "layer2.0.conv2.weight": (128, 128, 3, 3),
+        "layer3.5.bn3.weight": (1024,),
+        "layer4.2.conv3.weight": (2048, 512, 1, 1),
+        "fc.weight": (1000, 2048),
+        "fc.bias": (1000,),
+    }
+    assert expected.items() <= shapes.items()
+    assert len(shapes) == 320  # torchvision's resnet50 has as many entries, num_batches_tracked included
+
+
+@pytest.mark.parametrize("arch", ["resnet8", "resnet14_w2", "vgg11", "resnet18", "resnet50"])
+@pytest.mark.parametrize("shortcut", models.SHORTCUTS)
+def test_every_family_gives_logits_for_any_image_size(arch, shortcut):
+    if arch == "vgg11" and shortcut != "projection":
+        return  # VGG has no shortcuts
+    model = models.build(arch, 7, shortcut).eval()
+    for size in (32, 40):
+        assert model(torch.zeros(2, 3, size, size)).shape == (2, 7)
+
+
+@pytest.mark.parametrize(
+    "arch", ["resnet15", "resnet0", "resnet2", "resnet18_w2", "vgg12", "alexnet", "", "resnet32x"]
+)
+def test_an_unknown_architecture_is_refused_by_name(arch):
+    with pytest.raises(models.ModelError, match=f"--arch {arch} is not known"):
+        models.build(arch)
+
+
+def test_initial_weights_are_the_same_on_every_machine_and_version():
+    """The digest of a draw, as first made: it must never change, or no seed checkpoint can be rebuilt."""
+    digests = {}
+    for init in models.CONV_INITS:
+        model = drawn(conv_init=init)
+        content = b"".join(p.detach().numpy().tobytes() for p in model.parameters())
+        digests[init] = hashlib.sha256(content).hexdigest()[:16]
+    assert digests == {
+        "kaiming_normal": "cbaa0f8261937627",
+        "kaiming_uniform": "a5c799a158f14fb0",
+        "orthogonal": "d6e65fd8af1b2c87",
+        "binary": "5243047b62fc3c67",
+    }
+
+
+def test_each_tensor_has_a_stream_of_its_own():
+    base = drawn()
+    for other in (drawn(shortcut="projection_all"), drawn("resnet14"), drawn(bn_init="ones")):
+        assert torch.equal(other.layer3[0].conv1.weight, base.layer3[0].conv1.weight)
+    assert torch.equal(drawn(conv_init="binary").bn1.weight, base.bn1.weight)
+    assert not torch.equal(drawn(seed=1).conv1.weight, base.conv1.weight)
+    assert not torch.equal(base.layer1[0].conv1.weight, base.layer1[0].conv2.weight)
+
+
+def test_streams_differ_by_seed_name_and_index():
+    keys = [
+        (0, "order", 0),
+        (1, "order", 0),
+        (0, "augment", 0),
+        (0, "order", 1),
+        (2**32, "order", 0),
+        (2**64 - 1, "x", 0),
+    ]
+    assert len({models.stream(*key).randint(2**31) for key in keys}) == len(keys)
+
+
+def test_he_initialisations_have_the_he_variance():
+    conv = "layer3.0.conv2"
+    for init in ("kaiming_normal", "kaiming_uniform", "binary"):
+        weight = drawn("resnet14", conv_init=init).get_submodule(conv).weight
+        assert weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.02)
+    assert len(weight.unique()) == 2
+    fc = drawn("resnet14_w8").fc
+    assert fc.weight.std().item() == pytest.approx((2 / 512) ** 0.5, rel=0.05)
+    assert not fc.bias.any()
+
+
+@pytest.mark.parametrize("shape", [(16, 3, 3, 3), (16, 16, 3, 3), (32, 16, 1, 1), (64, 33, 1, 1)])
+def test_orthogonal_convolutions_are_orthogonal(shape):
+    q = models._orthogonal(models.stream(0, "q"), shape).reshape(shape[0], -1)
+    gram = q @ q.T if q.shape[0] <= q.shape[1] else q.T @ q
+    np.testing.assert_allclose(gram, np.eye(len(gram)), atol=1e-12)
+
+
+def test_batchnorm_starts():
+    gammas = {init: drawn("resnet14_w8", bn_init=init).layer3[0].bn1 for init in models.BN_INITS}
+    assert {init for init, bn in gammas.items() if bn.bias.eq(1).all()} == {"one_one"}
+    assert all(bn.bias.eq(0).all() for init, bn in gammas.items() if init != "one_one")
+    assert gammas["ones"].weight.eq(1).all() and gammas["one_one"].weight.eq(1).all()
+    assert 0 <= gammas["uniform"].weight.min() < 0.02 and 0.98 < gammas["uniform"].weight.max() <= 1
+    assert -1 <= gammas["signed_uniform"].weight.min() < -0.98
+    assert gammas["he_normal"].weight.std().item() == pytest.approx((2 / 512) ** 0.5, rel=0.1)
+    assert gammas["he_normal"].weight.abs().max() <= 2 * (2 / 512) ** 0.5 / 0.8796
+
+
+def torchvision_like(classes: int = 10) -> dict:
+    """A state dict with torchvision's names for ResNet-18, random values."""
+    generator = torch.Generator().manual_seed(0)
+    state = models.build("resnet18", classes).state_dict()
+    return {
+        n: torch.rand(t.shape, generator=generator) if t.is_floating_point() else t for n, t in state.items()
+    }
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_weights_load_by_torchvisions_names(tmp_path, suffix):
+    from safetensors.torch import save_file
+
+    state, path = torchvision_like(), tmp_path / f"weights{suffix}"
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    model = models.build("resnet18")
+    assert models.load_weights(model, path) == []
+    assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
+
+
+def test_the_output_layer_keeps_its_draw_where_the_classes_differ(tmp_path):
+    torch.save(torchvision_like(classes=1000), tmp_path / "w.pth")
+    model = drawn("resnet18")
+    before = model.fc.weight.clone()
+    assert models.load_weights(model, tmp_path / "w.pth") == ["fc.weight", "fc.bias"]
+    assert torch.equal(model.fc.weight, before)
+
+
+def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
+    state = torchvision_like()
+    state["layer1.0.conv9.weight"] = state.pop("layer1.0.conv1.weight")
+    state["bn1.weight"] = torch.zeros(65)
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(models.ModelError) as refusal:
+        models.load_weights(models.build("resnet18"), tmp_path / "w.pth")
+    for text in (
+        "layer1.0.conv1.weight (missing)",
+        "layer1.0.conv9.weight (not in",
+        "bn1.weight ([65], needs [64])",
+    ):
+        assert text in str(refusal.value)
+
+
+class Trap:
+    sprung = False
+
+    def __reduce__(self):
+        return (setattr, (Trap, "sprung", True))
+
+
+@pytest.mark.parametrize("content", ["code", "text", "tensor", "nothing"])
+def test_a_file_that_is_no_state_dict_is_refused_and_runs_no_code(tmp_path, content):
+    path = tmp_path / "w.pt"
+    if content == "code":
+        torch.save({"conv1.weight": Trap()}, path)
+    elif content == "text":
+        path.write_text("not a checkpoint")
+    elif content == "tensor":
+        torch.save(torch.zeros(3), path)
+    with pytest.raises(models.ModelError, match=r"w\.pt"):
+        models.load_weights(models.build("resnet8"), path)
+    assert not Trap.sprung
