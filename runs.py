@@ -1,0 +1,157 @@
+"""The run folder: configuration, metrics, checkpoints.
+
+Every file is written beside its name and renamed onto it: a run killed at any moment leaves whole files only.
+
+    config.json         every option, resolved values, versions, device, data fingerprint
+    metrics.jsonl       a line per epoch
+    last.pt             all that resuming needs; removed when the run is done
+    model.safetensors   the seed checkpoint
+    summary.json        status and results, written last
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+
+
+class RunError(ValueError):
+    """A run folder that cannot be used as asked; the message says what would do."""
+
+
+def run_name(data: str, arch: str, mode: str, seed: int, differing: dict) -> str:
+    """`<data>-<arch>-<mode>-s<seed>`, then each further option that differs from its default."""
+
+    def text(value: object) -> str:
+        if isinstance(value, (list, tuple)):
+            return "_".join(map(text, value))
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
+    parts = [data, arch, mode, f"s{seed}"]
+    for option, value in differing.items():
+        parts.append(option if value is True else f"{option}{text(value)}")
+    return "-".join("".join(c if c.isalnum() or c in "._+" else "_" for c in part) for part in parts)
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Replace the file at `path` by `content`, whole or not at all, also across a power cut."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(beside, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict | None:
+    """The object in a JSON file; None where there is no such file. RunError where it holds no object."""
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{path} cannot be read ({error}); delete it, or start again with --overwrite"
+        ) from None
+    if not isinstance(content, dict):
+        raise RunError(f"{path} holds no JSON object; delete it, or start again with --overwrite")
+    return content
+
+
+class Run:
+    """One run's folder, as `with open_run(...) as run:` gives it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.rows: list[dict] = []
+
+    @property
+    def status(self) -> str | None:
+        """done, diverged, failed or interrupted; None where the run never came to an end."""
+        return (self.summary or {}).get("status")
+
+    @property
+    def summary(self) -> dict | None:
+        return read_json(self.path / "summary.json")
+
+    @property
+    def config(self) -> dict | None:
+        return read_json(self.path / "config.json")
+
+    def write_json(self, name: str, content: dict) -> None:
+        write_atomically(self.path / name, json.dumps(content, indent=1) + "\n")
+
+    def log(self, row: dict) -> None:
+        """Add one epoch's metrics. The whole file is replaced: 160 short lines, and never half a line."""
+        self.rows.append(row)
+        write_atomically(self.path / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in self.rows))
+
+    def save_last(self, state: dict) -> None:
+        """Keep `state` (tensors, numbers, strings, lists and dicts of them) and the rows logged so far."""
+        beside = self.path / f".last.pt.{os.getpid()}"
+        try:
+            torch.save({**state, "rows": self.rows}, beside)
+            os.replace(beside, self.path / "last.pt")
+        finally:
+            beside.unlink(missing_ok=True)
+
+    def load_last(self) -> dict | None:
+        """What `save_last` kept, or None; `rows` then stand where they stood. Runs no code from the file."""
+        path = self.path / "last.pt"
+        if not path.exists():
+            return None
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            self.rows = state.pop("rows")
+        except Exception as error:  # unpickling rubbish fails in many ways
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise RunError(
+                f"{path} cannot be resumed from ({reason});\nstart again with --overwrite"
+            ) from None
+        return state
+
+    def finish(self, summary: dict) -> None:
+        """Write the summary; a run that is done needs no `last.pt` any more."""
+        self.write_json("summary.json", summary)
+        if summary["status"] == "done":
+            (self.path / "last.pt").unlink(missing_ok=True)
+
+
+@contextmanager
+def open_run(root: str | Path, name: str, resume: bool = False, overwrite: bool = False) -> Iterator[Run]:
+    """The folder `root/name`, made if need be and locked against other processes until the `with` block ends.
+
+    An existing run is refused (RunError) unless `resume` (go on, or show what is done) or `overwrite`
+    (start again).
+    """
+    path = Path(root) / name
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"--out {root}: cannot make a folder there ({error.strerror})") from None
+    lock = FileLock(path / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunError(f"{path} is in use by another process; wait for it, or choose another --out") from None
+    try:
+        for leftover in path.glob(".*.*"):  # of a process that was killed while it wrote
+            leftover.unlink()
+        started = (path / "config.json").exists()
+        if started and overwrite:
+            for entry in path.iterdir():
+                if entry.name != ".lock":
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        elif started and not resume:
+            raise RunError(f"{path} exists; add --resume to continue it, or --overwrite to start again")
+        yield Run(path)
+    finally:
+        lock.release()
