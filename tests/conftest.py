@@ -6,7 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from layouts import ROWS
 from PIL import Image
+
+import sources
 
 
 def pytest_collection_modifyitems(items):
@@ -18,7 +21,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> Path:
-    """Four classes of 16x16 images that differ in mean colour and grain: 24 to train on, 5 to test, a class."""
+    """Four classes of 16x16 images that differ in colour and grain; 24 to train on and 5 to test in each."""
     root, rng = tmp_path_factory.mktemp("data") / "tiny", np.random.RandomState(0)
     for split, count in (("train", 24), ("test", 5)):
         for label, name in enumerate(("ash", "elm", "oak", "yew")):
@@ -37,3 +40,17 @@ def cifar10_folder() -> Path:
     if "CIFAR10_FOLDER" not in os.environ:
         pytest.skip("needs real images: set CIFAR10_FOLDER to a folder that holds CIFAR-10")
     return Path(os.environ["CIFAR10_FOLDER"])
+
+
+@pytest.fixture
+def small_and_offline(monkeypatch, tmp_path):
+    """Tiny official files, no site but those a test makes, and no cache but the test's own."""
+    monkeypatch.setattr(sources, "BATCH_ROWS", ROWS)
+    monkeypatch.setitem(sources.COUNTS, "cifar10", (5 * ROWS, ROWS))
+    monkeypatch.setattr(
+        sources,
+        "URLS",
+        {name: "http://127.0.0.1:9/" + url.rpartition("/")[2] for name, url in sources.URLS.items()},
+    )
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "*")

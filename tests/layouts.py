@@ -1,0 +1,88 @@
+"""Official data sets in miniature, in every layout, for the tests of sources.py and data.py."""
+
+import multiprocessing
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+import sources
+
+ROWS = 20  # images in each of the six tiny CIFAR-10 files
+CIFAR10_CLASSES = sources.CLASSES["cifar10"].split()
+FORK = multiprocessing.get_context("fork")
+
+
+def silent(note: str) -> None:
+    pass
+
+
+def stream(seed: int):
+    """What a run gives its loaders: generators by name and epoch."""
+    return lambda name, index=0: np.random.RandomState([seed, index, *name.encode()])
+
+
+def tiny_cifar10(seed: int = 0) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Planar pixels [ROWS, 3072] and labels of each of the six files, every class equally often."""
+    rng = np.random.RandomState(seed)
+    return {
+        name: (rng.randint(0, 256, (ROWS, 3072), dtype=np.uint8), rng.permutation(ROWS) % 10)
+        for name in sources.BATCH_MD5
+    }
+
+
+def python_file(pixels: np.ndarray, labels: np.ndarray) -> bytes:
+    return pickle.dumps(
+        {b"data": pixels, b"labels": labels.tolist(), b"filenames": [b"x.png"] * ROWS}, protocol=2
+    )
+
+
+def write_python(folder: Path, batches: dict) -> Path:
+    folder.mkdir(parents=True)
+    for name, (pixels, labels) in batches.items():
+        (folder / name).write_bytes(python_file(pixels, labels))
+    return folder
+
+
+def write_binary(folder: Path, batches: dict) -> Path:
+    folder.mkdir(parents=True)
+    for name, (pixels, labels) in batches.items():
+        rows = np.concatenate([labels[:, None].astype(np.uint8), pixels], axis=1)
+        (folder / f"{name}.bin").write_bytes(rows.tobytes())
+    return folder
+
+
+def pack(archive: Path, folder: Path) -> Path:
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(folder, arcname=folder.name)
+    return archive
+
+
+def expected_images(batches: dict) -> np.ndarray:
+    """The training images by the format's description: 1024 red, 1024 green, 1024 blue, row by row."""
+    images = [batches[f"data_batch_{i}"][0].reshape(ROWS, 3, 32, 32) for i in range(1, 6)]
+    return np.stack([np.concatenate(images)[:, channel] for channel in range(3)], axis=-1)
+
+
+def write_images(
+    folder: Path, splits=("train", "test"), classes=("cat", "dog"), each=3, size=(40, 40)
+) -> Path:
+    rng = np.random.RandomState(5)
+    for split in splits:
+        for label in classes:
+            (folder / split / label).mkdir(parents=True)
+            for index in range(each):
+                pixels = rng.randint(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / split / label / f"{index}.png")
+    return folder
+
+
+def shorten(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def fill_with_rubbish(file: Path) -> None:
+    file.write_bytes(b"<html>404</html>")

@@ -1,0 +1,419 @@
+"""sources.py: layouts, folders and downloads are read right, or refused by name; nothing in them runs."""
+
+import hashlib
+import http.server
+import io
+import os
+import pickle
+import socket
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from layouts import (
+    CIFAR10_CLASSES,
+    ROWS,
+    expected_images,
+    fill_with_rubbish,
+    pack,
+    python_file,
+    shorten,
+    silent,
+    tiny_cifar10,
+    write_binary,
+    write_images,
+    write_python,
+)
+from PIL import Image
+
+import data
+import sources
+
+pytestmark = pytest.mark.usefixtures("small_and_offline")
+
+
+def test_every_official_layout_gives_the_same_pixels(tmp_path):
+    batches = tiny_cifar10()
+    python = write_python(tmp_path / "a" / "cifar-10-batches-py", batches)
+    binary = write_binary(tmp_path / "b" / "cifar-10-batches-bin", batches)
+    places = [
+        tmp_path / "a",
+        python,
+        tmp_path / "b",
+        binary,
+        pack(tmp_path / "c" / "cifar-10-python.tar.gz", python).parent,
+        pack(tmp_path / "d" / "cifar-10-binary.tar.gz", binary).parent,
+        pack(tmp_path / "e" / "renamed.tar.gz", binary),
+    ]
+    opened = [data.open_dataset("cifar10", place, say=silent) for place in places]
+    for dataset in opened:
+        assert dataset.fingerprint == opened[0].fingerprint
+        assert dataset.classes == tuple(CIFAR10_CLASSES) and dataset.image_size == 32
+        np.testing.assert_array_equal(dataset.train.images, expected_images(batches))
+        np.testing.assert_array_equal(
+            dataset.train.labels, np.concatenate([batches[f"data_batch_{i}"][1] for i in range(1, 6)])
+        )
+        np.testing.assert_array_equal(dataset.test.labels, batches["test_batch"][1])
+        assert dataset.train.labels.dtype == np.int64 and dataset.train.images.dtype == np.uint8
+
+
+def test_class_folders_of_cifar10_are_read_and_must_be_complete(tmp_path):
+    write_images(tmp_path, ["train"], CIFAR10_CLASSES, each=ROWS // 2, size=(32, 32))
+    write_images(tmp_path, ["test"], CIFAR10_CLASSES, each=ROWS // 10, size=(32, 32))
+    dataset = data.open_dataset("cifar10", tmp_path, say=silent)
+    assert dataset.title == "CIFAR-10 (not the official bytes)" and len(dataset.train.labels) == 5 * ROWS
+    image = np.asarray(Image.open(tmp_path / "train" / "automobile" / "1.png"))
+    np.testing.assert_array_equal(dataset.train.images[ROWS // 2 + 1], image)
+    (tmp_path / "train" / "cat" / "0.png").unlink()
+    with pytest.raises(data.DataError, match="incomplete"):
+        data.open_dataset("cifar10", tmp_path, say=silent)
+
+
+def test_title_and_note_tell_whether_the_bytes_are_official(tmp_path, monkeypatch):
+    python = write_python(tmp_path / "cifar-10-batches-py", tiny_cifar10())
+    notes = []
+    assert (
+        data.open_dataset("cifar10", tmp_path, say=notes.append).title == "CIFAR-10 (not the official bytes)"
+    )
+    assert len(notes) == 1 and "not the official bytes" in notes[0]
+    for name in sources.BATCH_MD5:
+        monkeypatch.setitem(sources.BATCH_MD5, name, hashlib.md5((python / name).read_bytes()).hexdigest())
+    notes.clear()
+    assert (
+        data.open_dataset("cifar10", pack(tmp_path / "whole.tar.gz", python), say=notes.append).title
+        == "CIFAR-10"
+    )
+    assert notes == []
+
+
+def test_unpacked_binary_files_cannot_be_verified_but_their_mean_can_betray_them(tmp_path, monkeypatch):
+    batches = tiny_cifar10()
+    folder = write_binary(tmp_path / "cifar-10-batches-bin", batches)
+    assert sources._read_batches(folder)[2] == "CIFAR-10 (not the official bytes)"
+    monkeypatch.setattr(sources, "CIFAR10_MEAN", expected_images(batches).mean((0, 1, 2)))
+    assert sources._read_batches(folder)[2] == "CIFAR-10 (bytes not verified)"
+    archive = pack(tmp_path / "cifar-10-binary.tar.gz", folder)
+    monkeypatch.setitem(sources.ARCHIVE_MD5, archive.name, hashlib.md5(archive.read_bytes()).hexdigest())
+    assert sources._read_batches(archive)[2] == "CIFAR-10"
+
+
+class Attack:
+    def __init__(self, function, *arguments):
+        self.how = function, arguments
+
+    def __reduce__(self):
+        return self.how
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+@pytest.mark.parametrize("function", [os.system, eval, exec, getattr, np.load, np.fromfile, pickle.loads])
+def test_a_pickle_that_asks_for_anything_else_runs_no_code(tmp_path, function, protocol):
+    mark = tmp_path / "ran"
+    argument = f"touch {mark}" if function is os.system else f"open({str(mark)!r}, 'w')"
+    folder = write_python(tmp_path / "cifar-10-batches-py", tiny_cifar10())
+    (folder / "data_batch_3").write_bytes(
+        pickle.dumps({b"data": Attack(function, argument)}, protocol=protocol)
+    )
+    with pytest.raises(data.DataError, match=r"data_batch_3.*no CIFAR-10 file does"):
+        data.open_dataset("cifar10", tmp_path, say=silent)
+    assert not mark.exists()
+
+
+def test_a_pickle_may_not_reach_past_the_admitted_names(tmp_path):
+    for module, name in [
+        ("numpy", "ndarray.tofile"),
+        ("numpy.core.multiarray", "scalar"),
+        ("_codecs", "lookup"),
+    ]:
+        head = (
+            b"\x80\x04\x8c"
+            + bytes([len(module)])
+            + module.encode()
+            + b"\x8c"
+            + bytes([len(name)])
+            + name.encode()
+        )
+        with pytest.raises(pickle.UnpicklingError, match=name):
+            sources._Unpickler(io.BytesIO(head + b"\x93.")).load()
+    with pytest.raises(pickle.UnpicklingError, match="rot13"):
+        sources._Unpickler(
+            io.BytesIO(b"c_codecs\nencode\n(X\x01\x00\x00\x00aX\x05\x00\x00\x00rot13tR.")
+        ).load()
+
+
+def test_pickles_of_python_2_and_of_both_numpy_names_are_read():
+    pixels = np.arange(ROWS * 3072, dtype=np.uint8).reshape(ROWS, 3072)
+    new = pickle.dumps({b"data": pixels, b"labels": [1] * ROWS}, protocol=2)
+    old = new.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+    # As Python 2 wrote them: byte strings, which Python 3 cannot make, for keys, dtype and raw pixels.
+    raw = b"T" + (ROWS * 3072).to_bytes(4, "little") + pixels.tobytes()
+    two = (
+        b"\x80\x02}(U\x04datacnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
+        b"(K\x01K" + bytes([ROWS]) + b"M\x00\x0c\x86cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R"
+        b"(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89" + raw + b"tb"
+        b"U\x06labels](" + b"K\x01" * ROWS + b"eu."
+    )
+    assert old != new or b"numpy.core" in new
+    for file in (new, old, two):
+        read, labels = sources._python_batch(file)
+        np.testing.assert_array_equal(read, pixels)
+        assert labels.tolist() == [1] * ROWS
+
+
+@pytest.mark.parametrize("harm", [shorten, fill_with_rubbish, Path.unlink])
+@pytest.mark.parametrize("layout", [write_python, write_binary])
+def test_a_truncated_wrong_or_missing_file_is_named(tmp_path, layout, harm):
+    folder = layout(tmp_path / "cifar-10-batches-py", tiny_cifar10())
+    broken = next(folder.glob("data_batch_4*"))
+    harm(broken)
+    with pytest.raises(data.DataError) as error:
+        data.open_dataset("cifar10", tmp_path, say=silent)
+    assert broken.name in str(error.value) and str(tmp_path) in str(error.value)
+    assert len(str(error.value).splitlines()) <= 2
+    assert not list(tmp_path.rglob("*.beton*"))
+
+
+@pytest.mark.parametrize("harm", [shorten, fill_with_rubbish])
+def test_a_broken_archive_is_named(tmp_path, harm):
+    folder = write_python(tmp_path / "x" / "cifar-10-batches-py", tiny_cifar10())
+    harm(pack(tmp_path / "cifar-10-python.tar.gz", folder))
+    with pytest.raises(data.DataError, match=r"cifar-10-python.tar.gz"):
+        data.open_dataset("cifar10", tmp_path, say=silent)
+
+
+def test_wrong_labels_and_shapes_are_refused():
+    pixels, labels = tiny_cifar10()["test_batch"]
+    for bad in (
+        python_file(pixels[:, :-1], labels),
+        python_file(pixels, labels + 1),
+        python_file(pixels[1:], labels),
+    ):
+        with pytest.raises(ValueError, match=r"its (pixels|labels)"):
+            sources._python_batch(bad)
+    with pytest.raises(ValueError, match="label"):
+        sources._binary_batch(bytes([10]) * (ROWS * 3073))
+
+
+def test_a_folder_takes_images_of_any_mode_and_size(tmp_path):
+    write_images(tmp_path, ["val"], size=(50, 40))
+    train = tmp_path / "train"
+    for label in ("cat", "dog"):
+        (train / label).mkdir(parents=True)
+    colour = Image.new("RGB", (50, 40), (10, 200, 90))
+    colour.save(train / "cat" / "a.png")
+    colour.convert("RGBA").save(train / "cat" / "b.png")
+    colour.quantize(4).save(train / "cat" / "c.png")
+    colour.convert("CMYK").save(train / "cat" / "d.tif")
+    Image.new("L", (20, 90), 77).save(train / "dog" / "e.png")
+    Image.fromarray(np.full((40, 40), 0x8000, np.uint16)).save(train / "dog" / "f.png")
+    (train / "dog" / ".hidden.png").write_bytes(b"")
+    (train / "dog" / "notes.txt").write_text("x")
+    notes = []
+    dataset = data.open_dataset(str(tmp_path), tmp_path / "data", image_size=24, say=notes.append)
+    assert dataset.train.images.shape == (6, 24, 24, 3) and dataset.test.images.shape == (6, 24, 24, 3)
+    assert dataset.classes == ("cat", "dog") and dataset.train.labels.tolist() == [0, 0, 0, 0, 1, 1]
+    for image in dataset.train.images[:4]:
+        assert np.abs(image.astype(int) - (10, 200, 90)).max() <= 2
+    assert (dataset.train.images[4] == 77).all() and (dataset.train.images[5] == 0x80).all()
+    assert any("ignored 2" in note for note in notes)
+    assert dataset.name == tmp_path.name
+    assert data.open_dataset(str(tmp_path), tmp_path / "data", say=silent).image_size == 128
+
+
+def test_a_folder_of_equal_squares_keeps_its_size_and_pixels(tmp_path):
+    write_images(tmp_path)
+    dataset = data.open_dataset(str(tmp_path), tmp_path / "data", say=silent)
+    assert dataset.image_size == 40
+    for index in range(3):
+        image = np.asarray(Image.open(tmp_path / "train" / "dog" / f"{index}.png"))
+        np.testing.assert_array_equal(dataset.train.images[3 + index], image)
+
+
+def test_the_centre_square_is_kept():
+    pixels = np.zeros((10, 30, 3), np.uint8)
+    pixels[:, 10:20] = 255
+    assert (sources._fit(Image.fromarray(pixels), 10) == 255).all()
+    assert (sources._fit(Image.fromarray(pixels.transpose(1, 0, 2)), 10) == 255).all()
+
+
+def test_unusable_folders_are_refused_by_name(tmp_path):
+    with pytest.raises(data.DataError, match="no such folder"):
+        data.open_dataset(str(tmp_path / "nowhere"), tmp_path, say=silent)
+    with pytest.raises(data.DataError, match="train/<class>"):
+        data.open_dataset(str(tmp_path), tmp_path, say=silent)
+    write_images(tmp_path)
+    (tmp_path / "test" / "cat").rename(tmp_path / "test" / "cow")
+    with pytest.raises(data.DataError, match="class cat"):
+        data.open_dataset(str(tmp_path), tmp_path, say=silent)
+    (tmp_path / "test" / "cow").rename(tmp_path / "test" / "cat")
+    shorten(tmp_path / "test" / "cat" / "1.png")
+    with pytest.raises(data.DataError, match=r"test/cat/1.png"):
+        data.open_dataset(str(tmp_path), tmp_path, say=silent)
+
+
+def test_imagenette_is_read_from_its_archive_and_from_its_folder(tmp_path, monkeypatch):
+    monkeypatch.setitem(sources.COUNTS, "imagenette", (20, 10))
+    classes = sources.CLASSES["imagenette"].split()
+    folder = write_images(tmp_path / "imagenette2-160", ["train"], classes, each=2, size=(180, 160))
+    write_images(folder, ["val"], classes, each=1, size=(160, 200))
+    archive = pack(tmp_path / "packed" / "imagenette2-160.tgz", folder)
+    unpacked = data.open_dataset("imagenette", tmp_path, say=silent)
+    monkeypatch.setitem(sources.ARCHIVE_MD5, archive.name, hashlib.md5(archive.read_bytes()).hexdigest())
+    packed = data.open_dataset("imagenette", archive.parent, say=silent)
+    assert packed.image_size == 128 and packed.train.images.shape == (20, 128, 128, 3)
+    assert (
+        packed.fingerprint
+        == unpacked.fingerprint
+        == data.open_dataset("imagenette", folder, say=silent).fingerprint
+    )
+    assert (packed.title, unpacked.title) == ("Imagenette", "Imagenette (bytes not verified)")
+
+
+def test_synthetic_is_the_same_everywhere_and_colour_gives_no_class_away(tmp_path):
+    dataset = data.open_dataset("synthetic", tmp_path, say=silent)
+    assert dataset.fingerprint == "d83bf12d75fd0000"
+    assert dataset.train.images.shape == (10_000, 32, 32, 3) and len(dataset.test.labels) == 2_000
+    assert np.bincount(dataset.train.labels).tolist() == [1000] * 10
+    # The class whose mean image is nearest: what pixels alone tell, against 10 % by chance.
+    means = np.stack([dataset.train.images[dataset.train.labels == c].mean(0) for c in range(10)]).reshape(
+        10, -1
+    )
+    test = dataset.test.images.reshape(2_000, -1).astype(np.float64)
+    nearest = ((means**2).sum(1) - 2 * test @ means.T).argmin(1)
+    assert (nearest == dataset.test.labels).mean() < 0.5
+
+
+# ---- downloading ----
+
+
+class Site(http.server.ThreadingHTTPServer):
+    """A loopback site with one file; `breaks` is after how many bytes each answer breaks off or stalls."""
+
+    daemon_threads = True
+
+    def __init__(self, content: bytes, breaks=(), stalls=False, ranges=True):
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.content, self.breaks, self.stalls, self.ranges = content, list(breaks), stalls, ranges
+        self.asked = []
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def handle_error(self, request, client_address):
+        pass
+
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        site, asked = self.server, self.headers["Range"]
+        site.asked.append(asked)
+        start = int(asked[len("bytes=") : -1]) if asked and site.ranges else 0
+        if start >= len(site.content):
+            self.send_error(416)
+            return
+        self.send_response(206 if asked and site.ranges else 200)
+        self.send_header("Content-Length", str(len(site.content) - start))
+        self.end_headers()
+        self.wfile.write(site.content[start:][: site.breaks.pop(0) if site.breaks else None])
+        self.wfile.flush()
+        if site.stalls:
+            time.sleep(3)
+
+
+@pytest.fixture
+def archive(tmp_path, monkeypatch) -> bytes:
+    folder = write_python(tmp_path / "elsewhere" / "cifar-10-batches-py", tiny_cifar10())
+    content = pack(tmp_path / "elsewhere" / "x.tar.gz", folder).read_bytes()
+    monkeypatch.setitem(sources.ARCHIVE_MD5, "cifar-10-python.tar.gz", hashlib.md5(content).hexdigest())
+    return content
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    sites = []
+
+    def start(*options, **named) -> Site:
+        sites.append(Site(*options, **named))
+        monkeypatch.setitem(
+            sources.URLS, "cifar10", f"http://127.0.0.1:{sites[-1].server_port}/cifar-10-python.tar.gz"
+        )
+        return sites[-1]
+
+    yield start
+    for site in sites:
+        site.shutdown()
+        site.server_close()
+
+
+def test_a_broken_download_goes_on_where_it_broke(tmp_path, archive, serve):
+    site = serve(archive, breaks=[1000, 5000])
+    dataset = data.open_dataset("cifar10", tmp_path / "data", say=silent)
+    assert site.asked == [None, "bytes=1000-", "bytes=6000-"]
+    np.testing.assert_array_equal(dataset.train.images, expected_images(tiny_cifar10()))
+    assert (tmp_path / "data" / "cifar-10-python.tar.gz").read_bytes() == archive
+    assert not list(tmp_path.glob("data/*.part"))
+
+
+def test_an_interrupted_download_goes_on_in_the_next_call(tmp_path, archive, serve, monkeypatch):
+    monkeypatch.setattr(sources, "STALL_S", 0.3)
+    serve(archive, breaks=[2000, 0], stalls=True)
+    with pytest.raises(data.DataError, match="--data-dir"):
+        data.open_dataset("cifar10", tmp_path / "data", say=silent)
+    site = serve(archive)
+    data.open_dataset("cifar10", tmp_path / "data", say=silent)
+    assert site.asked == ["bytes=2000-"]
+
+
+def test_a_site_without_ranges_sends_everything_again(tmp_path, archive, serve):
+    site = serve(archive, breaks=[1000], ranges=False)
+    data.open_dataset("cifar10", tmp_path / "data", say=silent)
+    assert len(site.asked) == 2
+
+
+def test_a_wrong_checksum_is_refused_and_nothing_kept(tmp_path, archive, serve):
+    serve(archive[:-1] + b"?")
+    with pytest.raises(data.DataError, match="checksum"):
+        data.open_dataset("cifar10", tmp_path / "data", say=silent)
+    assert not list(tmp_path.glob("data/cifar*"))
+
+
+@pytest.mark.parametrize("length", [500, 10**6])
+def test_rubbish_left_of_an_earlier_download_is_replaced(tmp_path, archive, serve, length):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "cifar-10-python.tar.gz.part").write_bytes(b"?" * length)
+    serve(archive)
+    assert len(data.open_dataset("cifar10", tmp_path / "data", say=silent).train.labels) == 5 * ROWS
+
+
+def given_up_after(tmp_path) -> float:
+    start = time.monotonic()
+    with pytest.raises(data.DataError) as error:
+        data.open_dataset("cifar10", tmp_path / "data", say=silent)
+    for way in ("--data-dir", "--data FOLDER", "--data synthetic"):
+        assert way in str(error.value)
+    assert len(str(error.value).splitlines()) <= 2
+    return time.monotonic() - start
+
+
+def test_a_site_that_does_not_answer_is_given_up_in_time(tmp_path, monkeypatch):
+    assert sources.ANSWER_S < 10 and sources.STALL_S < 10
+    monkeypatch.setattr(sources, "ANSWER_S", 0.4)
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        monkeypatch.setitem(sources.URLS, "cifar10", f"http://127.0.0.1:{deaf.getsockname()[1]}/x.tar.gz")
+        assert given_up_after(tmp_path) < 2
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(3))
+    assert given_up_after(tmp_path) < 2
+
+
+def test_a_site_that_refuses_is_given_up_at_once(tmp_path):
+    assert given_up_after(tmp_path) < 2
+
+
+def test_nothing_is_downloaded_when_told_so(tmp_path, archive, serve):
+    site = serve(archive)
+    with pytest.raises(data.DataError, match="--data synthetic"):
+        data.open_dataset("cifar10", tmp_path / "data", download=False, say=silent)
+    assert site.asked == [] and not (tmp_path / "data").exists()
