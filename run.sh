@@ -13,54 +13,65 @@ say() { printf 'run.sh: %s\n' "$*" >&2; }
 
 find_python() {
   local candidate
-  for candidate in ${PYTHON:-} python3 python3.13 python3.12 python3.11; do
+  for candidate in ${PYTHON:-} python3 python3.14 python3.13 python3.12 python3.11; do
     if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
       echo "$candidate"
       return
     fi
   done
-  say "needs Python 3.11 or newer; install it, or name one: PYTHON=/path/to/python3.12 bash run.sh"
-  exit 2
 }
 
-system_libraries() { # what FFCV compiles and links against, and what makes a virtual environment
-  local python=$1 minor packages=()
-  minor=$("$python" -c 'import sys; print("python3.%d" % sys.version_info[1])')
-  "$python" -c 'import ensurepip, venv' 2>/dev/null || packages+=("$minor-venv")
-  "$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' \
-    || packages+=("$minor-dev")
-  command -v g++ >/dev/null || packages+=(g++)
-  command -v pkg-config >/dev/null || packages+=(pkg-config)
-  pkg-config --exists opencv4 2>/dev/null || packages+=(libopencv-dev)
-  pkg-config --exists libturbojpeg 2>/dev/null || packages+=(libturbojpeg0-dev)
-  ((${#packages[@]})) || return 0
+system_packages() { # Debian's names of what is missing to make a virtual environment and to compile FFCV in it
+  local python version
+  python=$(find_python)
+  if [[ -z $python ]]; then
+    echo python3 python3-venv python3-dev
+  else
+    version=$("$python" -c 'import sys; print("python3.%d" % sys.version_info[1])')
+    "$python" -c 'import ensurepip, venv' 2>/dev/null || echo "$version-venv"
+    "$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' \
+      || echo "$version-dev"
+  fi
+  command -v g++ >/dev/null || echo g++
+  command -v pkg-config >/dev/null || echo pkg-config
+  pkg-config --exists opencv4 2>/dev/null || echo libopencv-dev
+  pkg-config --exists libturbojpeg 2>/dev/null || echo libturbojpeg0-dev
+}
 
+install() {
   local root=()
   ((EUID == 0)) || root=(sudo -n)
-  if command -v apt-get >/dev/null && { ((EUID == 0)) || sudo -n true 2>/dev/null; }; then
-    say "installing ${packages[*]}"
-    "${root[@]}" apt-get update -qq
-    "${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "${packages[@]}" >/dev/null
-  else
-    say "missing system libraries; run: sudo apt-get install -y ${packages[*]}"
+  if ! command -v apt-get >/dev/null || ! "${root[@]}" true 2>/dev/null; then
+    say "something is missing on this machine; run: sudo apt-get install -y $*"
     say "or, without root: conda install -c conda-forge python=3.12 cxx-compiler pkg-config opencv libjpeg-turbo"
     exit 2
   fi
+  say "installing $*"
+  "${root[@]}" apt-get update -qq
+  "${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "$@" >/dev/null
 }
 
 set_up() {
-  local python
-  python=$(find_python)
   if command -v flock >/dev/null; then # two first runs at once set up once
     exec 9>.setup.lock
     flock 9
     [[ "$(cat .venv/.ready 2>/dev/null)" == "$wanted" ]] && return
   fi
-  say "setting up .venv (once; a few minutes)"
-  system_libraries "$python"
+  say "setting up .venv, once; this takes some minutes"
+  local packages python
+  packages=$(system_packages)
+  # shellcheck disable=SC2086 # one word per package
+  [[ -z $packages ]] || install $packages
+  python=$(find_python)
+  if [[ -z $python ]]; then
+    say "needs Python 3.11 or newer; install it, or name one: PYTHON=/path/to/python3.12 bash run.sh"
+    exit 2
+  fi
   [[ -x .venv/bin/python ]] || "$python" -m venv --clear .venv
-  .venv/bin/python -m pip install -q --disable-pip-version-check -r requirements.txt
-  echo "$wanted" >.venv/.ready # last: an interrupted set-up is taken up again
+  local quiet=()
+  [[ -t 1 ]] || quiet=(-qq) # a person sees how far the downloads are
+  .venv/bin/python -m pip install "${quiet[@]}" --disable-pip-version-check -r requirements.txt
+  echo "$wanted" >.venv/.ready # last: a set-up that was interrupted is taken up again
 }
 
 wanted=$(cksum <requirements.txt)

@@ -1,0 +1,96 @@
+"""A run folder has one name per run, holds whole files only, and lets one process in."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import runs
+
+
+def test_names_tell_runs_apart():
+    assert runs.run_name("cifar10", "resnet32", "bn_only", 0, {}) == "cifar10-resnet32-bn_only-s0"
+    differing = {"quick": True, "lr": 1e-3, "milestones": (1, 2), "init_from": "../w/a.pt"}
+    name = runs.run_name("my set", "resnet14_w2", "bn+output", 3, differing)
+    assert name == "my_set-resnet14_w2-bn+output-s3-quick-lr0.001-milestones1_2-init_from.._w_a.pt"
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    target = tmp_path / "summary.json"
+    runs.write_atomically(target, "old")
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(runs.os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        runs.write_atomically(target, "new")
+    assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
+
+
+def test_an_existing_run_is_refused_resumed_or_overwritten(tmp_path):
+    with runs.open_run(tmp_path, "a") as run:
+        run.write_json("config.json", {"options": {}})
+        run.log({"epoch": 1})
+        run.save_last({"epoch": 1, "weights": torch.arange(3)})
+    with pytest.raises(runs.RunError, match=r"--resume .* --overwrite"), runs.open_run(tmp_path, "a"):
+        pass
+    with runs.open_run(tmp_path, "a", resume=True) as run:
+        assert run.load_last()["weights"].tolist() == [0, 1, 2] and run.rows == [{"epoch": 1}]
+    with runs.open_run(tmp_path, "a", overwrite=True) as run:
+        assert run.load_last() is None and run.config is None
+
+
+def test_metrics_of_an_epoch_that_was_not_kept_are_dropped_on_resuming(tmp_path):
+    with runs.open_run(tmp_path, "a") as run:
+        run.log({"epoch": 1})
+        run.save_last({})
+        run.log({"epoch": 2})  # killed here, before last.pt
+    with runs.open_run(tmp_path, "a", resume=True) as run:
+        run.load_last()
+        run.log({"epoch": 2, "again": True})
+    lines = (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"epoch": 1}, {"epoch": 2, "again": True}]
+
+
+def test_the_leftovers_of_a_killed_writer_are_removed(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / ".last.pt.123").write_text("half")
+    with runs.open_run(tmp_path, "a"):
+        assert [entry.name for entry in (tmp_path / "a").iterdir()] == [".lock"]
+
+
+def test_a_second_process_is_kept_out(tmp_path):
+    code = f"import runs\nwith runs.open_run({str(tmp_path)!r}, 'a'): pass"
+    with runs.open_run(tmp_path, "a"):
+        second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert second.returncode == 1 and "is in use by another process" in second.stderr
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_rubbish_in_a_run_folder_is_named(tmp_path):
+    with runs.open_run(tmp_path, "a") as run:
+        (run.path / "last.pt").write_bytes(b"rubbish")
+        with pytest.raises(runs.RunError, match=r"last\.pt cannot be resumed from"):
+            run.load_last()
+        for rubbish in ("{", "[]"):
+            (run.path / "summary.json").write_text(rubbish)
+            with pytest.raises(runs.RunError, match=r"summary\.json"):
+                run.summary  # noqa: B018
+
+
+def test_last_pt_is_removed_when_the_run_is_done_and_kept_when_it_failed(tmp_path):
+    with runs.open_run(tmp_path, "a") as run:
+        run.save_last({})
+        run.finish({"status": "diverged"})
+        assert (run.path / "last.pt").exists() and run.status == "diverged"
+        run.finish({"status": "done"})
+        assert not (run.path / "last.pt").exists() and run.status == "done"
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(runs.RunError, match="--out"), runs.open_run(tmp_path / "file", "a"):
+        pass

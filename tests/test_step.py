@@ -1,0 +1,169 @@
+"""The step is SGD on what trains, its metrics are the batch's, and its schedules are the published ones."""
+
+import math
+import types
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import models
+from step import Schedule, Step, compile_units, evaluate
+
+
+def network(seed=0) -> torch.nn.Module:
+    model = models.build("resnet8")
+    models.initialise(model, seed)
+    return model.to(memory_format=torch.channels_last)
+
+
+def batch(n=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(n, 3, 16, 16, generator=generator).to(memory_format=torch.channels_last)
+    return images, torch.randint(10, (n,), generator=generator)
+
+
+def test_lr_steps_at_80_and_120():
+    schedule = Schedule(steps_per_epoch=390)
+    assert schedule.lr(0) == schedule.lr(80 * 390 - 1) == 0.1
+    assert schedule.lr(80 * 390) == schedule.lr(120 * 390 - 1) == pytest.approx(0.01)
+    assert schedule.lr(120 * 390) == schedule.lr(160 * 390 - 1) == pytest.approx(0.001)
+
+
+def test_cosine_ends_at_zero_and_warm_up_rises_linearly():
+    schedule = Schedule(10, "cosine", lr=1.0, epochs=5, warmup_epochs=1)
+    assert [schedule.lr(i) for i in range(10)] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert schedule.lr(10) == 1.0 and schedule.lr(30) == pytest.approx(0.5)
+    assert schedule.lr(50) == pytest.approx(0, abs=1e-12)
+    assert Schedule(10, "constant", lr=0.3, milestones=(1,)).lr(999) == 0.3
+
+
+def test_plateau_cuts_after_ten_epochs_without_gain_and_survives_a_resume():
+    schedule = Schedule(1, "plateau", lr=1.0)
+    for loss in [2.0] + [2.0] * 9:
+        schedule.epoch_ended(loss)
+    assert schedule.lr(10) == 1.0
+    again = Schedule(1, "plateau", lr=1.0)
+    again.load_state_dict(schedule.state_dict())
+    again.epoch_ended(2.5)
+    assert again.lr(11) == pytest.approx(0.1)
+    again.epoch_ended(1.0)
+    assert again.best_loss == 1.0
+
+
+def test_a_step_is_sgd_with_momentum_and_weight_decay():
+    model = network()
+    model.requires_grad_(False)
+    gamma = model.bn1.weight.requires_grad_()
+    step, (images, labels) = Step(model, momentum=0.9, weight_decay=0.01), batch()
+    expected, velocity = gamma.detach().clone(), 0
+    for _ in range(3):
+        reference = network().train()
+        reference.bn1.weight.data.copy_(expected)
+        loss = F.cross_entropy(reference(images), labels)
+        (gradient,) = torch.autograd.grad(loss, reference.bn1.weight)
+        velocity = 0.9 * velocity + gradient + 0.01 * expected
+        expected = expected - 0.05 * velocity
+        step(images, labels, lr=0.05)
+    torch.testing.assert_close(gamma.detach(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_metrics_are_the_mean_over_the_epochs_images():
+    model = network()
+    model.requires_grad_(False)
+    step = Step(model)
+    losses, correct = [], 0
+    for seed in (0, 1):
+        images, labels = batch(seed=seed)
+        logits = model.train()(images)
+        losses.append(F.cross_entropy(logits, labels).item())
+        correct += (logits.argmax(1) == labels).sum().item()
+        step(images, labels, lr=0.1)
+    loss, accuracy = step.metrics()
+    assert loss == pytest.approx(sum(losses) / 2, rel=1e-5) and accuracy == pytest.approx(100 * correct / 16)
+    step.start_epoch()
+    assert step.metrics() == (0.0, 0.0)
+
+
+def test_the_first_step_whose_loss_is_not_finite_is_remembered():
+    step, (images, labels) = Step(network()), batch()
+    step(images, labels, lr=0.1)
+    assert step.diverged_at() is None
+    for bad in (math.nan, 1.0, math.inf):
+        step(images * bad, labels, lr=0.1)
+    assert step.diverged_at() == 1
+
+
+def test_label_smoothing_reaches_the_loss():
+    model, (images, labels) = network().requires_grad_(False), batch()
+    expected = F.cross_entropy(model.train()(images), labels, label_smoothing=0.3).item()
+    step = Step(model, label_smoothing=0.3)
+    step(images, labels, lr=0.1)
+    assert step.metrics()[0] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_steps_stay_near_fp32(dtype):
+    images, labels = batch(32)
+    gammas = []
+    for d in (torch.float32, dtype):
+        model = network()
+        step = Step(model, dtype=d)
+        for _ in range(2):
+            step(images, labels, lr=0.01)
+        assert step.diverged_at() is None
+        gammas.append(model.layer3[0].bn2.weight.detach())
+    assert gammas[1].dtype == torch.float32 and not torch.equal(*gammas)
+    torch.testing.assert_close(gammas[1], gammas[0], rtol=0.05, atol=0.02)
+
+
+def test_compiled_units_train_like_eager_ones():
+    results = []
+    for compiled in (False, True):
+        torch.compiler.reset()
+        model = network()
+        if compiled:
+            compile_units(model)
+        step = Step(model)
+        for seed in range(3):
+            step(*batch(seed=seed), lr=0.05)
+        results.append((step.metrics()[0], model.bn1.bias.detach().clone()))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-3)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-2, atol=1e-3)
+
+
+def test_a_deeper_network_compiles_no_more_graphs():
+    counts = []
+    for arch in ("resnet14", "resnet26"):
+        torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
+        model = models.build(arch)
+        compile_units(model)
+        for unit in model.units():
+            unit._compiled_call_impl = torch.compile(unit._call_impl, backend="eager", dynamic=False)
+        Step(model)(*batch(), lr=0.1)
+        counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert counts[0] == counts[1] == 5  # a block per stage, and the two with a shortcut of their own
+
+
+def test_evaluation_counts_every_image_once_whatever_the_last_batch():
+    model, (images, labels) = network(), batch(20)
+    loader = types.SimpleNamespace(batch_size=8)
+    loader.epoch = lambda _: ((images[i : i + 8], labels[i : i + 8]) for i in range(0, 20, 8))
+    loss, accuracy = evaluate(model, loader)
+    logits = model.eval()(images)
+    assert loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert accuracy == pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item())
+
+
+@pytest.mark.gpu
+def test_a_step_on_the_gpu_matches_the_cpu():
+    losses = []
+    for device in ("cpu", "cuda"):
+        model = network().to(device)
+        step = Step(model)
+        for seed in range(3):
+            images, labels = batch(seed=seed)
+            step(images.to(device), labels.to(device), lr=0.05)
+        losses.append(step.metrics()[0])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)

@@ -1,0 +1,304 @@
+"""train.py through its command line: modes, the files of a run, resuming, errors that a person can mend."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import freeze
+import runs
+import sources
+import train
+
+ROOT = Path(train.__file__).parent
+SMALL = ["--arch", "resnet8", "--batch-size", "32", "--epochs", "3", "--milestones", "1", "2"]
+SMALL += ["--no-compile", "--device", "cpu"]
+MODES = ("all", "none", "random", "bn_only", "bn_main", "shortcut", "output", "conv", "bn+output")
+
+
+@pytest.fixture
+def small(tiny_folder, tmp_path, monkeypatch):
+    """Options of a run of a few seconds, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    return [*SMALL, "--data", str(tiny_folder), "--data-dir", str(tiny_folder.parent / "prepared")]
+
+
+def only_run(root: Path = Path("runs")) -> Path:
+    (folder,) = root.iterdir()
+    return folder
+
+
+def summary(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def cli(arguments, **settings) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, **settings)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_runs_from_the_command_line(small, mode):
+    before = freeze.create(recipe_of(small, mode))
+    ended = cli([*small, "--mode", mode])
+    assert ended.returncode == 0, ended.stderr
+    folder = only_run()
+    assert folder.name == f"tiny-resnet8-{freeze.canonical_mode(mode)}-s0-epochs3-milestones1_2-batch_size32"
+    result = summary(folder)
+    assert result["status"] == "done" and result["params_trained"] == freeze.count(before)[1]
+    after, _ = freeze.restore(folder)
+    assert result["frozen_sha256"] == freeze.frozen_sha256(before) == freeze.frozen_sha256(after)
+    assert len(re.findall(r"^\[tiny\] epoch \d/3  lr ", ended.stdout, re.MULTILINE)) == 3
+
+
+def recipe_of(small, mode) -> dict:
+    options, _ = train.parse_options([*small, "--mode", mode])
+    recipe = {key: getattr(options, key) for key in freeze.RECIPE if hasattr(options, key)}
+    return recipe | {"classes": ["ash", "elm", "oak", "yew"]}
+
+
+def test_a_run_leaves_the_files_that_people_rely_on(small):
+    assert train.main(small) == 0
+    folder = only_run()
+    assert {entry.name for entry in folder.iterdir()} == {
+        ".lock",
+        "config.json",
+        "metrics.jsonl",
+        "model.safetensors",
+        "summary.json",
+    }
+    keys = {"epoch", "lr", "train_loss", "train_acc", "test_loss", "test_acc", "epoch_s", "images_per_s"}
+    rows = metrics(folder)
+    assert [set(row) for row in rows] == [keys] * 3
+    assert [row["lr"] for row in rows] == pytest.approx([0.1, 0.01, 0.001])
+    result = summary(folder)
+    assert {"status", "params_total", "params_trained", "final_test_acc", "best_test_acc", "train_s"} <= set(
+        result
+    )
+    assert {"startup_s", "peak_memory_bytes", "checkpoint_bytes", "full_bytes", "arch", "mode"} <= set(result)
+    assert result["final_test_acc"] == rows[-1]["test_acc"] <= result["best_test_acc"]
+    assert result["train_s"] == pytest.approx(sum(row["epoch_s"] for row in rows))
+    assert result["checkpoint_bytes"] == (folder / "model.safetensors").stat().st_size
+    config = json.loads((folder / "config.json").read_text())
+    assert config["options"]["lr"] == 0.1 and config["recipe"]["dtype"] in ("fp32", "bf16")
+    assert config["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert re.fullmatch("[0-9a-f]{16}", config["recipe"]["fingerprint"]) and config["device_name"]
+
+
+def test_training_learns(small):
+    assert train.main([*small, "--mode", "all", "--epochs", "8", "--milestones", "6", "--no-augment"]) == 0
+    assert summary(only_run())["final_test_acc"] > 60  # of four classes
+
+
+def test_evaluate_reproduces_the_final_accuracy(small, capsys):
+    assert train.main(small) == 0
+    folder, prepared = only_run(), small[small.index("--data-dir") + 1]
+    data_options = ["--data", small[small.index("--data") + 1], "--data-dir", prepared, "--device", "cpu"]
+    assert freeze.main(["rebuild", str(folder), "--out", "full.safetensors"]) == 0
+    for source in (str(folder), "full.safetensors"):
+        capsys.readouterr()
+        assert freeze.main(["evaluate", source, *data_options]) == 0
+        said = capsys.readouterr().out
+        assert said.startswith(f"{summary(folder)['final_test_acc']:.2f} % test accuracy")
+        assert f"loss {metrics(folder)[-1]['test_loss']:.4f}" in said
+
+
+def test_eval_every_skips_evaluations_but_not_the_last(small):
+    assert train.main([*small, "--eval-every", "2"]) == 0
+    assert [row["test_acc"] is None for row in metrics(only_run())] == [True, False, False]
+
+
+@pytest.mark.parametrize("settings", [["--mode", "random"], ["--optimizer", "adam", "--dtype", "fp16"]])
+def test_a_resumed_run_equals_an_uninterrupted_one(small, monkeypatch, settings):
+    assert train.main([*small, *settings, "--out", "whole"]) == 0
+    log = runs.Run.log
+
+    def interrupted_log(run, row):
+        log(run, row)  # epoch 2's metrics are written, its last.pt is not
+        if row["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runs.Run, "log", interrupted_log)
+        assert train.main([*small, *settings]) == 1
+    halved = only_run()
+    assert summary(halved)["status"] == "interrupted" and summary(halved)["epochs_done"] == 2
+    assert train.main([*small, *settings, "--resume"]) == 0
+    whole = only_run(Path("whole"))
+    for a, b in zip(metrics(whole), metrics(halved), strict=True):
+        assert {k: a[k] for k in a if k not in ("epoch_s", "images_per_s")} == {
+            k: b[k] for k in b if k not in ("epoch_s", "images_per_s")
+        }
+    tensors, again = load_file(whole / "model.safetensors"), load_file(halved / "model.safetensors")
+    assert all(torch.equal(tensors[name], again[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("kill, status", [(signal.SIGTERM, "interrupted"), (signal.SIGKILL, None)])
+def test_a_killed_run_resumes(small, kill, status):
+    many = [*small, "--epochs", "12", "--milestones", "8"]
+    running = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *many], stderr=subprocess.PIPE, text=True
+    )
+    while running.poll() is None and not list(Path().glob("runs/*/last.pt")):
+        time.sleep(0.05)
+    running.send_signal(kill)
+    _, said = running.communicate(timeout=30)
+    folder = only_run()
+    assert 0 < len(metrics(folder)) < 12
+    if status:
+        assert running.returncode == 1 and "--resume goes on after epoch" in said and "Traceback" not in said
+        assert summary(folder)["status"] == status
+    resumed = cli([*many, "--resume"])
+    assert resumed.returncode == 0 and "continuing" in resumed.stderr
+    assert summary(folder)["status"] == "done" and not (folder / "last.pt").exists()
+    assert [row["epoch"] for row in metrics(folder)] == list(range(1, 13))
+
+
+def test_a_done_run_is_not_run_again(small, capsys):
+    assert train.main(small) == 0
+    before = (only_run() / "metrics.jsonl").stat().st_mtime_ns
+    assert train.main(small) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert train.main([*small, "--resume"]) == 0
+    assert "test accuracy" in capsys.readouterr().out
+    assert (only_run() / "metrics.jsonl").stat().st_mtime_ns == before
+    assert train.main([*small, "--overwrite"]) == 0
+    assert (only_run() / "metrics.jsonl").stat().st_mtime_ns > before
+
+
+def test_resuming_on_other_images_is_refused(small, tiny_folder, tmp_path, capsys):
+    copy = tmp_path / "other" / "tiny"
+    copy.parent.mkdir()
+    subprocess.run(["cp", "-r", str(tiny_folder), str(copy)], check=True)
+    next(copy.glob("train/ash/*")).unlink()
+    assert train.main(small) == 0
+    assert train.main([*small, "--data", str(copy), "--resume"]) == 2
+    assert "fingerprint" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_at_once(small, capsys):
+    assert train.main([*small, "--mode", "all", "--lr", "1e30"]) == 1
+    error = capsys.readouterr().err
+    assert re.search(r"the loss is not finite at epoch 1, step 2\b", error), error
+    result = summary(only_run())
+    assert result["status"] == "diverged" and result["final_test_acc"] is None and "step 2" in result["why"]
+    assert not (only_run() / "model.safetensors").exists()
+
+
+def test_seeds_give_different_runs_and_the_same_seed_the_same(small):
+    for out, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        assert train.main([*small, "--epochs", "1", "--out", out, "--seed", seed]) == 0
+    a, b, c = (metrics(only_run(Path(out)))[0]["train_loss"] for out in "abc")
+    assert a == b != c
+
+
+def test_quick_takes_synthetic_images_where_cifar10_cannot_be_had_and_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sources.URLS, "cifar10", "http://127.0.0.1:9/cifar-10-python.tar.gz")
+    small = ["--quick", "--arch", "resnet8", "--train-subset", "200", "--epochs", "1", "--no-compile"]
+    assert train.main(small) == 0
+    said = capsys.readouterr()
+    assert "synthetic" in said.err
+    assert "[synthetic quick] epoch 1/1" in said.out
+    assert re.search(r"│ data +│ synthetic .*, --quick", said.out)  # in the table at the end
+    assert only_run().name.startswith("synthetic-resnet8-bn_only-s0-quick-")
+    result = summary(only_run())
+    assert result["data"] == "synthetic" and result["quick"] and "synthetic" in result["data_title"]
+    assert train.main([*small, "--data", "cifar10", "--overwrite"]) == 2  # asked for by name: no substitute
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        ("--arch resnet33", "--arch resnet33"),
+        ("--mode bnn", "--mode bnn"),
+        ("--epochs 0", "--epochs 0"),
+        ("--epochs two", "--epochs"),
+        ("--lr nan", "--lr nan"),
+        ("--batch-size -1", "--batch-size"),
+        ("--batch-size 97", "batch"),
+        ("--milestones 2 1", "--milestones 2 1"),
+        ("--seed -1", "--seed -1"),
+        ("--label-smoothing 1", "--label-smoothing"),
+        ("--train-subset 33", "33"),
+        ("--train-subset 400", "400"),
+        ("--shortcut none", "--shortcut"),
+        ("--no-such-option", "--no-such-option"),
+        ("--resume --overwrite", "--resume"),
+        ("--data no_such_folder", "no_such_folder"),
+        ("--init-from absent.pt", "absent.pt"),
+        ("--mode shortcut --shortcut pad", "shortcut"),
+        ("--mode random --per-channel 28", "--per-channel 28"),
+        ("--out {file}", "--out"),
+    ],
+)
+def test_an_error_the_user_can_mend_is_a_line_or_two_and_exit_status_2(small, capsys, options, named):
+    Path("file").write_text("")
+    assert train.main([*small, *options.format(file="file").split()]) == 2
+    said = capsys.readouterr()
+    assert named in said.err and said.err.count("\n") <= 2 and "Traceback" not in said.err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU, and there is one")
+def test_asking_for_cuda_without_a_gpu_is_refused(small, capsys):
+    assert train.main([*small, "--device", "cuda"]) == 2
+    assert "no CUDA GPU" in capsys.readouterr().err
+
+
+def test_milestones_past_the_end_are_pointed_out(small, capsys):
+    assert train.main([*small, "--milestones", "80", "120"]) == 0
+    assert "the learning rate stays 0.1" in capsys.readouterr().err
+
+
+def test_a_terminal_shows_live_progress(small):
+    ours, theirs = os.openpty()
+    environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "160", "LINES": "40"}
+    command = [sys.executable, str(ROOT / "train.py"), *small]
+    with subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment) as running:
+        os.close(theirs)
+        seen = b""
+        try:
+            while chunk := os.read(ours, 65536):
+                seen += chunk
+        except OSError:  # the other side has closed
+            pass
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen.decode())
+    assert running.returncode == 0
+    assert "epoch 3/3" in text and "━" in text and "test accuracy" in text and "parameters trained" in text
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["bn_only", "random", "all"])
+def test_a_run_on_the_gpu(small, mode):
+    assert train.main([*small, "--device", "cuda", "--mode", mode]) == 0
+    assert summary(only_run())["peak_memory_bytes"] > 0
+
+
+def test_resnet14_reaches_30_percent_on_real_images_in_two_epochs(cifar10_folder, tmp_path):
+    options = [
+        "--arch",
+        "resnet14",
+        "--mode",
+        "bn_only",
+        "--data",
+        "cifar10",
+        "--epochs",
+        "2",
+        "--milestones",
+        "1",
+    ]
+    ended = cli([*options, "--data-dir", str(cifar10_folder), "--out", str(tmp_path)])
+    assert ended.returncode == 0, ended.stderr
+    assert summary(only_run(tmp_path))["final_test_acc"] >= 30
