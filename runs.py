@@ -89,6 +89,11 @@ class Run:
     def write_json(self, name: str, content: dict) -> None:
         write_atomically(self.path / name, json.dumps(content, indent=1) + "\n")
 
+    def start(self, config: dict) -> None:
+        """Write the configuration, and take back how an earlier attempt ended."""
+        self.write_json("config.json", config)
+        (self.path / "summary.json").unlink(missing_ok=True)
+
     def log(self, row: dict) -> None:
         """Add one epoch's metrics. The whole file is replaced: 160 short lines, and never half a line."""
         self.rows.append(row)

@@ -29,6 +29,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 import data
 import freeze
@@ -262,9 +263,7 @@ class Display:
         self.what = f"{dataset.name}{' quick' if options.quick else ''}"
         console = Console()
         self.live = console.is_terminal
-        console.print(
-            f"{run.path}\n{options.arch}, {options.mode}, {dataset.title}", highlight=False, soft_wrap=True
-        )
+        console.print(Text(f"{run.path}\n{options.arch}, {options.mode}, {dataset.title}"), soft_wrap=True)
         columns = (
             BarColumn(),
             MofNCompleteColumn(),
@@ -319,7 +318,7 @@ def show_results(run: runs.Run) -> None:
         "seed checkpoint": f"{size:,} bytes, {100 * size / result['full_bytes']:.2f} % of all weights",
         "folder": str(run.path),
     }.items():
-        table.add_row(name, value)
+        table.add_row(name, Text(value))  # as it is: brackets in a path are no markup
     Console().print(table)
 
 
@@ -411,7 +410,7 @@ def train(options: Options, dataset: data.Dataset) -> None:
             schedule.load_state_dict(state["schedule"])
             at = state["at"]
             note(f"continuing {run.path} after epoch {at['epoch']}")
-        run.write_json("config.json", config)
+        run.start(config)
         steps_total = options.epochs * len(train_loader)
         display = Display(options, dataset, run, steps_total, at["epoch"] * len(train_loader))
 
