@@ -103,7 +103,7 @@ def class_subset(labels: np.ndarray, count: int, rng: np.random.RandomState) -> 
     each, rest = divmod(count, len(classes))
     if rest or not 1 <= each <= sizes.min():
         most = sizes.min() * len(classes)
-        raise DataError(f"a subset of {count} images: give a multiple of {len(classes)}, up to {most}")
+        raise DataError(f"--train-subset {count}: give a multiple of {len(classes)} (classes), up to {most}")
     return np.sort(np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:each] for c in classes]))
 
 
@@ -390,13 +390,13 @@ def _new_beton(path: Path, labels: np.ndarray, size: int) -> dict[str, object]:
     writer = DatasetWriter(str(path), fields, page, num_workers=1)
     writer.num_samples = count
     writer.prepare()
-    images_at = -(-writer.data_region_start // 4096) * 4096
-    rows, table = np.zeros(count, writer.metadata_type), np.zeros(count, ALLOC_TABLE_TYPE)
-    image, label = rows.dtype.names
-    rows[image]["mode"], rows[image]["height"], rows[image]["width"] = IMAGE_MODES["raw"], size, size
-    rows[image]["data_ptr"] = table["ptr"] = images_at + np.arange(count) * each
-    rows[label], table["sample_id"], table["size"] = labels, np.arange(count), each
-    try:
+    try:  # it holds shared memory from here on
+        images_at = -(-writer.data_region_start // 4096) * 4096
+        rows, table = np.zeros(count, writer.metadata_type), np.zeros(count, ALLOC_TABLE_TYPE)
+        image, label = rows.dtype.names
+        rows[image]["mode"], rows[image]["height"], rows[image]["width"] = IMAGE_MODES["raw"], size, size
+        rows[image]["data_ptr"] = table["ptr"] = images_at + np.arange(count) * each
+        rows[label], table["sample_id"], table["size"] = labels, np.arange(count), each
         writer.metadata_sm.buf[: rows.nbytes] = rows.tobytes()
         with open(path, "r+b") as file:
             os.posix_fallocate(file.fileno(), 0, images_at + count * each)

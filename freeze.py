@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,9 +33,8 @@ TABLE_ARCHS += [f"vgg{depth}" for depth in (11, 13, 16, 19)]
 
 # What the seed checkpoint's metadata records for `restore` and `evaluate`.
 RECIPE = {
-    **dict.fromkeys(
-        ("arch", "mode", "shortcut", "conv_init", "bn_init", "data", "fingerprint", "dtype"), str
-    ),
+    **dict.fromkeys(("arch", "mode", "shortcut", "conv_init", "bn_init"), str),
+    **dict.fromkeys(("data", "fingerprint", "dtype", "device"), str),
     **dict.fromkeys(("seed", "per_channel", "image_size", "batch_size"), int),
     **dict.fromkeys(("classes", "mean", "std"), list),
     **{"init_from": (str, type(None)), "compile": bool},
@@ -144,6 +144,13 @@ def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return state | {n: b for n, b in model.named_buffers() if n.endswith(("running_mean", "running_var"))}
 
 
+def set_steps(model: nn.Module, steps: int) -> None:
+    """Set BatchNorm's counts of training batches, which `trained_state` leaves out: they are all the same."""
+    for name, buffer in model.named_buffers():
+        if name.endswith("num_batches_tracked"):
+            buffer.fill_(steps)
+
+
 def full_bytes(model: nn.Module) -> int:
     """The size in bytes of every weight and BatchNorm statistic, which a full checkpoint would hold."""
     return sum(
@@ -173,15 +180,26 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata() or {}
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, not a dict
-        recipe = json.loads(metadata["recipe"])
-        wrong = [key for key, kind in RECIPE.items() if not isinstance(recipe[key], kind)]
-        if wrong or not metadata["steps"].isdecimal() or len(metadata["full_sha256"]) != 64:
-            raise ValueError(f"unusable metadata {wrong}")
+        check_recipe(json.loads(metadata["recipe"]))
+        if not 0 <= int(metadata["steps"]) < 2**63 or len(metadata["full_sha256"]) != 64:
+            raise ValueError("steps or full_sha256 are out of range")
     except FileNotFoundError:
         raise FreezeError(f"{path}: there is no such run or file") from None
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise FreezeError(f"{file} is no checkpoint of train.py ({error!r}); give a run folder") from None
     return tensors, metadata
+
+
+def check_recipe(recipe: dict) -> None:
+    """ValueError, KeyError or TypeError for what train.py would not have written."""
+    wrong = {key for key, kind in RECIPE.items() if not isinstance(recipe[key], kind)}
+    wrong |= {key for key in ("image_size", "batch_size", "per_channel") if not 0 < recipe[key] < 65536}
+    wrong |= {key for key in ("mean", "std") if [type(x) for x in recipe[key]] != [float] * 3}
+    wrong |= {"classes"} if not all(isinstance(name, str) for name in recipe["classes"] or [0]) else set()
+    wrong |= {"seed"} if not 0 <= recipe["seed"] < 2**64 else set()
+    wrong |= {"dtype"} if recipe["dtype"] not in step.DTYPES else set()
+    if wrong:
+        raise ValueError(f"unusable: {', '.join(sorted(wrong))}")
 
 
 def create(recipe: dict, say: Callable[[str], None] = lambda line: None) -> nn.Module:
@@ -222,9 +240,7 @@ def restore(path: str | Path, init_from: str | None = None) -> tuple[nn.Module, 
         raise FreezeError(
             f"{path} does not match its recipe: {str(error).splitlines()[-1].strip()}"
         ) from None
-    for name, buffer in model.named_buffers():
-        if name.endswith("num_batches_tracked"):
-            buffer.fill_(int(metadata["steps"]))
+    set_steps(model, int(metadata["steps"]))
     if unexpected or _sha256(full_state(model)) != metadata["full_sha256"]:
         raise FreezeError(
             f"{path} does not match: its tensors are not those that were trained; it was altered"
@@ -234,30 +250,42 @@ def restore(path: str | Path, init_from: str | None = None) -> tuple[nn.Module, 
 
 def rebuild(run: str | Path, out: str | Path, init_from: str | None = None) -> None:
     """Write every weight of `run` to `out` (.safetensors), bit for bit as trained."""
+    if Path(out).is_dir() or not Path(out).absolute().parent.is_dir():
+        raise FreezeError(f"--out {out}: name a file in a folder that exists")
     model, _ = restore(run, init_from)
     _, metadata = read_checkpoint(run)
-    kept = {key: metadata[key] for key in ("arch", "mode", "seed", "recipe", "steps", "full_sha256")}
+    kept = {key: value for key, value in metadata.items() if key != "frozen_sha256"}
     runs.write_atomically(Path(out), save(full_state(model), kept))
 
 
 def evaluate(
-    path: str | Path, data_name: str | None, data_dir: str, device: str, init_from: str | None = None
+    path: str | Path,
+    data_name: str | None = None,
+    data_dir: str | None = None,
+    device: str = "auto",
+    init_from: str | None = None,
 ) -> str:
-    """Test loss and accuracy of a run or file, computed as the run did, as a line of text."""
+    """Test loss and accuracy of a run or file, computed as the run did, as a line of text.
+
+    Without `data_name` the images are the run's, looked for where the run found them.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise FreezeError("--device cuda: torch finds no CUDA GPU here; leave it out, or use --device cpu")
+    on = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     model, recipe = restore(path, init_from)
-    on = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    dataset = data.open_dataset(
-        data_name or recipe["data"], data_dir, image_size=recipe["image_size"], say=note
-    )
+    options = (runs.Run(Path(path)).config or {}).get("options", {}) if Path(path).is_dir() else {}
+    data_name = data_name or options.get("data") or recipe["data"]
+    data_dir = data_dir or options.get("data_dir") or "data"
+    dataset = data.open_dataset(data_name, data_dir, image_size=recipe["image_size"], say=note)
     dataset = dataclasses.replace(dataset, mean=tuple(recipe["mean"]), std=tuple(recipe["std"]))
     if dataset.classes != tuple(recipe["classes"]):
-        raise FreezeError(
-            f"--data {dataset.name}: its classes are not the {len(recipe['classes'])} of {path}"
-        )
+        raise FreezeError(f"--data {dataset.name}: its classes are not those of {path}")
     if dataset.fingerprint != recipe["fingerprint"]:
         note(f"these are not the images of the run ({dataset.fingerprint}, not {recipe['fingerprint']})")
+    if on.type != recipe["device"]:
+        note(f"the run was on {recipe['device']}, this is {on.type}: the last digits may differ")
     model.to(on, memory_format=torch.channels_last)
-    if recipe["compile"]:
+    if recipe["compile"] and on.type == recipe["device"]:
         step.compile_units(model)
     dtype = step.DTYPES[recipe["dtype"]]
     loader = data.make_loader(dataset, "test", batch_size=recipe["batch_size"], device=on, dtype=dtype)
@@ -301,11 +329,13 @@ def main(argv: list[str] | None = None) -> int:
         if name == "rebuild":
             command.add_argument("--out", required=True, help="the .safetensors file to write")
         else:
-            command.add_argument("--data", help="another data set than the run's")
-            command.add_argument("--data-dir", default="data")
+            command.add_argument("--data", help="a data set or folder; default: the run's")
+            command.add_argument("--data-dir", help="default: the run's")
             command.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     options = parser.parse_args(argv)
     try:
+        if options.command == "table" and options.num_classes < 1:
+            raise FreezeError(f"--num-classes {options.num_classes}: must be 1 or more")
         if options.command == "table":
             header = ["arch", "shortcut", "total", "bn", "bn/total", *PARTS[1:], "random (2)"]
             rows = [header, *table(options.arch, options.num_classes)]
@@ -321,7 +351,9 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{options.out}: every weight of {options.run}, verified by its SHA-256")
         else:
             print(evaluate(options.run, options.data, options.data_dir, options.device, options.init_from))
-    except (FreezeError, models.ModelError, data.DataError, OSError) as error:
+    except BrokenPipeError:  # the reader has seen enough, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (FreezeError, models.ModelError, data.DataError, runs.RunError, OSError) as error:
         note(str(error))
         return 2
     return 0

@@ -207,6 +207,8 @@ def build(arch: str, num_classes: int = 10, shortcut: str = "projection") -> nn.
             return VGG(VGG_WIDTHS[int(vgg[1])], num_classes)
     elif resnet := re.fullmatch(r"resnet([1-9]\d*)(?:_w([1-9]\d*))?", arch):
         depth, width = int(resnet[1]), int(resnet[2] or 1)
+        if depth > 10_000 or width > 1_000:
+            raise ModelError(f"--arch {arch} is too large: at most 10000 layers, 1000 times as wide")
         if depth in IMAGENET_LAYERS:
             if resnet[2] is None:
                 block = BasicBlock if depth < 50 else Bottleneck
@@ -219,6 +221,21 @@ def build(arch: str, num_classes: int = 10, shortcut: str = "projection") -> nn.
         f"--arch {arch} is not known; try resnet14, 20, 32, 44, 56, 110 (any depth 6n+2 from 8), "
         "resnet14_w2 (any width),\nvgg11, 13, 16, 19, or the ImageNet family resnet18, 34, 50, 101, 152, 200"
     )
+
+
+def check_batches(arch: str, shortcut: str, batch_size: int, image_size: int) -> None:
+    """ModelError where the network cannot train on such batches: too small to normalise, or to halve."""
+    if batch_size > 1 and image_size >= 32:
+        return
+    with torch.device("meta"):
+        try:
+            build(arch, 2, shortcut)(torch.zeros(batch_size, 3, image_size, image_size))
+        except (RuntimeError, ValueError) as error:
+            why = str(error).splitlines()[0]
+            raise ModelError(
+                f"--arch {arch} cannot train on {batch_size} images of {image_size} pixels a step ({why});\n"
+                "use larger images (--image-size) or a larger --batch-size"
+            ) from None
 
 
 def stream(seed: int, name: str, index: int = 0) -> np.random.RandomState:

@@ -5,7 +5,8 @@
 #   bash run.sh pytest             the tests
 #   bash run.sh python train.py …  anything else
 #
-# Set-up: FFCV's system libraries (apt), a virtual environment in .venv, requirements.txt. PYTHON names another interpreter.
+# Set-up: FFCV's system libraries (apt), a virtual environment in .venv, requirements.txt. PYTHON names another
+# interpreter to make it with. Commands run in this folder, wherever they are typed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -38,7 +39,7 @@ system_packages() { # Debian's names of what is missing to make a virtual enviro
   pkg-config --exists libturbojpeg 2>/dev/null || echo libturbojpeg0-dev
 }
 
-install() {
+apt_install() {
   local root=()
   ((EUID == 0)) || root=(sudo -n)
   if ! command -v apt-get >/dev/null || ! "${root[@]}" true 2>/dev/null; then
@@ -61,7 +62,7 @@ set_up() {
   local packages python
   packages=$(system_packages)
   # shellcheck disable=SC2086 # one word per package
-  [[ -z $packages ]] || install $packages
+  [[ -z $packages ]] || apt_install $packages
   python=$(find_python)
   if [[ -z $python ]]; then
     say "needs Python 3.11 or newer; install it, or name one: PYTHON=/path/to/python3.12 bash run.sh"

@@ -87,40 +87,50 @@ class Run:
         return read_json(self.path / "config.json")
 
     def write_json(self, name: str, content: dict) -> None:
-        write_atomically(self.path / name, json.dumps(content, indent=1) + "\n")
+        write_atomically(self.path / name, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
     def start(self, config: dict) -> None:
         """Write the configuration, and take back how an earlier attempt ended."""
         self.write_json("config.json", config)
         (self.path / "summary.json").unlink(missing_ok=True)
 
-    def log(self, row: dict) -> None:
-        """Add one epoch's metrics. The whole file is replaced: 160 short lines, and never half a line."""
-        self.rows.append(row)
-        write_atomically(self.path / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in self.rows))
+    def end_epoch(self, row: dict, state: dict) -> None:
+        """Keep one epoch's metrics, and `state` (tensors, numbers, lists and dicts of them) to resume from.
 
-    def save_last(self, state: dict) -> None:
-        """Keep `state` (tensors, numbers, strings, lists and dicts of them) and the rows logged so far."""
+        last.pt goes first and holds the metrics too: killed between the two, a run loses nothing.
+        """
+        self.rows.append(row)
         beside = self.path / f".last.pt.{os.getpid()}"
         try:
             torch.save({**state, "rows": self.rows}, beside)
             os.replace(beside, self.path / "last.pt")
+        except RuntimeError as error:  # what torch.save makes of a full disk
+            raise OSError(
+                f"{self.path / 'last.pt'} cannot be written: {str(error).splitlines()[0]}"
+            ) from None
         finally:
             beside.unlink(missing_ok=True)
+        self.write_metrics()
+
+    def write_metrics(self) -> None:
+        """Replace the whole file: 160 short lines, and never half a line."""
+        lines = [json.dumps(row, allow_nan=False) + "\n" for row in self.rows]
+        write_atomically(self.path / "metrics.jsonl", "".join(lines))
 
     def load_last(self) -> dict | None:
-        """What `save_last` kept, or None; `rows` then stand where they stood. Runs no code from the file."""
+        """What `end_epoch` last kept, or None; the metrics are set back to it. Runs no code from the file."""
         path = self.path / "last.pt"
         if not path.exists():
             return None
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            self.rows = state.pop("rows")
+            self.rows = list(state.pop("rows"))
         except Exception as error:  # unpickling rubbish fails in many ways
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise RunError(
                 f"{path} cannot be resumed from ({reason});\nstart again with --overwrite"
             ) from None
+        self.write_metrics()
         return state
 
     def finish(self, summary: dict) -> None:
@@ -138,25 +148,25 @@ def open_run(root: str | Path, name: str, resume: bool = False, overwrite: bool 
     (start again).
     """
     path = Path(root) / name
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"--out {root}: cannot make a folder there ({error.strerror})") from None
     lock = FileLock(path / ".lock")
     try:
+        path.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         raise RunError(f"{path} is in use by another process; wait for it, or choose another --out") from None
+    except OSError as error:
+        raise RunError(f"--out {root}: cannot use {path} ({error.strerror})") from None
     try:
-        for leftover in path.glob(".*.*"):  # of a process that was killed while it wrote
-            leftover.unlink()
-        started = (path / "config.json").exists()
-        if started and overwrite:
-            for entry in path.iterdir():
-                if entry.name != ".lock":
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        elif started and not resume:
-            raise RunError(f"{path} exists; add --resume to continue it, or --overwrite to start again")
+        try:
+            for leftover in path.glob(".*.*"):  # of a process that was killed while it wrote
+                leftover.unlink()
+            entries = [entry for entry in path.iterdir() if entry.name != ".lock"]
+            if entries and not resume and not overwrite:
+                raise RunError(f"{path} exists; add --resume to continue it, or --overwrite to start again")
+            for entry in entries if overwrite else ():
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        except OSError as error:
+            raise RunError(f"--out {root}: cannot use {path} ({error.strerror})") from None
         yield Run(path)
     finally:
         lock.release()

@@ -20,12 +20,12 @@ def default_dtype(device: torch.device) -> str:
     return "bf16" if getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() else "fp32"
 
 
-def compile_units(model: nn.Module) -> None:
+def compile_units(model: nn.Module, backend: str = "inductor") -> None:
     """Compile each unit of `model`; units of the same shape share the compiled code, whatever the depth."""
     # One entry per stage, shortcut and train/eval: more than Dynamo's default limit, and no runaway.
     torch._dynamo.config.recompile_limit = 64
     for unit in model.units():
-        unit.compile(dynamic=False)
+        unit.compile(dynamic=False, backend=backend)
 
 
 class Schedule:

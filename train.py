@@ -14,9 +14,11 @@ import time
 STARTED = time.perf_counter()  # before the imports: start-up is what a user waits for
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
+import math
 import platform
 import resource
 import signal
@@ -26,12 +28,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 
 import data
+import display
 import freeze
 import models
 import runs
@@ -150,6 +149,9 @@ def check_ranges(options: Options) -> None:
         need(value is None or 0 < value < float("inf"), name, "greater than 0")
     for name in ("warmup_epochs", "momentum", "weight_decay", "gamma"):
         need(0 <= getattr(options, name) < float("inf"), name, "0 or more")
+    for name in ("arch", "data", "data_dir", "out", "init_from"):
+        need(getattr(options, name) != "", name, "a name, not nothing")
+    need(not options.image_size or options.image_size < 65536, "image_size", "below 65536")
     need(0 <= options.seed < 2**64, "seed", "from 0 to 2**64 - 1")
     need(0 <= options.label_smoothing < 1, "label_smoothing", "at least 0 and below 1")
     increasing = sorted({m for m in options.milestones if m > 0})
@@ -186,11 +188,13 @@ def cell_name(options: Options, dataset: data.Dataset) -> str:
     differing = {"quick": True} if options.quick else {}
     for name, value in dataclasses.asdict(options).items():
         if name not in named and value != getattr(defaults, name):
-            differing[name] = value
+            differing[name] = Path(value).stem if name == "init_from" else value
     return runs.run_name(dataset.name, options.arch, options.mode, options.seed, differing)
 
 
-def describe(options: Options, recipe: dict, dataset: data.Dataset, device: torch.device) -> dict:
+def describe(
+    options: Options, recipe: dict, frozen_sha256: str, dataset: data.Dataset, device: torch.device
+) -> dict:
     """The content of config.json: what was asked for, what it came to, and on what."""
 
     def version(package: str) -> str | None:
@@ -218,6 +222,7 @@ def describe(options: Options, recipe: dict, dataset: data.Dataset, device: torc
     return {
         "options": dataclasses.asdict(options) | {"milestones": list(options.milestones)},
         "recipe": recipe,
+        "frozen": {"sha256": frozen_sha256},
         "data_title": dataset.title,
         "device": device.type,
         "device_name": device_name,
@@ -228,10 +233,16 @@ def describe(options: Options, recipe: dict, dataset: data.Dataset, device: torc
 
 def refuse_another_run(run: runs.Run, config: dict) -> None:
     """RunError where the folder holds a run that `config` does not describe."""
-    before = run.config or config
-    for part in ("options", "recipe"):
+    before = run.config
+    if before is None:
+        if (run.path / "last.pt").exists():
+            raise runs.RunError(f"{run.path} has no config.json; start again with --overwrite")
+        return
+    for part in ("options", "recipe", "frozen"):
+        if not isinstance(before.get(part), dict):
+            raise runs.RunError(f"{run.path / 'config.json'} is damaged; start again with --overwrite")
         for name, value in config[part].items():
-            was = before.get(part, {}).get(name)
+            was = before[part].get(name, value)  # an option that did not exist then had its default
             if was != value and name not in LOGISTIC | {"data"}:
                 raise runs.RunError(
                     f"{run.path} was run with {name} {was}, not {value};\nuse --overwrite or another --out"
@@ -245,81 +256,8 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
 
 
-# ----------------------------------------------------------------------------------------------------------
-# What a person sees
-
-
 def note(line: str) -> None:
     print(f"train.py: {line}", file=sys.stderr, flush=True)
-
-
-class Display:
-    """Progress of a run: live bars on a terminal, one line per epoch into a file or pipe."""
-
-    def __init__(
-        self, options: Options, dataset: data.Dataset, run: runs.Run, all_steps: int, steps_done: int
-    ):
-        self.epochs = options.epochs
-        self.what = f"{dataset.name}{' quick' if options.quick else ''}"
-        console = Console()
-        self.live = console.is_terminal
-        console.print(Text(f"{run.path}\n{options.arch}, {options.mode}, {dataset.title}"), soft_wrap=True)
-        columns = (
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}"),
-        )
-        self.bars = Progress(
-            TextColumn("{task.description}"), *columns, console=console, disable=not self.live
-        )
-        self.run_bar = self.bars.add_task(self.what, total=all_steps, completed=steps_done, text="")
-        self.epoch_bar = self.bars.add_task("epoch", total=all_steps // options.epochs, text="")
-
-    def start_epoch(self, epoch: int) -> None:
-        self.bars.reset(self.epoch_bar, description=f"epoch {epoch}/{self.epochs}")
-        self.began = self.looked = time.perf_counter()
-
-    def step(self, step: steps.Step) -> None:
-        """Advance by a step; twice a second at most, look at the device's numbers, which waits for them."""
-        if not self.live:
-            return
-        self.bars.advance(self.run_bar)
-        self.bars.advance(self.epoch_bar)
-        if (now := time.perf_counter()) > self.looked + 0.5:
-            self.looked = now
-            loss, accuracy = step.metrics()
-            rate = step.seen / (now - self.began)
-            self.bars.update(self.epoch_bar, text=f"{rate:,.0f} images/s  loss {loss:.3f}  {accuracy:.1f} %")
-
-    def end_epoch(self, row: dict) -> None:
-        text = f"train {row['train_loss']:.3f} {row['train_acc']:5.2f} %"
-        if row["test_acc"] is not None:
-            text += f"  test {row['test_loss']:.3f} {row['test_acc']:5.2f} %"
-        self.bars.update(self.run_bar, text=text)
-        if not self.live:
-            rate = f"{row['images_per_s']:,.0f} images/s" if row["images_per_s"] else ""
-            epoch = f"epoch {row['epoch']}/{self.epochs}  lr {row['lr']:.4g}"
-            print(f"[{self.what}] {epoch}  {text}  {row['epoch_s']:.1f} s  {rate}".rstrip(), flush=True)
-
-
-def show_results(run: runs.Run) -> None:
-    """The table at the end of a run, from its summary."""
-    result = run.summary
-    size = result["checkpoint_bytes"]
-    table = Table(title=f"{result['arch']}, {result['mode']}, seed {result['seed']}", show_header=False)
-    table.add_column()
-    table.add_column(overflow="fold")
-    for name, value in {
-        "data": f"{result['data_title']}, {result['epochs']} epochs{', --quick' if result['quick'] else ''}",
-        "test accuracy": f"{result['final_test_acc']:.2f} %  (best epoch {result['best_test_acc']:.2f} %)",
-        "parameters trained": f"{result['params_trained']:,} of {result['params_total']:,}",
-        "time": f"{result['train_s']:,.1f} s, after {result['startup_s']:.1f} s of start-up",
-        "seed checkpoint": f"{size:,} bytes, {100 * size / result['full_bytes']:.2f} % of all weights",
-        "folder": str(run.path),
-    }.items():
-        table.add_row(name, Text(value))  # as it is: brackets in a path are no markup
-    Console().print(table)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -331,15 +269,15 @@ class RunFailed(Exception):
 
 
 def train_epoch(
-    epoch: int, step: steps.Step, schedule: steps.Schedule, loader: Any, display: Display, at: dict
+    epoch: int, step: steps.Step, schedule: steps.Schedule, loader: Any, bars: display.Display, at: dict
 ) -> dict:
     """One pass over the training images: its row of metrics, without the evaluation's.
 
-    The run's first step, which compiles, counts as start-up and not as training. Raises FloatingPointError,
+    A process's first step, which compiles, counts as start-up and not as training. Raises FloatingPointError,
     naming epoch and step, at a loss that is not finite.
     """
     step.start_epoch()
-    display.start_epoch(epoch)
+    bars.start_epoch(epoch)
     first_step, untimed_images, began = (epoch - 1) * len(loader), 0, time.perf_counter()
     look_every = 1 if step.device.type == "cpu" else 50  # to look at a GPU's numbers is to wait for it
     for i, (images, labels) in enumerate(loader.epoch(epoch - 1)):
@@ -348,13 +286,14 @@ def train_epoch(
             raise FloatingPointError(
                 f"the loss is not finite at epoch {epoch}, step {bad + 1}; try a lower --lr"
             )
-        if at["startup_s"] is None:
+        if not at["started"]:
             untimed_images, began = len(labels), time.perf_counter()
-            at["startup_s"] = began - STARTED
-        display.step(step)
+            at |= {"started": True, "startup_s": at["startup_s"] + began - STARTED}
+        bars.step(step)
     train_loss, train_acc = step.metrics()
     seconds, images = time.perf_counter() - began, step.seen - untimed_images
-    row = {"epoch": epoch, "lr": schedule.lr(first_step), "train_loss": train_loss, "train_acc": train_acc}
+    lr = float(f"{schedule.lr(first_step):.6g}")
+    row = {"epoch": epoch, "lr": lr, "train_loss": train_loss, "train_acc": train_acc}
     return row | {"epoch_s": seconds, "images_per_s": images / seconds if images else None}
 
 
@@ -370,7 +309,8 @@ def train(options: Options, dataset: data.Dataset) -> None:
     recipe |= {key: list(getattr(dataset, key)) for key in ("classes", "mean", "std")}
     # Inductor's BatchNorm is several times slower than the eager one on a CPU, and takes a minute to compile.
     compiled = device.type == "cuda" if options.compile is None else options.compile
-    recipe |= {"dtype": dtype_name, "compile": compiled}
+    recipe |= {"dtype": dtype_name, "device": device.type, "compile": compiled}
+    models.check_batches(options.arch, options.shortcut, options.batch_size, dataset.image_size)
 
     # The network at its seed's weights, of which only what the mode trains has gradients
     model = freeze.create(recipe, say=note)
@@ -399,66 +339,103 @@ def train(options: Options, dataset: data.Dataset) -> None:
 
     with runs.open_run(options.out, cell_name(options, dataset), options.resume, options.overwrite) as run:
         # Where the run stopped, if it was run before
-        config = describe(options, recipe, dataset, device)
+        config = describe(options, recipe, frozen_sha256, dataset, device)
         refuse_another_run(run, config)
         if run.status == "done":
             return show_results(run)
-        at = {"epoch": 0, "train_s": 0.0, "startup_s": None, "best_test_acc": None}
-        if state := run.load_last():
-            model.load_state_dict(state["model"], strict=False)
-            step.load_state_dict(state["step"])
-            schedule.load_state_dict(state["schedule"])
-            at = state["at"]
+        at = {"epoch": 0, "train_s": 0.0, "startup_s": 0.0, "best_test_acc": None}
+        if (state := run.load_last()) is not None:
+            at = restore(run, state, model, step, schedule)
+            freeze.set_steps(model, at["epoch"] * len(train_loader))
             note(f"continuing {run.path} after epoch {at['epoch']}")
+        at["started"] = False
         run.start(config)
-        steps_total = options.epochs * len(train_loader)
-        display = Display(options, dataset, run, steps_total, at["epoch"] * len(train_loader))
+        title = f"{run.path}\n{options.arch}, {options.mode}, {dataset.title}"
+        what = f"{dataset.name} quick" if options.quick else dataset.name
+        bars = display.Display(title, what, options.epochs, len(train_loader), at["epoch"])
 
         # The epochs
         ending, checkpoint = {"status": "failed", "why": "an unforeseen error"}, b""
         try:
-            with display.bars:
+            with bars.bars:
                 for epoch in range(at["epoch"] + 1, options.epochs + 1):
-                    row = train_epoch(epoch, step, schedule, train_loader, display, at)
+                    row = train_epoch(epoch, step, schedule, train_loader, bars, at)
                     row |= {"test_loss": None, "test_acc": None}
+                    best = at["best_test_acc"]
                     if epoch % options.eval_every == 0 or epoch == options.epochs:
                         began = time.perf_counter()
                         row["test_loss"], row["test_acc"] = steps.evaluate(model, test_loader, dtype)
                         row["epoch_s"] += time.perf_counter() - began
-                        at["best_test_acc"] = max(row["test_acc"], at["best_test_acc"] or 0.0)
+                        best = max(best or 0.0, row["test_acc"])
+                        if not math.isfinite(row["test_loss"]):
+                            raise FloatingPointError(f"the test loss is not finite after epoch {epoch}")
                     schedule.epoch_ended(row["train_loss"])
-                    at |= {"epoch": epoch, "train_s": at["train_s"] + row["epoch_s"]}
-                    run.log(row)
+                    after = {"epoch": epoch, "train_s": at["train_s"] + row["epoch_s"], "best_test_acc": best}
                     state = {"model": freeze.trained_state(model), "step": step.state_dict()}
-                    run.save_last(state | {"schedule": schedule.state_dict(), "at": at})
-                    display.end_epoch(row)
+                    run.end_epoch(row, state | {"schedule": schedule.state_dict(), "at": at | after})
+                    at |= after
+                    bars.end_epoch(row)
             if freeze.frozen_sha256(model) != frozen_sha256:
                 raise AssertionError("frozen weights have changed")
-            checkpoint = freeze.seed_checkpoint(model, recipe, steps_total)
+            checkpoint = freeze.seed_checkpoint(model, recipe, options.epochs * len(train_loader))
             runs.write_atomically(run.path / "model.safetensors", checkpoint)
             ending = {"status": "done", "why": None}
         except FloatingPointError as error:
             ending = {"status": "diverged", "why": str(error)}
-        except torch.OutOfMemoryError:
-            ending["why"] = f"out of GPU memory at --batch-size {options.batch_size}; try a smaller one"
-            raise RunFailed(f"{run.path}: {ending['why']}") from None
+        except OSError as error:
+            ending["why"] = f"a file cannot be written: {error}"
         except KeyboardInterrupt:
             ending = {
                 "status": "interrupted",
                 "why": f"interrupted; --resume goes on after epoch {at['epoch']}",
             }
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            ending["why"] = f"out of memory at --batch-size {options.batch_size}; try a smaller one"
         finally:  # what came of it, also where an unforeseen error is passing through
             total, trained = freeze.count(model)
             summary = ending | {"params_total": total, "params_trained": trained}
             summary |= {"final_test_acc": run.rows[-1]["test_acc"] if ending["status"] == "done" else None}
-            summary |= {"best_test_acc": at["best_test_acc"], "epochs_done": at["epoch"]}
-            summary |= {"train_s": at["train_s"], "startup_s": at["startup_s"]}
-            summary |= {"peak_memory_bytes": peak_memory_bytes(device), "frozen_sha256": frozen_sha256}
+            summary |= {"epochs_done": at["epoch"], "peak_memory_bytes": peak_memory_bytes(device)}
+            summary |= {key: at[key] for key in ("best_test_acc", "train_s", "startup_s")}
             summary |= {"checkpoint_bytes": len(checkpoint) or None, "full_bytes": freeze.full_bytes(model)}
-            run.finish(summary | {"data_title": dataset.title} | config["options"] | {"data": dataset.name})
+            summary |= {"data_title": dataset.title, "frozen_sha256": frozen_sha256}
+            with contextlib.suppress(OSError if ending["status"] != "done" else ()):
+                run.finish(summary | config["options"] | {"data": dataset.name})
         if ending["status"] != "done":
             raise RunFailed(f"{run.path}: {ending['why']}")
         show_results(run)
+
+
+def restore(
+    run: runs.Run, state: dict, model: torch.nn.Module, step: steps.Step, schedule: steps.Schedule
+) -> dict:
+    """Put everything where `state`, of last.pt, left it; returns how far that was. RunError for rubbish."""
+    try:
+        if state["model"].keys() != freeze.trained_state(model).keys():
+            raise KeyError("its tensors are not those that this run trains")
+        model.load_state_dict(state["model"], strict=False)
+        step.load_state_dict(state["step"])
+        schedule.load_state_dict(state["schedule"])
+        return {key: state["at"][key] for key in ("epoch", "train_s", "startup_s", "best_test_acc")}
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise runs.RunError(
+            f"{run.path / 'last.pt'} cannot be resumed from ({reason});\nstart again with --overwrite"
+        ) from None
+
+
+def show_results(run: runs.Run) -> None:
+    try:
+        display.show_results(str(run.path), run.summary)
+    except (KeyError, TypeError):
+        raise runs.RunError(f"{run.path / 'summary.json'} is damaged; start again with --overwrite") from None
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether a GPU's memory or a CPU's was not enough; torch has a class of its own for the first only."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -470,8 +447,13 @@ def main(argv: list[str] | None = None) -> int:
     except (OptionError, data.DataError, models.ModelError, freeze.FreezeError, runs.RunError) as error:
         note(str(error))
         return 2
-    except RunFailed as error:
+    except (RunFailed, OSError) as error:
         note(str(error))
+        return 1
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        note("out of memory before the first step; try a smaller --batch-size, or --loader ffcv")
         return 1
     except KeyboardInterrupt:
         note("interrupted before the first epoch")

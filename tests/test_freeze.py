@@ -27,6 +27,7 @@ RECIPE = {
     "mean": [120.0] * 3,
     "std": [60.0] * 3,
     "dtype": "fp32",
+    "device": "cpu",
     "batch_size": 8,
     "compile": False,
 }
@@ -209,6 +210,14 @@ def altered(folder, out, *, recipe=None, tensor=None, metadata=None):
         ({"recipe": {"arch": "resnet9"}}, "is not known"),
         ({"recipe": {"conv_init": "x"}}, "initialisation x is not known"),
         ({"recipe": {"seed": "1"}}, "no checkpoint of train.py"),
+        ({"recipe": {"seed": -1}}, "unusable: seed"),
+        ({"recipe": {"dtype": "x", "batch_size": 0}}, "unusable: batch_size, dtype"),
+        (
+            {"recipe": {"mean": ["a"], "classes": [1], "image_size": 10**9}},
+            "unusable: classes, image_size, mean",
+        ),
+        ({"recipe": {"arch": "resnet44_w9999999999"}}, "too large"),
+        ({"metadata": {"steps": "9" * 30}}, "out of range"),
     ],
 )
 def test_a_checkpoint_that_does_not_match_is_refused(checkpoint, tmp_path, capsys, change, message):

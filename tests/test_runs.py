@@ -33,8 +33,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_an_existing_run_is_refused_resumed_or_overwritten(tmp_path):
     with runs.open_run(tmp_path, "a") as run:
         run.write_json("config.json", {"options": {}})
-        run.log({"epoch": 1})
-        run.save_last({"epoch": 1, "weights": torch.arange(3)})
+        run.end_epoch({"epoch": 1}, {"weights": torch.arange(3)})
     with pytest.raises(runs.RunError, match=r"--resume .* --overwrite"), runs.open_run(tmp_path, "a"):
         pass
     with runs.open_run(tmp_path, "a", resume=True) as run:
@@ -43,16 +42,44 @@ def test_an_existing_run_is_refused_resumed_or_overwritten(tmp_path):
         assert run.load_last() is None and run.config is None
 
 
-def test_metrics_of_an_epoch_that_was_not_kept_are_dropped_on_resuming(tmp_path):
+def test_a_run_killed_between_its_two_files_loses_no_epoch(tmp_path, monkeypatch):
     with runs.open_run(tmp_path, "a") as run:
-        run.log({"epoch": 1})
-        run.save_last({})
-        run.log({"epoch": 2})  # killed here, before last.pt
+        run.end_epoch({"epoch": 1}, {})
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(run, "write_metrics", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+            run.end_epoch({"epoch": 2}, {})  # last.pt is written, metrics.jsonl is not
+    assert len((tmp_path / "a" / "metrics.jsonl").read_text().splitlines()) == 1
     with runs.open_run(tmp_path, "a", resume=True) as run:
         run.load_last()
-        run.log({"epoch": 2, "again": True})
+        assert [row["epoch"] for row in run.rows] == [1, 2]
     lines = (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [{"epoch": 1}, {"epoch": 2, "again": True}]
+    assert [json.loads(line) for line in lines] == [{"epoch": 1}, {"epoch": 2}]
+
+
+def test_a_run_without_its_configuration_counts_as_begun(tmp_path):
+    with runs.open_run(tmp_path, "a") as run:
+        run.end_epoch({"epoch": 1}, {})
+    with pytest.raises(runs.RunError, match="--resume"), runs.open_run(tmp_path, "a"):
+        pass
+    with runs.open_run(tmp_path, "a", overwrite=True) as run:
+        assert run.load_last() is None
+
+
+def test_a_full_disk_keeps_the_last_epoch(tmp_path, monkeypatch):
+    with runs.open_run(tmp_path, "a") as run:
+        run.end_epoch({"epoch": 1}, {"x": 1})
+        monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(RuntimeError("write failed")))
+        with pytest.raises(OSError, match=r"last\.pt cannot be written: write failed"):
+            run.end_epoch({"epoch": 2}, {"x": 2})
+        assert run.load_last() == {"x": 1} and run.rows == [{"epoch": 1}]
+
+
+def test_what_is_not_a_number_is_not_written_as_json(tmp_path):
+    with (
+        runs.open_run(tmp_path, "a") as run,
+        pytest.raises(ValueError, match="JSON"),
+    ):
+        run.end_epoch({"test_loss": float("nan")}, {})
 
 
 def test_the_leftovers_of_a_killed_writer_are_removed(tmp_path):
@@ -83,7 +110,7 @@ def test_rubbish_in_a_run_folder_is_named(tmp_path):
 
 def test_last_pt_is_removed_when_the_run_is_done_and_kept_when_it_failed(tmp_path):
     with runs.open_run(tmp_path, "a") as run:
-        run.save_last({})
+        run.end_epoch({}, {})
         run.finish({"status": "diverged"})
         assert (run.path / "last.pt").exists() and run.status == "diverged"
         run.finish({"status": "done"})

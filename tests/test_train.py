@@ -9,11 +9,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from PIL import Image
 
+import data
 import freeze
+import models
 import runs
 import sources
 import train
@@ -21,6 +24,7 @@ import train
 ROOT = Path(train.__file__).parent
 SMALL = ["--arch", "resnet8", "--batch-size", "32", "--epochs", "3", "--milestones", "1", "2"]
 SMALL += ["--no-compile", "--device", "cpu"]
+CLASSES = sources.CLASSES["cifar10"].split()
 MODES = ("all", "none", "random", "bn_only", "bn_main", "shortcut", "output", "conv", "bn+output")
 
 
@@ -104,12 +108,11 @@ def test_training_learns(small):
 
 def test_evaluate_reproduces_the_final_accuracy(small, capsys):
     assert train.main(small) == 0
-    folder, prepared = only_run(), small[small.index("--data-dir") + 1]
-    data_options = ["--data", small[small.index("--data") + 1], "--data-dir", prepared, "--device", "cpu"]
+    folder, images = only_run(), small[small.index("--data") + 1]
     assert freeze.main(["rebuild", str(folder), "--out", "full.safetensors"]) == 0
-    for source in (str(folder), "full.safetensors"):
+    for source in ([str(folder)], ["full.safetensors", "--data", images]):
         capsys.readouterr()
-        assert freeze.main(["evaluate", source, *data_options]) == 0
+        assert freeze.main(["evaluate", *source, "--device", "cpu"]) == 0
         said = capsys.readouterr().out
         assert said.startswith(f"{summary(folder)['final_test_acc']:.2f} % test accuracy")
         assert f"loss {metrics(folder)[-1]['test_loss']:.4f}" in said
@@ -123,26 +126,26 @@ def test_eval_every_skips_evaluations_but_not_the_last(small):
 @pytest.mark.parametrize("settings", [["--mode", "random"], ["--optimizer", "adam", "--dtype", "fp16"]])
 def test_a_resumed_run_equals_an_uninterrupted_one(small, monkeypatch, settings):
     assert train.main([*small, *settings, "--out", "whole"]) == 0
-    log = runs.Run.log
+    end_epoch = runs.Run.end_epoch
 
-    def interrupted_log(run, row):
-        log(run, row)  # epoch 2's metrics are written, its last.pt is not
+    def interrupted(run, row, state):
         if row["epoch"] == 2:
             raise KeyboardInterrupt
+        end_epoch(run, row, state)
 
     with monkeypatch.context() as patched:
-        patched.setattr(runs.Run, "log", interrupted_log)
+        patched.setattr(runs.Run, "end_epoch", interrupted)
         assert train.main([*small, *settings]) == 1
     halved = only_run()
-    assert summary(halved)["status"] == "interrupted" and summary(halved)["epochs_done"] == 2
+    assert summary(halved)["status"] == "interrupted" and summary(halved)["epochs_done"] == 1
     assert train.main([*small, *settings, "--resume"]) == 0
     whole = only_run(Path("whole"))
     for a, b in zip(metrics(whole), metrics(halved), strict=True):
         assert {k: a[k] for k in a if k not in ("epoch_s", "images_per_s")} == {
             k: b[k] for k in b if k not in ("epoch_s", "images_per_s")
         }
-    tensors, again = load_file(whole / "model.safetensors"), load_file(halved / "model.safetensors")
-    assert all(torch.equal(tensors[name], again[name]) for name in tensors)
+    assert freeze.read_checkpoint(whole)[1] == freeze.read_checkpoint(halved)[1]  # with its SHA-256
+    freeze.restore(halved)  # every weight is what that says
 
 
 @pytest.mark.parametrize("kill, status", [(signal.SIGTERM, "interrupted"), (signal.SIGKILL, None)])
@@ -164,6 +167,7 @@ def test_a_killed_run_resumes(small, kill, status):
     assert resumed.returncode == 0 and "continuing" in resumed.stderr
     assert summary(folder)["status"] == "done" and not (folder / "last.pt").exists()
     assert [row["epoch"] for row in metrics(folder)] == list(range(1, 13))
+    freeze.restore(folder)
 
 
 def test_a_done_run_is_not_run_again(small, capsys):
@@ -195,6 +199,76 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_once(small, capsys):
     result = summary(only_run())
     assert result["status"] == "diverged" and result["final_test_acc"] is None and "step 2" in result["why"]
     assert not (only_run() / "model.safetensors").exists()
+
+
+def test_a_network_that_breaks_in_its_last_step_has_diverged_too(small, capsys):
+    assert train.main([*small, "--mode", "all", "--lr", "1e30", "--epochs", "1", "--batch-size", "96"]) == 1
+    assert "test loss is not finite after epoch 1" in capsys.readouterr().err
+    assert summary(only_run())["status"] == "diverged"
+
+
+def interrupted_after_an_epoch(small, monkeypatch, *more) -> Path:
+    end_epoch = runs.Run.end_epoch
+
+    def interrupted(run, row, state):
+        end_epoch(run, row, state)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runs.Run, "end_epoch", interrupted)
+        assert train.main([*small, *more]) == 1
+    return only_run()
+
+
+def test_resuming_on_other_frozen_weights_is_refused(small, monkeypatch, capsys):
+    model = models.build("resnet8", 4)
+    for seed in (5, 6):
+        models.initialise(model, seed)
+        torch.save(model.state_dict(), "w.pt")
+        if seed == 5:
+            interrupted_after_an_epoch(small, monkeypatch, "--init-from", "w.pt")
+    assert train.main([*small, "--init-from", "w.pt", "--resume"]) == 2
+    assert "sha256" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("harm", ["no tensors", "nothing", "rubbish", "no config", "list", "empty summary"])
+def test_a_damaged_run_folder_is_refused_in_two_lines(small, monkeypatch, capsys, harm):
+    folder = interrupted_after_an_epoch(small, monkeypatch)
+    state = torch.load(folder / "last.pt", weights_only=True)
+    if harm in ("no tensors", "nothing"):
+        torch.save(state | {"model": {}} if harm == "no tensors" else {"rows": []}, folder / "last.pt")
+    elif harm == "rubbish":
+        (folder / "last.pt").write_bytes(b"rubbish")
+    elif harm == "no config":
+        (folder / "config.json").unlink()
+    elif harm == "list":
+        (folder / "config.json").write_text('{"options": []}')
+    else:
+        (folder / "summary.json").write_text('{"status": "done"}')
+    capsys.readouterr()
+    assert train.main([*small, "--resume"]) == 2
+    said = capsys.readouterr().err
+    assert "--overwrite" in said and said.count("\n") <= 2
+    assert train.main([*small, "--overwrite"]) == 0
+
+
+def test_a_reader_that_closes_the_pipe_ends_no_run(small):
+    command = [sys.executable, str(ROOT / "train.py"), *small]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        running.stdout.readline()
+        running.stdout.close()
+        error = running.stderr.read()
+    assert running.returncode == 0 and "Traceback" not in error and "BrokenPipe" not in error
+    assert summary(only_run())["status"] == "done"
+
+
+def test_a_disk_that_fills_up_ends_the_run_in_a_line(small, monkeypatch, capsys):
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(runs.Run, "end_epoch", full_disk)
+    assert train.main(small) == 1
+    assert "No space left on device" in capsys.readouterr().err and summary(only_run())["status"] == "failed"
 
 
 def test_seeds_give_different_runs_and_the_same_seed_the_same(small):
@@ -242,11 +316,15 @@ def test_quick_takes_synthetic_images_where_cifar10_cannot_be_had_and_says_so(tm
         ("--mode shortcut --shortcut pad", "shortcut"),
         ("--mode random --per-channel 28", "--per-channel 28"),
         ("--out {file}", "--out"),
+        ("--data ", "--data"),
+        ("--image-size 100000", "--image-size"),
+        ("--arch vgg16 --image-size 8", "--arch vgg16"),
+        ("--arch resnet18 --batch-size 1", "--batch-size"),
     ],
 )
 def test_an_error_the_user_can_mend_is_a_line_or_two_and_exit_status_2(small, capsys, options, named):
     Path("file").write_text("")
-    assert train.main([*small, *options.format(file="file").split()]) == 2
+    assert train.main([*small, *options.format(file="file").split(" ")]) == 2
     said = capsys.readouterr()
     assert named in said.err and said.err.count("\n") <= 2 and "Traceback" not in said.err
 
@@ -280,25 +358,44 @@ def test_a_terminal_shows_live_progress(small):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("mode", ["bn_only", "random", "all"])
-def test_a_run_on_the_gpu(small, mode):
-    assert train.main([*small, "--device", "cuda", "--mode", mode]) == 0
-    assert summary(only_run())["peak_memory_bytes"] > 0
+@pytest.mark.parametrize("mode", ["bn_only", "random", "all", "none"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("compiled", ["--compile", "--no-compile"])
+def test_a_run_on_the_gpu(small, capsys, mode, dtype, compiled):
+    assert train.main([*small, "--device", "cuda", "--mode", mode, "--dtype", dtype, compiled]) == 0
+    result = summary(only_run())
+    assert result["peak_memory_bytes"] > 0
+    assert freeze.main(["evaluate", str(only_run()), "--device", "cuda"]) == 0
+    assert f"{result['final_test_acc']:.2f} % test accuracy" in capsys.readouterr().out
 
 
-def test_resnet14_reaches_30_percent_on_real_images_in_two_epochs(cifar10_folder, tmp_path):
-    options = [
-        "--arch",
-        "resnet14",
-        "--mode",
-        "bn_only",
-        "--data",
-        "cifar10",
-        "--epochs",
-        "2",
-        "--milestones",
-        "1",
-    ]
-    ended = cli([*options, "--data-dir", str(cifar10_folder), "--out", str(tmp_path)])
+@pytest.mark.parametrize(
+    "layout", ["as it is", *(pytest.param(x, marks=pytest.mark.stress) for x in ("binary", "folder"))]
+)
+def test_resnet14_reaches_30_percent_on_real_images_in_two_epochs(cifar10_folder, tmp_path, layout):
+    folder = (
+        cifar10_folder if layout == "as it is" else rewritten(cifar10_folder, tmp_path / "images", layout)
+    )
+    options = ["--arch", "resnet14", "--mode", "bn_only", "--data", "cifar10", "--epochs", "2"]
+    ended = cli([*options, "--milestones", "1", "--data-dir", str(folder), "--out", str(tmp_path / "runs")])
     assert ended.returncode == 0, ended.stderr
-    assert summary(only_run(tmp_path))["final_test_acc"] >= 30
+    assert summary(only_run(tmp_path / "runs"))["final_test_acc"] >= 30
+
+
+def rewritten(source: Path, folder: Path, layout: str) -> Path:
+    """The images of `source` in the official binary layout, or as a PNG each in class folders."""
+    folder.mkdir()
+    for split, split_name in ((data.open_dataset("cifar10", source).train, "train"), (None, "test")):
+        split = split or data.open_dataset("cifar10", source).test
+        if layout == "folder":
+            for i, (image, label) in enumerate(zip(split.images, split.labels, strict=True)):
+                path = folder / split_name / CLASSES[label] / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(image).save(path, compress_level=0)
+            continue
+        planes = split.images.transpose(0, 3, 1, 2).reshape(-1, 3072)
+        rows = np.concatenate([split.labels[:, None].astype(np.uint8), planes], 1)
+        names = [f"data_batch_{i}" for i in range(1, 6)] if split_name == "train" else ["test_batch"]
+        for name, part in zip(names, np.split(rows, len(names)), strict=True):
+            (folder / f"{name}.bin").write_bytes(part.tobytes())
+    return folder

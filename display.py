@@ -1,0 +1,84 @@
+"""What a person sees of a run: live bars, or a line per epoch into a file or pipe; a table at the end."""
+
+import os
+import sys
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+
+class Terminal(Console):
+    """Standard output; a reader who has closed it, as `| head` does, ends no run."""
+
+    def on_broken_pipe(self) -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def say(text: str) -> None:
+    Terminal().print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+class Display:
+    """Progress of a run of `epochs` epochs. `what` names its data, and that it is quick, on every line."""
+
+    def __init__(self, title: str, what: str, epochs: int, steps_per_epoch: int, epochs_done: int):
+        say(title)
+        self.what, self.epochs, self.live = what, epochs, Terminal().is_terminal
+        columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}")
+        self.bars = Progress(
+            TextColumn("{task.description}", markup=False),
+            *columns,
+            console=Terminal(),
+            disable=not self.live,
+        )
+        self.run_bar = self.bars.add_task(what, total=epochs * steps_per_epoch, text="")
+        self.bars.update(self.run_bar, completed=epochs_done * steps_per_epoch)
+        self.epoch_bar = self.bars.add_task("epoch", total=steps_per_epoch, text="")
+
+    def start_epoch(self, epoch: int) -> None:
+        self.bars.reset(self.epoch_bar, description=f"epoch {epoch}/{self.epochs}")
+        self.began = self.looked = time.perf_counter()
+
+    def step(self, step) -> None:
+        """Advance by a step; twice a second at most, look at the device's numbers, which waits for them."""
+        if not self.live:
+            return
+        self.bars.advance(self.run_bar)
+        self.bars.advance(self.epoch_bar)
+        if (now := time.perf_counter()) > self.looked + 0.5:
+            self.looked = now
+            loss, accuracy = step.metrics()
+            rate = step.seen / (now - self.began)
+            self.bars.update(self.epoch_bar, text=f"{rate:,.0f} images/s  loss {loss:.3f}  {accuracy:.1f} %")
+
+    def end_epoch(self, row: dict) -> None:
+        text = f"train {row['train_loss']:.3f} {row['train_acc']:5.2f} %"
+        if row["test_acc"] is not None:
+            text += f"  test {row['test_loss']:.3f} {row['test_acc']:5.2f} %"
+        self.bars.update(self.run_bar, text=text)
+        if not self.live:
+            rate = f"{row['images_per_s']:,.0f} images/s" if row["images_per_s"] else ""
+            epoch = f"epoch {row['epoch']}/{self.epochs}  lr {row['lr']:.4g}"
+            say(f"[{self.what}] {epoch}  {text}  {row['epoch_s']:.1f} s  {rate}".rstrip())
+
+
+def show_results(folder: str, result: dict) -> None:
+    """The table at the end of a run, from its summary. KeyError or TypeError for one that is not whole."""
+    size, epochs = result["checkpoint_bytes"], result["epochs"]
+    table = Table(title=f"{result['arch']}, {result['mode']}, seed {result['seed']}", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    data = f"{result['data_title']}, {epochs} epoch{'s' if epochs > 1 else ''}"
+    for name, value in {
+        "data": f"{data}, --quick" if result["quick"] else data,
+        "test accuracy": f"{result['final_test_acc']:.2f} %  (best epoch {result['best_test_acc']:.2f} %)",
+        "parameters trained": f"{result['params_trained']:,} of {result['params_total']:,}",
+        "time": f"{result['train_s']:,.1f} s, after {result['startup_s']:.1f} s of start-up",
+        "seed checkpoint": f"{size:,} bytes, {100 * size / result['full_bytes']:.2f} % of all weights",
+        "folder": folder,
+    }.items():
+        table.add_row(name, Text(value))  # as it is: brackets in a path are no markup
+    Terminal().print(table)
