@@ -89,6 +89,20 @@ class Run:
     def write_json(self, name: str, content: dict) -> None:
         write_atomically(self.path / name, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
+    def refuse_another(self, config: dict, ignoring: set[str]) -> None:
+        """RunError where the folder holds another run than the one that `config` describes."""
+        before = self.config
+        if before is None and (self.path / "last.pt").exists():
+            raise RunError(f"{self.path} has no config.json; start again with --overwrite")
+        for part in ("options", "recipe", "frozen") if before is not None else ():
+            if not isinstance(before.get(part), dict):
+                raise RunError(f"{self.path / 'config.json'} is damaged; start again with --overwrite")
+            for name, value in config[part].items():
+                was = before[part].get(name, value)  # an option that did not exist then had its default
+                if was != value and name not in ignoring:
+                    what = f"{self.path} was run with {name} {was}, not {value}"
+                    raise RunError(f"{what};\nuse --overwrite or another --out")
+
     def start(self, config: dict) -> None:
         """Write the configuration, and take back how an earlier attempt ended."""
         self.write_json("config.json", config)

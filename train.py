@@ -231,24 +231,6 @@ def describe(
     }
 
 
-def refuse_another_run(run: runs.Run, config: dict) -> None:
-    """RunError where the folder holds a run that `config` does not describe."""
-    before = run.config
-    if before is None:
-        if (run.path / "last.pt").exists():
-            raise runs.RunError(f"{run.path} has no config.json; start again with --overwrite")
-        return
-    for part in ("options", "recipe", "frozen"):
-        if not isinstance(before.get(part), dict):
-            raise runs.RunError(f"{run.path / 'config.json'} is damaged; start again with --overwrite")
-        for name, value in config[part].items():
-            was = before[part].get(name, value)  # an option that did not exist then had its default
-            if was != value and name not in LOGISTIC | {"data"}:
-                raise runs.RunError(
-                    f"{run.path} was run with {name} {was}, not {value};\nuse --overwrite or another --out"
-                )
-
-
 def peak_memory_bytes(device: torch.device) -> int:
     """The most memory in use at once: the GPU's by torch's count, or on a CPU the process's."""
     if device.type == "cuda":
@@ -340,7 +322,7 @@ def train(options: Options, dataset: data.Dataset) -> None:
     with runs.open_run(options.out, cell_name(options, dataset), options.resume, options.overwrite) as run:
         # Where the run stopped, if it was run before
         config = describe(options, recipe, frozen_sha256, dataset, device)
-        refuse_another_run(run, config)
+        run.refuse_another(config, ignoring=LOGISTIC | {"data"})
         if run.status == "done":
             return show_results(run)
         at = {"epoch": 0, "train_s": 0.0, "startup_s": 0.0, "best_test_acc": None}
@@ -385,10 +367,8 @@ def train(options: Options, dataset: data.Dataset) -> None:
         except OSError as error:
             ending["why"] = f"a file cannot be written: {error}"
         except KeyboardInterrupt:
-            ending = {
-                "status": "interrupted",
-                "why": f"interrupted; --resume goes on after epoch {at['epoch']}",
-            }
+            why = f"interrupted; --resume goes on after epoch {at['epoch']}"
+            ending = {"status": "interrupted", "why": why}
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
