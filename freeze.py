@@ -323,8 +323,11 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--arch", nargs="+", default=TABLE_ARCHS)
     command.add_argument("--num-classes", type=int, default=10)
     for name in ("rebuild", "evaluate"):
-        command = commands.add_parser(name)
-        command.add_argument("run", help="a run folder, or its model.safetensors")
+        what = (
+            "every weight of a run, as a file" if name == "rebuild" else "the test accuracy of a run or file"
+        )
+        command = commands.add_parser(name, help=what)
+        command.add_argument("run", help="a run folder, its model.safetensors, or a file that rebuild wrote")
         command.add_argument("--init-from", help="where the file of the run's --init-from lies now")
         if name == "rebuild":
             command.add_argument("--out", required=True, help="the .safetensors file to write")

@@ -58,8 +58,12 @@ class Options:
         "cifar10", "cifar10, imagenette, synthetic, or a folder: train/<class>/*, test/<class>/*"
     )
     data_dir: str = option("data", "where archives are looked for and kept")
-    image_size: int | None = option(None, "pixels a side; default: the data set's own", type=int)
-    train_subset: int | None = option(None, "train on N images, the same number per class", type=int)
+    image_size: int | None = option(
+        None,
+        "pixels a side; default: 32, imagenette 128, a folder its own if all are equal squares, else 128",
+        type=int,
+    )
+    train_subset: int | None = option(None, "train on N images, the same number of each class", type=int)
     no_augment: bool = option(False, "no random crops and flips")
     epochs: int = option(160, "passes over the training images", type=int)
     milestones: tuple = option(
@@ -84,7 +88,9 @@ class Options:
     seed: int = option(0, "of everything random, 0 to 2**64 - 1", type=int)
     device: str = option("auto", "where to train", choices=("auto", "cuda", "cpu"))
     dtype: str | None = option(
-        None, "default: bf16 or fp16 as the hardware has it", choices=tuple(steps.DTYPES)
+        None,
+        "default: bf16 where the hardware has it, else fp16 on a GPU, fp32 on a CPU",
+        choices=tuple(steps.DTYPES),
     )
     loader: str | None = option(None, "default: resident where the images fit", choices=("resident", "ffcv"))
     compile: bool | None = option(
@@ -95,7 +101,8 @@ class Options:
     resume: bool = option(False, "continue the run where it stopped")
     overwrite: bool = option(False, "start the run again")
     quick: bool = option(
-        False, "3,000 images, 8 epochs, batches of 64; cifar10 where it can be had, else synthetic"
+        False,
+        "3,000 images, 8 epochs, batches of 64, a test every 2; cifar10 if it can be had, else synthetic",
     )
 
 
@@ -161,6 +168,10 @@ def check_ranges(options: Options) -> None:
         "device",
         "cpu or auto: there is no CUDA GPU here",
     )
+    with torch.device("meta"):  # before any download: a name that is no network's
+        models.build(options.arch, shortcut=options.shortcut)
+    if options.init_from and not Path(options.init_from).is_file():
+        raise OptionError(f"--init-from {options.init_from}: there is no such file")
     if options.resume and options.overwrite:
         raise OptionError("--resume and --overwrite contradict each other; give one of them")
 
@@ -330,6 +341,8 @@ def train(options: Options, dataset: data.Dataset) -> None:
             at = restore(run, state, model, step, schedule)
             freeze.set_steps(model, at["epoch"] * len(train_loader))
             note(f"continuing {run.path} after epoch {at['epoch']}")
+        elif options.resume:
+            note(f"no epoch of {run.path} is there to resume from: starting it")
         at["started"] = False
         run.start(config)
         title = f"{run.path}\n{options.arch}, {options.mode}, {dataset.title}"
@@ -350,7 +363,9 @@ def train(options: Options, dataset: data.Dataset) -> None:
                         row["epoch_s"] += time.perf_counter() - began
                         best = max(best or 0.0, row["test_acc"])
                         if not math.isfinite(row["test_loss"]):
-                            raise FloatingPointError(f"the test loss is not finite after epoch {epoch}")
+                            raise FloatingPointError(
+                                f"the test loss is not finite after epoch {epoch}; try a lower --lr"
+                            )
                     schedule.epoch_ended(row["train_loss"])
                     after = {"epoch": epoch, "train_s": at["train_s"] + row["epoch_s"], "best_test_acc": best}
                     state = {"model": freeze.trained_state(model), "step": step.state_dict()}
