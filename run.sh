@@ -58,7 +58,6 @@ set_up() {
     flock 9
     [[ "$(cat .venv/.ready 2>/dev/null)" == "$wanted" ]] && return
   fi
-  say "setting up .venv, once; this takes some minutes"
   local packages python
   packages=$(system_packages)
   # shellcheck disable=SC2086 # one word per package
@@ -68,6 +67,7 @@ set_up() {
     say "needs Python 3.11 or newer; install it, or name one: PYTHON=/path/to/python3.12 bash run.sh"
     exit 2
   fi
+  say "setting up .venv, once; this takes some minutes"
   [[ -x .venv/bin/python ]] || "$python" -m venv --clear .venv
   local quiet=()
   [[ -t 1 ]] || quiet=(-qq) # a person sees how far the downloads are

@@ -4,6 +4,7 @@ Metrics stay on the device until they are asked for, so that nothing here waits 
 """
 
 import math
+import resource
 from collections.abc import Sequence
 
 import torch
@@ -173,3 +174,15 @@ def evaluate(model: nn.Module, loader, dtype: torch.dtype = torch.float32) -> tu
         correct = correct + (logits.argmax(1) == labels).sum()
         images_seen += len(labels)
     return float(loss_sum) / images_seen, 100 * int(correct) / images_seen
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory in use at once: the GPU's by torch's count, or on a CPU the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether a GPU's memory or a CPU's was not enough; torch has a class of its own for the first only."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

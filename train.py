@@ -20,7 +20,6 @@ import functools
 import importlib.metadata
 import math
 import platform
-import resource
 import signal
 import subprocess
 import sys
@@ -242,13 +241,6 @@ def describe(
     }
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory in use at once: the GPU's by torch's count, or on a CPU the process's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
-
-
 def note(line: str) -> None:
     print(f"train.py: {line}", file=sys.stderr, flush=True)
 
@@ -385,14 +377,14 @@ def train(options: Options, dataset: data.Dataset) -> None:
             why = f"interrupted; --resume goes on after epoch {at['epoch']}"
             ending = {"status": "interrupted", "why": why}
         except RuntimeError as error:
-            if not out_of_memory(error):
+            if not steps.out_of_memory(error):
                 raise
             ending["why"] = f"out of memory at --batch-size {options.batch_size}; try a smaller one"
         finally:  # what came of it, also where an unforeseen error is passing through
             total, trained = freeze.count(model)
             summary = ending | {"params_total": total, "params_trained": trained}
             summary |= {"final_test_acc": run.rows[-1]["test_acc"] if ending["status"] == "done" else None}
-            summary |= {"epochs_done": at["epoch"], "peak_memory_bytes": peak_memory_bytes(device)}
+            summary |= {"epochs_done": at["epoch"], "peak_memory_bytes": steps.peak_memory_bytes(device)}
             summary |= {key: at[key] for key in ("best_test_acc", "train_s", "startup_s")}
             summary |= {"checkpoint_bytes": len(checkpoint) or None, "full_bytes": freeze.full_bytes(model)}
             summary |= {"data_title": dataset.title, "frozen_sha256": frozen_sha256}
@@ -428,11 +420,6 @@ def show_results(run: runs.Run) -> None:
         raise runs.RunError(f"{run.path / 'summary.json'} is damaged; start again with --overwrite") from None
 
 
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether a GPU's memory or a CPU's was not enough; torch has a class of its own for the first only."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 def main(argv: list[str] | None = None) -> int:
     signal.signal(
         signal.SIGTERM, signal.default_int_handler
@@ -446,7 +433,7 @@ def main(argv: list[str] | None = None) -> int:
         note(str(error))
         return 1
     except RuntimeError as error:
-        if not out_of_memory(error):
+        if not steps.out_of_memory(error):
             raise
         note("out of memory before the first step; try a smaller --batch-size, or --loader ffcv")
         return 1
