@@ -385,8 +385,8 @@ def test_resnet14_reaches_30_percent_on_real_images_in_two_epochs(cifar10_folder
 def rewritten(source: Path, folder: Path, layout: str) -> Path:
     """The images of `source` in the official binary layout, or as a PNG each in class folders."""
     folder.mkdir()
-    for split, split_name in ((data.open_dataset("cifar10", source).train, "train"), (None, "test")):
-        split = split or data.open_dataset("cifar10", source).test
+    dataset = data.open_dataset("cifar10", source)
+    for split_name, split in (("train", dataset.train), ("test", dataset.test)):
         if layout == "folder":
             for i, (image, label) in enumerate(zip(split.images, split.labels, strict=True)):
                 path = folder / split_name / CLASSES[label] / f"{i}.png"
