@@ -17,26 +17,35 @@ class Terminal(Console):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def say(text: str) -> None:
-    Terminal().print(text, soft_wrap=True, highlight=False, markup=False)
+class Bars:
+    """The live bars of runs that train side by side, in one terminal. Use it as `with bars.bars: ...`."""
+
+    def __init__(self, alone: bool):
+        self.alone, self.console = alone, Terminal()
+        columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}")
+        self.bars = Progress(
+            TextColumn("{task.description}", markup=False),
+            *columns,
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
 
 
 class Display:
     """Progress of a run of `epochs` epochs. `what` names its data, and that it is quick, on every line."""
 
-    def __init__(self, title: str, what: str, epochs: int, steps_per_epoch: int, epochs_done: int):
-        say(title)
-        self.what, self.epochs, self.live = what, epochs, Terminal().is_terminal
-        columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}")
-        self.bars = Progress(
-            TextColumn("{task.description}", markup=False),
-            *columns,
-            console=Terminal(),
-            disable=not self.live,
-        )
+    def __init__(
+        self, group: Bars, title: str, what: str, epochs: int, steps_per_epoch: int, epochs_done: int
+    ):
+        self.bars, self.what, self.epochs = group.bars, what, epochs
+        self.live = group.console.is_terminal
+        self.say(title)
         self.run_bar = self.bars.add_task(what, total=epochs * steps_per_epoch, text="")
         self.bars.update(self.run_bar, completed=epochs_done * steps_per_epoch)
-        self.epoch_bar = self.bars.add_task("epoch", total=steps_per_epoch, text="")
+        self.epoch_bar = self.bars.add_task("epoch", total=steps_per_epoch, text="", visible=group.alone)
+
+    def say(self, text: str) -> None:
+        self.bars.console.print(text, soft_wrap=True, highlight=False, markup=False)
 
     def start_epoch(self, epoch: int) -> None:
         self.bars.reset(self.epoch_bar, description=f"epoch {epoch}/{self.epochs}")
@@ -62,7 +71,7 @@ class Display:
         if not self.live:
             rate = f"{row['images_per_s']:,.0f} images/s" if row["images_per_s"] else ""
             epoch = f"epoch {row['epoch']}/{self.epochs}  lr {row['lr']:.4g}"
-            say(f"[{self.what}] {epoch}  {text}  {row['epoch_s']:.1f} s  {rate}".rstrip())
+            self.say(f"[{self.what}] {epoch}  {text}  {row['epoch_s']:.1f} s  {rate}".rstrip())
 
 
 def show_results(folder: str, result: dict) -> None:

@@ -21,6 +21,7 @@ from safetensors.torch import save
 from torch import nn
 
 import data
+import loaders
 import models
 import runs
 import step
@@ -161,8 +162,10 @@ def full_bytes(model: nn.Module) -> int:
 def seed_checkpoint(model: nn.Module, recipe: dict, steps: int) -> bytes:
     """The file that stands for the whole network: its trained tensors, BatchNorm's statistics and `recipe`.
 
-    `recipe` holds the keys of RECIPE. Safetensors format; it runs no code when read.
+    `recipe` holds the keys of RECIPE. Safetensors format; it runs no code when read. BatchNorm's counts of
+    batches, which training does not keep, are set to `steps`.
     """
+    set_steps(model, steps)
     metadata = {key: str(recipe[key]) for key in ("arch", "mode", "seed")}
     metadata |= {"recipe": json.dumps(recipe), "steps": str(steps), "frozen_sha256": frozen_sha256(model)}
     metadata["full_sha256"] = _sha256(full_state(model))
@@ -285,11 +288,9 @@ def evaluate(
     if on.type != recipe["device"]:
         note(f"the run was on {recipe['device']}, this is {on.type}: the last digits may differ")
     model.to(on, memory_format=torch.channels_last)
-    if recipe["compile"] and on.type == recipe["device"]:
-        step.compile_units(model)
     dtype = step.DTYPES[recipe["dtype"]]
-    loader = data.make_loader(dataset, "test", batch_size=recipe["batch_size"], device=on, dtype=dtype)
-    loss, accuracy = step.evaluate(model, loader, dtype)
+    loader = loaders.make_loader(dataset, "test", batch_size=recipe["batch_size"], device=on, dtype=dtype)
+    loss, accuracy = step.Evaluation(model, loader, dtype, recipe["compile"])()
     return f"{accuracy:.2f} % test accuracy, loss {loss:.4f}, {loader.num_images:,} images of {dataset.title}"
 
 

@@ -91,7 +91,7 @@ class Projection(nn.Sequential):
         super().__init__(Conv2d(c_in, c_out, 1, stride), nn.BatchNorm2d(c_out))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return conv_bn_relu(x, self[0], self[1], relu=False)
+        return conv_bn_relu(x, [(self[0], self[1])], relu=False)
 
 
 class BasicBlock(nn.Module):
@@ -105,7 +105,7 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
-        return conv_bn_relu(conv_bn_relu(x, self.conv1, self.bn1), self.conv2, self.bn2, shortcut)
+        return conv_bn_relu(x, [(self.conv1, self.bn1), (self.conv2, self.bn2)], shortcut)
 
 
 class Bottleneck(nn.Module):
@@ -120,11 +120,26 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
-        y = conv_bn_relu(conv_bn_relu(x, self.conv1, self.bn1), self.conv2, self.bn2)
-        return conv_bn_relu(y, self.conv3, self.bn3, shortcut)
+        units = [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)]
+        return conv_bn_relu(x, units, shortcut)
 
 
-class ResNet(nn.Module):
+class Network(nn.Module):
+    """`features`, then a global average pool and the output layer `fc`."""
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def head(self, features: torch.Tensor) -> torch.Tensor:
+        """Logits `[N, num_classes]` of features `[N, C, h, w]`."""
+        return self.fc(features.mean((2, 3)))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits `[N, num_classes]` of images `[N, 3, H, W]`."""
+        return self.head(self.features(images))
+
+
+class ResNet(Network):
     """Stages of residual blocks: `layers[i]` blocks of `widths[i]` channels, each stage at half the size."""
 
     def __init__(
@@ -150,18 +165,17 @@ class ResNet(nn.Module):
         self.stages = len(layers)
         self.fc = nn.Linear(channels, num_classes)
 
-    def units(self) -> list[nn.Module]:
-        """The modules that are compiled one by one, so that a deeper network compiles no longer."""
+    def blocks(self) -> list[nn.Module]:
         return [block for stage in range(1, self.stages + 1) for block in getattr(self, f"layer{stage}")]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits `[N, num_classes]` of images `[N, 3, H, W]`."""
-        x = conv_bn_relu(x, self.conv1, self.bn1)
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """The last block's output `[N, C, h, w]` for images `[N, 3, H, W]`."""
+        x = conv_bn_relu(x, [(self.conv1, self.bn1)])
         if self.imagenet_stem:
             x = F.max_pool2d(x, 3, 2, 1)
-        for unit in self.units():
-            x = unit(x)
-        return self.fc(x.mean((2, 3)))
+        for block in self.blocks():
+            x = block(x)
+        return x
 
 
 class VGGLayer(nn.Module):
@@ -170,11 +184,11 @@ class VGGLayer(nn.Module):
         self.conv, self.bn, self.pool = Conv2d(c_in, width, 3), nn.BatchNorm2d(width), pool
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = conv_bn_relu(x, self.conv, self.bn)
+        y = conv_bn_relu(x, [(self.conv, self.bn)])
         return F.max_pool2d(y, 2) if self.pool else y
 
 
-class VGG(nn.Module):
+class VGG(Network):
     def __init__(self, widths: tuple, num_classes: int):
         super().__init__()
         self.layers, channels = nn.Sequential(), 3
@@ -184,16 +198,11 @@ class VGG(nn.Module):
                 channels = width
         self.fc = nn.Linear(channels, num_classes)
 
-    def units(self) -> list[nn.Module]:
-        return list(self.layers)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for unit in self.units():
-            x = unit(x)
-        return self.fc(x.mean((2, 3)))
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
 
 
-def build(arch: str, num_classes: int = 10, shortcut: str = "projection") -> nn.Module:
+def build(arch: str, num_classes: int = 10, shortcut: str = "projection") -> Network:
     """The network named `arch`, its weights not yet drawn (see `initialise`).
 
     `shortcut` is how residual blocks whose shape changes bring their input along: "projection" (1x1

@@ -1,19 +1,29 @@
 """One optimisation step: forward, loss, backward, update; and the evaluation beside it.
 
-Metrics stay on the device until they are asked for, so that nothing here waits for the GPU.
+Metrics stay on the device until they are asked for, so that nothing here waits for the GPU. There, the whole
+step, fetching its batch included, becomes a CUDA graph after a few steps, and the host only replays it.
 """
 
+import ctypes
 import math
+import os
 import resource
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+import kernels
+
 torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; for speed there is bf16
+# What torch.compile makes is kept between runs, also where /tmp is not.
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "batchnorm-only"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE / "inductor"))
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+EAGER_STEPS = 3  # before a graph is captured: libraries set themselves up, kernels are compiled and chosen
 
 
 def default_dtype(device: torch.device) -> str:
@@ -23,12 +33,15 @@ def default_dtype(device: torch.device) -> str:
     return "bf16" if getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() else "fp32"
 
 
-def compile_units(model: nn.Module, backend: str = "inductor") -> None:
-    """Compile each unit of `model`; units of the same shape share the compiled code, whatever the depth."""
-    # One entry per stage, shortcut and train/eval: more than Dynamo's default limit, and no runaway.
-    torch._dynamo.config.recompile_limit = 64
-    for unit in model.units():
-        unit.compile(dynamic=False, backend=backend)
+def keep_freed_memory() -> None:
+    """Have glibc reuse what was freed instead of returning it to the system: on a CPU a step's activations
+    would be new pages every time, filled with zeros first."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):  # another C library
+        return
+    mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its upper limit
+    mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
 class Schedule:
@@ -84,8 +97,50 @@ class Schedule:
         vars(self).update(state)
 
 
+def flatten(parameters: Sequence[nn.Parameter]) -> nn.Parameter:
+    """One vector of all `parameters`, which become views of it: one tensor to update, not hundreds."""
+    flat = nn.Parameter(torch.cat([in_memory_order(p.detach()) for p in parameters]))
+    for p, part in zip(parameters, flat.detach().split([p.numel() for p in parameters]), strict=True):
+        if p.dim() == 4:
+            n, c, h, w = p.shape
+            p.data = part.view(n, h, w, c).permute(0, 3, 1, 2)
+        else:
+            p.data = part.view(p.shape)
+    return flat
+
+
+def in_memory_order(tensor: torch.Tensor) -> torch.Tensor:
+    """The elements of a vector, matrix or channels_last tensor."""
+    return (tensor.permute(0, 2, 3, 1) if tensor.dim() == 4 else tensor).reshape(-1)
+
+
+class Captured:
+    """A function without arguments or result, replayed from a CUDA graph after its first calls.
+
+    It must read what changes between calls from tensors that stay where they are.
+    """
+
+    def __init__(self, function: Callable[[], None], eager_calls: int = EAGER_STEPS):
+        self.function, self.eager_calls, self.graph = function, eager_calls, None
+
+    def __call__(self) -> None:
+        if self.eager_calls > 0:
+            self.eager_calls -= 1
+            return self.function()
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.function()
+        self.graph.replay()
+
+
 class Step:
-    """Call it with a batch: one step of SGD (or Adam) on the trainable parameters of `model` alone."""
+    """One step of SGD (or Adam) on the trainable parameters of `model` alone.
+
+    `dtype` is that of activations; `memory` is what is kept for backward ("lean", "recompute" or "stock", see
+    kernels.using); `compiled` means our own kernels and, on a GPU, a captured step. The trainable parameters
+    become views of one vector.
+    """
 
     def __init__(
         self,
@@ -96,47 +151,102 @@ class Step:
         weight_decay: float = 1e-4,
         label_smoothing: float = 0.0,
         dtype: torch.dtype = torch.float32,
+        memory: str = "lean",
+        compiled: bool = True,
     ):
         self.model, self.dtype, self.label_smoothing = model, dtype, label_smoothing
+        self.memory, self.compiled = memory, compiled
         self.device = next(model.parameters()).device
-        trained = [p for p in model.parameters() if p.requires_grad]
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.lr = torch.zeros((), device=self.device)
         self.optimizer = None  # mode `none`: only BatchNorm's running statistics follow the data
-        if trained and optimizer == "adam":
-            self.optimizer = torch.optim.Adam(trained, weight_decay=weight_decay)
-        elif trained:
-            self.optimizer = torch.optim.SGD(trained, lr=0.1, momentum=momentum, weight_decay=weight_decay)
+        if self.trained:
+            self.flat = flatten(self.trained)
+            settings = {"lr": self.lr, "weight_decay": weight_decay, "fused": True}
+            if optimizer == "adam":
+                captured = self.device.type == "cuda"
+                self.optimizer = torch.optim.Adam([self.flat], **settings, capturable=captured)
+            else:
+                self.optimizer = torch.optim.SGD([self.flat], **settings, momentum=momentum)
         # fp16 gradients underflow without it; elsewhere it does nothing
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
+        zero = {"dtype": torch.int64, "device": self.device}
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.correct, self.first_bad_step = torch.zeros((), **zero), torch.zeros((), **zero)
+        self.position = torch.zeros(1, **zero)  # of the step in its epoch
+        self.loss, self.record = self._loss, _record
+        if compiled and self.device.type == "cuda":  # else two dozen launches of a few numbers each
+            self.loss, self.record = (torch.compile(f, dynamic=False) for f in (self._loss, _record))
+        self.captured, self.captured_from = None, None
+        self.warm_up_steps = EAGER_STEPS + 1 if compiled and self.device.type == "cuda" else 1
         self.start_epoch()
 
     def start_epoch(self) -> None:
         self.model.train()
-        self.steps = 0
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        self.correct = torch.zeros((), dtype=torch.int64, device=self.device)
         self.seen = 0
-        self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
+        for metric in (self.loss_sum, self.correct, self.position):
+            metric.zero_()
+        self.first_bad_step.fill_(-1)
+
+    def epoch(self, loader, epoch: int, lrs: Sequence[float]) -> Iterator[None]:
+        """Train on every batch of `loader`'s epoch `epoch` (from 0), at the rate that `lrs` has for each;
+        yields after each step."""
+        self.start_epoch()
+        if not self.compiled or self.device.type != "cuda":
+            for (images, labels), lr in zip(loader.epoch(epoch), lrs, strict=True):
+                self(images, labels, lr)
+                yield
+            return
+        if self.captured_from is not loader:
+            self.captured, self.captured_from = Captured(self._step_from_tensors), loader
+            self.lrs = torch.zeros(len(lrs), device=self.device)
+            self.batch = None
+        self.lrs.copy_(torch.tensor(lrs))
+        batches = loader.start(epoch) if loader.resident else loader.epoch(epoch)
+        for _ in lrs:
+            if not loader.resident:
+                batch = next(batches)
+                self.batch = self.batch or tuple(map(torch.clone, batch))
+                for tensor, new in zip(self.batch, batch, strict=True):
+                    tensor.copy_(new)
+            self.captured()
+            self.seen += loader.batch_size
+            yield
+
+    def _step_from_tensors(self) -> None:
+        """A step whose batch and learning rate lie on the device, where `position` says."""
+        loader = self.captured_from
+        self.lr.copy_(self.lrs.index_select(0, self.position)[0])
+        self._step(*(loader.batch(self.position) if loader.resident else self.batch))
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor, lr: float) -> None:
         """One step at learning rate `lr` on images `[N, 3, H, W]`, labels `[N]` int64."""
+        self.lr.fill_(lr)
+        self._step(images, labels)
+        self.seen += len(labels)
+
+    def _step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
         with torch.set_grad_enabled(self.optimizer is not None):
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                logits = self.model(images)
-            loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
+            autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+            with kernels.using(self.memory, self.compiled), autocast:
+                features = self.model.features(images)
+            loss, correct = self.loss(features, labels)
         if self.optimizer is not None:
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.zero_grad(set_to_none=True)
-            self.scaler.scale(loss).backward()
+            gradients = torch.autograd.grad(self.scaler.scale(loss), self.trained)
+            self.flat.grad = torch.cat([in_memory_order(gradient) for gradient in gradients])
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        with torch.no_grad():
-            bad = ~torch.isfinite(loss) & (self.first_bad_step < 0)
-            self.first_bad_step.masked_fill_(bad, self.steps)
-            self.loss_sum += loss.double() * len(labels)
-            self.correct += (logits.argmax(1) == labels).sum()
-        self.steps += 1
-        self.seen += len(labels)
+        metrics = self.loss_sum, self.correct, self.first_bad_step, self.position
+        self.record(loss.detach(), correct, len(labels), *metrics)
+
+    def _loss(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean cross-entropy, and how many are right."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            logits = self.model.head(features).float()
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        return loss, (logits.detach().argmax(1) == labels).sum()
 
     def diverged_at(self) -> int | None:
         """The first step of this epoch, from 0, whose loss was not finite. Waits for the device."""
@@ -154,26 +264,70 @@ class Step:
     def load_state_dict(self, state: dict) -> None:
         if self.optimizer is not None:
             self.optimizer.load_state_dict(state["optimizer"])
+            self.optimizer.param_groups[0]["lr"] = self.lr  # the tensor that each step sets
         self.scaler.load_state_dict(state["scaler"])
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader, dtype: torch.dtype = torch.float32) -> tuple[float, float]:
-    """Mean loss and accuracy (percent) of `model` over every image of `loader`, each counted once."""
-    model.eval()
-    loss_sum, correct, images_seen = 0.0, 0, 0
-    for images, labels in loader.epoch(0):
-        short = loader.batch_size - len(labels)
-        if short:  # one static shape, so that nothing is compiled for the last batch alone
-            images = torch.cat([images, images.new_zeros(short, *images.shape[1:])])
-            images = images.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
-            logits = model(images)
-        logits = logits[: len(labels)].float()
-        loss_sum = loss_sum + F.cross_entropy(logits, labels, reduction="sum").double()
-        correct = correct + (logits.argmax(1) == labels).sum()
-        images_seen += len(labels)
-    return float(loss_sum) / images_seen, 100 * int(correct) / images_seen
+def _record(
+    loss: torch.Tensor,
+    correct: torch.Tensor,
+    count: int,
+    loss_sum: torch.Tensor,
+    correct_sum: torch.Tensor,
+    first_bad_step: torch.Tensor,
+    position: torch.Tensor,
+) -> None:
+    """Add a step of `count` images to the epoch's metrics, all of them on the device, and count the step."""
+    bad = ~torch.isfinite(loss) & (first_bad_step < 0)
+    first_bad_step.copy_(torch.where(bad, position[0], first_bad_step))
+    loss_sum += loss.double() * count
+    correct_sum += correct
+    position += 1
+
+
+class Evaluation:
+    """Call it: loss and accuracy (percent) of `model` over every image of `loader`, each counted once."""
+
+    def __init__(self, model: nn.Module, loader, dtype: torch.dtype = torch.float32, compiled: bool = True):
+        self.model, self.loader, self.dtype, self.compiled = model, loader, dtype, compiled
+        self.device = next(model.parameters()).device
+        self.captured = None
+        if compiled and self.device.type == "cuda" and loader.resident:
+            self.captured = Captured(self._batch_from_tensors, EAGER_STEPS)
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.position = torch.zeros(1, dtype=torch.int64, device=self.device)
+
+    @torch.no_grad()
+    def __call__(self) -> tuple[float, float]:
+        self.model.eval()
+        for metric in (self.loss_sum, self.correct, self.position):
+            metric.zero_()
+        if self.captured:
+            self.loader.start(0)
+            for _ in range(len(self.loader)):
+                self.captured()
+        else:
+            for images, labels in self.loader.epoch(0):
+                self._batch(images, labels, torch.ones_like(labels, dtype=torch.bool))
+        return float(self.loss_sum) / self.loader.num_images, 100 * int(self.correct) / self.loader.num_images
+
+    def _batch_from_tensors(self) -> None:
+        images, labels = self.loader.batch(self.position)
+        within = torch.arange(len(labels), device=self.device) < (
+            self.loader.num_images - self.position * self.loader.batch_size
+        )
+        self._batch(images, labels, within)
+
+    def _batch(self, images: torch.Tensor, labels: torch.Tensor, counted: torch.Tensor) -> None:
+        autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        with kernels.using(compiled=self.compiled), autocast:
+            logits = self.model(images).float()
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        self.loss_sum += torch.where(counted, losses, 0).double().sum()
+        self.correct += (counted & (logits.argmax(1) == labels)).sum()
+        self.position += 1
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -1,29 +1,237 @@
-"""kernels.py: the unit is convolution, BatchNorm, shortcut and ReLU, in this order."""
+"""kernels.py: lean and recomputing blocks are the stock one, in value and every gradient, and keep less."""
+
+import contextlib
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
-from torch.nn import functional as F
 
-from kernels import conv_bn_relu
+import kernels
+import kernels_cpu
+from kernels_torch import TorchPasses, pack, unpack
+from models import Conv2d
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+COMPILED = kernels_cpu.passes()
 
 
-@pytest.mark.parametrize("relu", [True, False])
-@pytest.mark.parametrize("with_shortcut", [True, False])
-def test_the_unit_equals_its_parts_in_float64(relu, with_shortcut):
-    torch.manual_seed(0)
-    conv, bn = nn.Conv2d(3, 5, 3, stride=2, padding=1, bias=False).double(), nn.BatchNorm2d(5).double()
-    nn.init.normal_(bn.weight)
-    nn.init.normal_(bn.bias)
-    x, shortcut = (
-        torch.randn(4, 3, 9, 9).double(),
-        torch.randn(4, 5, 5, 5).double() if with_shortcut else None,
+def error(out: torch.Tensor, expected: torch.Tensor) -> float:
+    """Of the typical element, relative to the mean one: inside a block, where a value is all but 0, its sign
+    is a matter of rounding, and a whole element's gradient with it, so the largest error says little."""
+    out, expected = out.double(), expected.double()
+    return ((out - expected).abs().median() / expected.abs().mean().clamp_min(1e-12)).item()
+
+
+@st.composite
+def blocks(draw) -> dict:
+    """A block's shape: one to three units, kernels of 1 or 3, strides, a shortcut or none, what trains."""
+    channels = draw(st.sampled_from([3, 5, 16, 32, 64, 128]))
+    units = draw(st.integers(1, 3))
+    shape = {
+        "c_in": draw(st.sampled_from([3, 16, channels])),
+        "channels": [draw(st.sampled_from([5, 16, 64])) for _ in range(units - 1)] + [channels],
+        "kernels": [draw(st.sampled_from([1, 3])) for _ in range(units)],
+        "strides": [draw(st.sampled_from([1, 1, 2])) for _ in range(units)],
+        "n": draw(st.integers(2, 5)),
+        "size": draw(st.sampled_from([4, 7, 8])),
+        "relu": draw(st.booleans()),
+        "shortcut": draw(st.sampled_from(["none", "other", "identity"])),
+        "trained": draw(st.sampled_from([("bn",), ("conv",), ("values",), ("bn", "conv"), ()])),
+        "x_trains": draw(st.booleans()),
+        "seed": draw(st.integers(0, 1000)),
+    }
+    if shape["shortcut"] == "identity":
+        shape["c_in"], shape["strides"] = channels, [1] * units
+    return shape
+
+
+def make(shape: dict, dtype: torch.dtype = torch.float64):
+    """x, units, shortcut and an output gradient; parameters in float32, or float64 if `dtype` is that."""
+    generator = torch.Generator().manual_seed(shape["seed"])
+    draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)  # noqa: E731
+    wide = dtype if dtype == torch.float64 else torch.float32
+    x = draw(shape["n"], shape["c_in"], shape["size"], shape["size"])
+    x = x.to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_(shape["x_trains"])
+    units, c_in, size = [], shape["c_in"], shape["size"]
+    for c_out, k, stride in zip(shape["channels"], shape["kernels"], shape["strides"], strict=True):
+        conv, bn = Conv2d(c_in, c_out, k, stride).to(wide), nn.BatchNorm2d(c_out).to(wide)
+        conv.weight.data.copy_(draw(*conv.weight.shape) * (2 / (c_in * k * k)) ** 0.5)
+        bn.weight.data.copy_(draw(c_out))
+        bn.bias.data.copy_(0.3 * draw(c_out))
+        conv.requires_grad_("conv" in shape["trained"])
+        bn.requires_grad_("bn" in shape["trained"])
+        if "values" in shape["trained"]:
+            places = [torch.randperm(c_in * k * k, generator=generator)[:2] for _ in range(c_out)]
+            conv.set_apart(torch.stack(places))
+        units.append((conv.to(memory_format=torch.channels_last), bn))
+        c_in, size = c_out, (size - 1) // stride + 1
+    shortcut = {"none": None, "identity": x}.get(shape["shortcut"], "other")
+    if shortcut == "other":
+        shortcut = draw(shape["n"], c_in, size, size).to(dtype).contiguous(memory_format=torch.channels_last)
+        shortcut.requires_grad_(shape["x_trains"])
+    return x, units, shortcut, draw(shape["n"], c_in, size, size).to(dtype)
+
+
+def run(
+    shape: dict, dtype: torch.dtype, memory: str, compiled: bool = True, dy: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
+    """Output, running statistics and every gradient."""
+    x, units, shortcut, drawn = make(shape, dtype)
+    dy = drawn if dy is None else dy
+    half = dtype in (torch.bfloat16, torch.float16)
+    with kernels.using(memory, compiled), torch.autocast("cpu", dtype) if half else contextlib.nullcontext():
+        y = kernels.conv_bn_relu(x, units, shortcut, shape["relu"])
+    out = {"y": y.detach()}
+    if y.requires_grad:
+        y.backward(dy.to(y.dtype))
+    for i, (conv, bn) in enumerate(units):
+        out |= {f"mean{i}": bn.running_mean, f"var{i}": bn.running_var}
+        out |= {f"{n}{i}": p.grad for n, p in (*conv.named_parameters(), *bn.named_parameters())}
+    out |= {"x": x.grad, "shortcut": None if shortcut is None else shortcut.grad}
+    return {name: value for name, value in out.items() if value is not None}
+
+
+@pytest.mark.parametrize("memory", ["lean", "recompute"])
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(shape=blocks())
+def test_values_and_gradients_equal_stock_autograd_in_float64(memory, shape):
+    expected, out = run(shape, torch.float64, "stock"), run(shape, torch.float64, memory)
+    assert out.keys() == expected.keys()
+    for name, value in expected.items():
+        allowed = {"rtol": 1e-10, "atol": 1e-10 * max(1, value.abs().max())}
+        torch.testing.assert_close(out[name], value, **allowed, msg=name)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(shape=blocks())
+def test_each_dtype_is_as_near_to_float64_as_stock_autograd_is(dtype, compiled, shape):
+    before_relu = run(shape | {"relu": False}, torch.float64, "stock")["y"]
+    dy = make(shape)[-1] * (before_relu.abs() > 0.05)  # nothing hangs on a sign that rounding may turn
+    exact = run(shape, torch.float64, "stock", dy=dy)
+    stock, out = run(shape, dtype, "stock", dy=dy), run(shape, dtype, "lean", compiled, dy)
+    assert out.keys() == exact.keys()
+    for name, value in exact.items():
+        if value.abs().mean() > 1e-2:  # else terms of about 1 have cancelled, and with them the digits
+            assert error(out[name], value) <= 2 * error(stock[name], value) + TOLERANCE[dtype], name
+
+
+@pytest.mark.skipif(type(COMPILED) is TorchPasses, reason="needs a C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "n, channels, size", [(7, 16, 32), (8, 32, 16), (9, 64, 8), (3, 128, 4), (8, 8, 7), (8, 2, 8)]
+)
+def test_the_compiled_passes_equal_pytorchs(n, channels, size, dtype):
+    generator = torch.Generator().manual_seed(channels)
+    z, dy, shortcut = (
+        (3 + torch.randn(n, channels, size, size, generator=generator)).to(dtype) for _ in range(3)
     )
-    z = F.conv2d(x, conv.weight, stride=2, padding=1)
-    mean, var = z.mean((0, 2, 3), keepdim=True), z.var((0, 2, 3), unbiased=False, keepdim=True)
-    expected = (z - mean) / (var + 1e-5).sqrt() * bn.weight.view(-1, 1, 1) + bn.bias.view(-1, 1, 1)
-    expected = expected + shortcut if with_shortcut else expected
-    torch.testing.assert_close(
-        conv_bn_relu(x, conv, bn, shortcut, relu), expected.relu() if relu else expected
-    )
-    torch.testing.assert_close(bn.running_mean, 0.1 * mean.flatten())
+    z, dy, shortcut = (t.contiguous(memory_format=torch.channels_last) for t in (z, dy, shortcut))
+    assert kernels_cpu._covers(z, torch.ones(channels))
+    results = []
+    for passes in (TorchPasses(), COMPILED):
+        bn = nn.BatchNorm2d(channels)
+        bn.weight.data.copy_(torch.linspace(-1, 2, channels))
+        norm = passes.statistics(z, bn)
+        y, signs = passes.activate(z, norm, shortcut, True, True)
+        g, sums = passes.mask_and_sum(dy, z, norm, signs)
+        g_by_z, sums_by_z = passes.mask_and_sum(dy, z, norm)
+        dz = passes.gradient(g, z, norm, sums).clone()
+        signs = unpack(signs, z).float()
+        results.append([norm, bn.running_mean, bn.running_var, y, signs, g, sums, g_by_z, sums_by_z, dz])
+    for expected, out in zip(*results, strict=True):
+        # Where z scale + shift is all but 0, its sign is a matter of rounding: one element in ten thousand.
+        off = (out - expected).abs() > (2e-4 if dtype == torch.float32 else 4e-2) * expected.abs().max()
+        assert off.float().mean() < 1e-4, (out, expected)
+
+
+def test_the_compiled_passes_do_not_depend_on_the_number_of_threads():
+    z, bn = torch.randn(8, 16, 32, 32).contiguous(memory_format=torch.channels_last), nn.BatchNorm2d(16)
+    before, norms = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            norms.append(COMPILED.statistics(z, bn))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(norms[0], norms[1]) and torch.equal(norms[0], norms[2])
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 3, 3), (2, 16, 8, 8)])
+def test_signs_are_one_bit_an_element_in_memory_order(shape):
+    positive = torch.randn(shape).contiguous(memory_format=torch.channels_last) > 0
+    signs = pack(positive)
+    assert signs.numel() == -(-positive.numel() // 8) and torch.equal(unpack(signs, positive), positive)
+    assert [int(signs[0]) >> channel & 1 for channel in range(2)] == positive[0, :2, 0, 0].int().tolist()
+
+
+def saved_bytes(memory: str, shape: dict, dtype: torch.dtype = torch.bfloat16) -> int:
+    """What is kept for backward, over different storages, parameters and x left out."""
+    x, units, shortcut, _ = make(shape, dtype)
+    own = {p.untyped_storage().data_ptr() for unit in units for m in unit for p in m.parameters()}
+    kept = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
+    with kernels.using(memory), torch.autocast("cpu", dtype), hooks:
+        y = kernels.conv_bn_relu(x, units, shortcut, shape["relu"])
+    del y
+    own.add(x.untyped_storage().data_ptr())
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+    return sum(size for address, size in storages.items() if address not in own)
+
+
+BASIC = {
+    "c_in": 16, "channels": [16, 16], "kernels": [3, 3], "strides": [1, 1], "n": 4, "size": 32, "relu": True,
+    "shortcut": "identity", "trained": ("bn",), "x_trains": True, "seed": 0,
+}  # fmt: skip
+
+
+def test_a_frozen_block_keeps_each_convolutions_output_and_a_bit_for_each_of_its_own():
+    elements, per_channel = 4 * 16 * 32 * 32, 2 * 4 * 16 * 4
+    assert saved_bytes("lean", BASIC) == 2 * 2 * elements + elements // 8 + per_channel
+    assert saved_bytes("recompute", BASIC) == elements // 8 + per_channel  # and x, the block below's output
+    assert saved_bytes("stock", BASIC) > 2 * saved_bytes("lean", BASIC) - elements
+
+
+def test_stock_memory_is_autograds_own():
+    x, units, _, _ = make(BASIC, torch.float32)
+    with kernels.using("stock"):
+        y = kernels.conv_bn_relu(x, units)
+    assert type(y.grad_fn).__name__ == "ReluBackward0"
+
+
+def test_one_value_per_channel_cannot_be_normalised():
+    x, units, _, _ = make(BASIC | {"n": 1, "size": 1, "shortcut": "none"}, torch.float32)
+    with pytest.raises(ValueError, match="more than"):
+        kernels.conv_bn_relu(x, units)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_value_that_is_not_a_number_comes_out(compiled):
+    """ReLU must not hide that a run has diverged."""
+    x, units, _, _ = make(BASIC, torch.float32)
+    x.data[0, 0, 0, 0] = torch.nan
+    with kernels.using(compiled=compiled):
+        assert kernels.conv_bn_relu(x, units, x).isnan().all()
+
+
+def test_evaluation_uses_the_running_statistics():
+    x, units, _, _ = make(BASIC, torch.float64)
+    for _, bn in units:
+        bn.running_mean.uniform_(-1, 1)
+        bn.running_var.uniform_(0.5, 2)
+        bn.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(kernels.conv_bn_relu(x, units, x), kernels.stock(x, units, x))
+
+
+def test_a_frozen_weight_is_converted_once_and_anew_when_it_has_changed():
+    _, units, _, _ = make(BASIC, torch.float32)
+    conv = units[0][0]
+    first = kernels._weight(conv, torch.bfloat16)
+    assert kernels._weight(conv, torch.bfloat16) is first and first.dtype == torch.bfloat16
+    with torch.no_grad():
+        conv.weight.mul_(2)
+    assert torch.equal(kernels._weight(conv, torch.bfloat16), 2 * first)

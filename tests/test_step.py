@@ -1,14 +1,14 @@
 """The step is SGD on what trains, its metrics are the batch's, and its schedules are the published ones."""
 
 import math
-import types
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+import freeze
 import models
-from step import Schedule, Step, compile_units, evaluate
+from step import Captured, Evaluation, Schedule, Step
 
 
 def network(seed=0) -> torch.nn.Module:
@@ -117,14 +117,12 @@ def test_half_precision_steps_stay_near_fp32(dtype):
     torch.testing.assert_close(gammas[1], gammas[0], rtol=0.05, atol=0.02)
 
 
-def test_compiled_units_train_like_eager_ones():
+@pytest.mark.parametrize("settings", [{"memory": "recompute"}, {"memory": "stock"}, {"compiled": False}])
+def test_every_way_to_a_step_trains_alike(settings):
     results = []
-    for compiled in (False, True):
-        torch.compiler.reset()
+    for way in ({}, settings):
         model = network()
-        if compiled:
-            compile_units(model)
-        step = Step(model)
+        step = Step(model, **way)
         for seed in range(3):
             step(*batch(seed=seed), lr=0.05)
         results.append((step.metrics()[0], model.bn1.bias.detach().clone()))
@@ -132,29 +130,79 @@ def test_compiled_units_train_like_eager_ones():
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-2, atol=1e-3)
 
 
-def test_a_deeper_network_compiles_no_more_graphs():
-    counts = []
-    for arch in ("resnet14", "resnet26"):
+def test_recomputing_gives_the_very_same_step():
+    gammas = []
+    for memory in ("lean", "recompute"):
+        model = network()
+        Step(model, memory=memory)(*batch(), lr=0.05)
+        gammas.append(model.layer2[0].bn1.weight.detach())
+    assert torch.equal(*gammas)
+
+
+@pytest.mark.parametrize("mode", ["all", "bn_only", "random", "output"])
+def test_the_trained_parameters_are_one_vector_and_keep_their_names_and_values(mode):
+    model = network()
+    freeze.freeze(model, mode)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    step = Step(model)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) and p.is_leaf
+        assert p.dim() < 4 or p.is_contiguous(memory_format=torch.channels_last)
+    step(*batch(), lr=0.1)
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_what_a_gpu_compiles_gives_the_same_loss_and_metrics():
+    results = []
+    for compiled in (False, True):
         torch.compiler.reset()
-        torch._dynamo.utils.counters.clear()
-        model = models.build(arch)
-        compile_units(model, backend="eager")
-        step, images = Step(model), batch()[0]
-        for _ in range(2):  # going back to training compiles nothing again
-            step.start_epoch()
-            step(*batch(), lr=0.1)
-            with torch.no_grad():
-                model.eval()(images)
-        counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    # a block per stage and the two with a shortcut of their own, for training and for evaluation
-    assert counts[0] == counts[1] == 10
+        step = Step(network())
+        if compiled:
+            step.loss, step.record = (torch.compile(f, dynamic=False) for f in (step.loss, step.record))
+        for bad in (1, math.nan):
+            step(batch()[0] * bad, batch()[1], lr=0.05)
+        results.append((step.flat.grad.clone(), int(step.correct), step.diverged_at(), step.position.item()))
+    torch.testing.assert_close(results[0][0], results[1][0], equal_nan=True)
+    assert results[0][1:] == results[1][1:] == (results[0][1], 1, 2)
+
+
+class Twenty:
+    """A loader of 20 images, 8 at a time."""
+
+    resident, batch_size, num_images = True, 8, 20
+
+    def __init__(self, images, labels):
+        self.images, self.labels = images, labels
+        self.index = torch.cat([torch.arange(20), torch.zeros(4, dtype=torch.int64)]).view(3, 8)
+
+    def __len__(self):
+        return 3
+
+    def epoch(self, epoch):
+        return ((self.images[i : i + 8], self.labels[i : i + 8]) for i in range(0, 20, 8))
+
+    def start(self, epoch):
+        pass
+
+    def batch(self, position):
+        return self.images[self.index[position[0]]], self.labels[self.index[position[0]]]
 
 
 def test_evaluation_counts_every_image_once_whatever_the_last_batch():
     model, (images, labels) = network(), batch(20)
-    loader = types.SimpleNamespace(batch_size=8)
-    loader.epoch = lambda _: ((images[i : i + 8], labels[i : i + 8]) for i in range(0, 20, 8))
-    loss, accuracy = evaluate(model, loader)
+    loss, accuracy = Evaluation(model, Twenty(images, labels))()
+    logits = model.eval()(images)
+    assert loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert accuracy == pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item())
+
+
+def test_a_last_batch_that_is_filled_up_counts_what_is_in_it():
+    """As on a GPU, where every batch has the same shape."""
+    model, (images, labels) = network(), batch(20)
+    evaluation = Evaluation(model, Twenty(images, labels))
+    evaluation.captured = Captured(evaluation._batch_from_tensors, eager_calls=3)
+    loss, accuracy = evaluation()
     logits = model.eval()(images)
     assert loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
     assert accuracy == pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item())
@@ -167,9 +215,7 @@ def test_a_step_on_the_gpu_matches_the_cpu(dtype, compiled):
     losses = []
     for device in ("cpu", "cuda"):
         model = network().to(device)
-        if compiled and device == "cuda":
-            compile_units(model)
-        step = Step(model, dtype=dtype if device == "cuda" else torch.float32)
+        step = Step(model, dtype=dtype if device == "cuda" else torch.float32, compiled=compiled)
         for seed in range(3):
             images, labels = batch(seed=seed)
             step(images.to(device), labels.to(device), lr=0.05)

@@ -68,7 +68,7 @@ def test_every_mode_runs_from_the_command_line(small, mode):
 
 
 def recipe_of(small, mode) -> dict:
-    options, _ = train.parse_options([*small, "--mode", mode])
+    (options,), _ = train.parse_options([*small, "--mode", mode], "")
     recipe = {key: getattr(options, key) for key in freeze.RECIPE if hasattr(options, key)}
     return recipe | {"classes": ["ash", "elm", "oak", "yew"]}
 
@@ -278,6 +278,88 @@ def test_seeds_give_different_runs_and_the_same_seed_the_same(small):
     assert a == b != c
 
 
+def without_times(folder: Path) -> list[dict]:
+    return [{k: v for k, v in row.items() if k not in ("epoch_s", "images_per_s")} for row in metrics(folder)]
+
+
+@pytest.fixture
+def seeds(small):
+    """Options of three runs side by side."""
+    return [*small, "--seed", "0", "1", "2"]
+
+
+def folders() -> dict[int, Path]:
+    return {summary(folder)["seed"]: folder for folder in Path("runs").iterdir()}
+
+
+def test_seeds_side_by_side_equal_their_solo_runs(small, seeds, capsys):
+    assert train.main(seeds) == 0
+    said = capsys.readouterr().out
+    assert all(f"[tiny s{seed}] epoch 3/3" in said and f"bn_only, seed {seed}" in said for seed in range(3))
+    together = folders()
+    assert train.main([*small, "--seed", "1", "--out", "solo"]) == 0
+    solo = only_run(Path("solo"))
+    assert without_times(solo) == without_times(together[1]) != without_times(together[0])
+    assert freeze.read_checkpoint(solo)[1] == freeze.read_checkpoint(together[1])[1]
+    assert solo.name == together[1].name
+
+
+def test_seeds_side_by_side_are_interrupted_and_resumed_together(seeds, monkeypatch):
+    end_epoch = runs.Run.end_epoch
+
+    def interrupted(run, row, state):
+        end_epoch(run, row, state)
+        if row["epoch"] == 2 and "-s1-" in run.path.name:
+            raise KeyboardInterrupt
+
+    assert train.main([*seeds, "--out", "whole"]) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(runs.Run, "end_epoch", interrupted)
+        assert train.main(seeds) == 1
+    assert {summary(folder)["status"] for folder in folders().values()} == {"interrupted"}
+    assert train.main([*seeds, "--resume"]) == 0
+    for folder in folders().values():
+        assert without_times(folder) == without_times(Path("whole") / folder.name)
+
+
+def test_a_seed_that_fails_does_not_stop_the_others(seeds, monkeypatch, capsys):
+    end_epoch = runs.Run.end_epoch
+
+    def full(run, row, state):
+        if "-s1-" in run.path.name:
+            raise OSError(28, "No space left on device")
+        end_epoch(run, row, state)
+
+    monkeypatch.setattr(runs.Run, "end_epoch", full)
+    assert train.main(seeds) == 1
+    assert [summary(folder)["status"] for _, folder in sorted(folders().items())] == [
+        "done",
+        "failed",
+        "done",
+    ]
+    assert "No space left on device" in capsys.readouterr().err
+
+
+def test_no_seed_starts_where_one_of_them_is_refused(small, seeds, capsys):
+    assert train.main([*small, "--seed", "2"]) == 0
+    assert train.main(seeds) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert [folder.name for folder in Path("runs").iterdir() if (folder / "config.json").exists()] == [
+        only.name for only in Path("runs").iterdir() if "-s2-" in only.name
+    ]
+
+
+def test_every_way_to_train_has_the_same_loss_curve(small):
+    curves = []
+    for i, way in enumerate(([], ["--memory", "recompute"], ["--memory", "stock"], ["--no-compile"])):
+        fast = [option for option in small if option != "--no-compile"]
+        assert train.main([*fast, *way, "--dtype", "fp32", "--out", str(i)]) == 0
+        curves.append([row["train_loss"] for row in metrics(only_run(Path(str(i))))])
+    assert curves[0] == curves[1]
+    for curve in curves[2:]:
+        assert curve == pytest.approx(curves[0], rel=2e-3)
+
+
 def test_quick_takes_synthetic_images_where_cifar10_cannot_be_had_and_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sources.URLS, "cifar10", "http://127.0.0.1:9/cifar-10-python.tar.gz")
@@ -305,6 +387,8 @@ def test_quick_takes_synthetic_images_where_cifar10_cannot_be_had_and_says_so(tm
         ("--batch-size 97", "batch"),
         ("--milestones 2 1", "--milestones 2 1"),
         ("--seed -1", "--seed -1"),
+        ("--seed 0 1 0", "--seed 0 1 0"),
+        ("--memory none", "--memory"),
         ("--label-smoothing 1", "--label-smoothing"),
         ("--train-subset 33", "33"),
         ("--train-subset 400", "400"),
@@ -360,9 +444,10 @@ def test_a_terminal_shows_live_progress(small):
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["bn_only", "random", "all", "none"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-@pytest.mark.parametrize("compiled", ["--compile", "--no-compile"])
-def test_a_run_on_the_gpu(small, capsys, mode, dtype, compiled):
-    assert train.main([*small, "--device", "cuda", "--mode", mode, "--dtype", dtype, compiled]) == 0
+@pytest.mark.parametrize("way", [["--memory", "lean"], ["--memory", "recompute"], ["--no-compile"]])
+def test_a_run_on_the_gpu(small, capsys, mode, dtype, way):
+    small = [option for option in small if option != "--no-compile"]
+    assert train.main([*small, "--device", "cuda", "--mode", mode, "--dtype", dtype, *way]) == 0
     result = summary(only_run())
     assert result["peak_memory_bytes"] > 0
     assert freeze.main(["evaluate", str(only_run()), "--device", "cuda"]) == 0

@@ -1,0 +1,160 @@
+"""The options of a run: their names, defaults and ranges. Every default is the published one."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+import freeze
+import kernels
+import models
+import step as steps
+
+
+def option(default: Any, help: str, **argparse_arguments: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help, **argparse_arguments})
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Each field is an option of the command line; its metadata is what argparse shows and checks."""
+
+    arch: str = option(
+        "resnet32", "resnetD (D = 6n+2), resnetD_wK, vgg11|13|16|19, resnet18|34|50|101|152|200"
+    )
+    mode: str = option(
+        "bn_only", f"what trains: all, none, random, or a sum of {', '.join(freeze.PARTS)} with +"
+    )
+    data: str = option(
+        "cifar10", "cifar10, imagenette, synthetic, or a folder: train/<class>/*, test/<class>/*"
+    )
+    data_dir: str = option("data", "where archives are looked for and kept")
+    image_size: int | None = option(
+        None,
+        "pixels a side; default: 32, imagenette 128, a folder its own if all are equal squares, else 128",
+        type=int,
+    )
+    train_subset: int | None = option(None, "train on N images, the same number of each class", type=int)
+    no_augment: bool = option(False, "no random crops and flips")
+    epochs: int = option(160, "passes over the training images", type=int)
+    milestones: tuple = option(
+        (80, 120), "epochs after which lr is multiplied by --gamma", type=int, nargs="*"
+    )
+    gamma: float = option(0.1, "factor at each milestone or plateau", type=float)
+    schedule: str = option(
+        "step", "the learning rate's course", choices=("step", "cosine", "plateau", "constant")
+    )
+    warmup_epochs: int = option(0, "epochs of linear rise to --lr", type=int)
+    optimizer: str = option("sgd", "of the trained tensors", choices=("sgd", "adam"))
+    lr: float = option(0.1, "learning rate", type=float)
+    momentum: float = option(0.9, "of SGD", type=float)
+    weight_decay: float = option(1e-4, "on everything that trains", type=float)
+    batch_size: int = option(128, "images per step", type=int)
+    label_smoothing: float = option(0.0, "share of the target spread over all classes", type=float)
+    shortcut: str = option("projection", "of residual blocks that change shape", choices=models.SHORTCUTS)
+    conv_init: str = option("kaiming_normal", "of convolutions", choices=models.CONV_INITS)
+    bn_init: str = option("uniform", "of gamma and beta", choices=models.BN_INITS)
+    per_channel: int = option(2, "weights of every filter that --mode random trains", type=int)
+    init_from: str | None = option(None, "start from these weights (.safetensors or .pt), then freeze")
+    seed: int = option(
+        0, "of everything random, 0 to 2**64 - 1; several train side by side", type=int, nargs="+"
+    )
+    device: str = option("auto", "where to train", choices=("auto", "cuda", "cpu"))
+    dtype: str | None = option(
+        None,
+        "default: bf16 where the hardware has it, else fp16 on a GPU, fp32 on a CPU",
+        choices=tuple(steps.DTYPES),
+    )
+    loader: str | None = option(None, "default: resident where the images fit", choices=("resident", "ffcv"))
+    memory: str = option(
+        "lean",
+        "kept for backward: convolutions' outputs; recompute: blocks' inputs; stock: all that autograd does",
+        choices=kernels.MEMORY,
+    )
+    no_compile: bool = option(False, "only PyTorch's own kernels, and no CUDA graph")
+    eval_every: int = option(1, "epochs between evaluations; the last epoch always has one", type=int)
+    out: str = option("runs", "the folder of run folders")
+    resume: bool = option(False, "continue the run where it stopped")
+    overwrite: bool = option(False, "start the run again")
+    quick: bool = option(
+        False,
+        "3,000 images, 8 epochs, batches of 64, a test every 2; cifar10 if it can be had, else synthetic",
+    )
+
+
+QUICK = Options(quick=True, train_subset=3000, epochs=8, milestones=(4, 6), batch_size=64, eval_every=2)
+# Options that change where or how fast a run goes, not what it computes: no part of its name.
+LOGISTIC = {"data_dir", "device", "loader", "memory", "no_compile", "eval_every"}
+LOGISTIC |= {"out", "resume", "overwrite"}
+
+
+class OptionError(ValueError):
+    """An option's value that cannot be used; the message says what can."""
+
+
+def parse_options(argv: list[str] | None, description: str) -> tuple[list[Options], set[str]]:
+    """The options of each seed, and the names of those given. OptionError for the first that is unusable."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+
+    def refuse(message: str) -> NoReturn:
+        raise OptionError(f"{message}; python train.py --help lists the options")
+
+    parser.error = refuse
+    for field in dataclasses.fields(Options):
+        arguments = dict(field.metadata)
+        if field.default is False:
+            arguments["action"] = "store_true"
+        elif field.default is not None:
+            shown = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+            arguments["help"] += f" [{shown}]"
+        parser.add_argument(f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, **arguments)
+    given = vars(parser.parse_args(argv))
+    options = dataclasses.replace(QUICK if "quick" in given else Options(), **given)
+    options = dataclasses.replace(
+        options, milestones=tuple(options.milestones), mode=freeze.canonical_mode(options.mode)
+    )
+    seeds = given.get("seed", [options.seed])
+    if len(set(seeds)) < len(seeds):
+        raise OptionError(f"--seed {' '.join(map(str, seeds))}: give each seed once")
+    each = [dataclasses.replace(options, seed=seed) for seed in seeds]
+    for options in each:
+        check_ranges(options)
+    return each, set(given)
+
+
+def check_ranges(options: Options) -> None:
+    """OptionError for the first value that no run could use."""
+
+    def need(condition: bool, name: str, what: str) -> None:
+        if not condition:
+            value = getattr(options, name)
+            shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            raise OptionError(f"--{name.replace('_', '-')} {shown}: must be {what}")
+
+    for name in ("epochs", "batch_size", "eval_every", "per_channel", "train_subset", "image_size", "lr"):
+        value = getattr(options, name)
+        need(value is None or 0 < value < float("inf"), name, "greater than 0")
+    for name in ("warmup_epochs", "momentum", "weight_decay", "gamma"):
+        need(0 <= getattr(options, name) < float("inf"), name, "0 or more")
+    for name in ("arch", "data", "data_dir", "out", "init_from"):
+        need(getattr(options, name) != "", name, "a name, not nothing")
+    need(not options.image_size or options.image_size < 65536, "image_size", "below 65536")
+    need(0 <= options.seed < 2**64, "seed", "from 0 to 2**64 - 1")
+    need(0 <= options.label_smoothing < 1, "label_smoothing", "at least 0 and below 1")
+    increasing = sorted({m for m in options.milestones if m > 0})
+    need(increasing == list(options.milestones), "milestones", "increasing numbers of epochs")
+    need(
+        options.device != "cuda" or torch.cuda.is_available(),
+        "device",
+        "cpu or auto: there is no CUDA GPU here",
+    )
+    with torch.device("meta"):  # before any download: a name that is no network's
+        models.build(options.arch, shortcut=options.shortcut)
+    if options.init_from and not Path(options.init_from).is_file():
+        raise OptionError(f"--init-from {options.init_from}: there is no such file")
+    if options.resume and options.overwrite:
+        raise OptionError("--resume and --overwrite contradict each other; give one of them")
