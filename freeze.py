@@ -289,7 +289,8 @@ def evaluate(
         note(f"the run was on {recipe['device']}, this is {on.type}: the last digits may differ")
     model.to(on, memory_format=torch.channels_last)
     dtype = step.DTYPES[recipe["dtype"]]
-    loader = loaders.make_loader(dataset, "test", batch_size=recipe["batch_size"], device=on, dtype=dtype)
+    batch_size = step.evaluation_batch_size(recipe["batch_size"], dataset.image_size, on)
+    loader = loaders.make_loader(dataset, "test", batch_size=batch_size, device=on, dtype=dtype)
     loss, accuracy = step.Evaluation(model, loader, dtype, recipe["compile"])()
     return f"{accuracy:.2f} % test accuracy, loss {loss:.4f}, {loader.num_images:,} images of {dataset.title}"
 

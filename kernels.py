@@ -58,7 +58,7 @@ def conv_bn_relu(
     weights = [_weight(conv, x.dtype) for conv, _ in units]
     if training:
         bn_parameters = [parameter for _, bn in units for parameter in (bn.weight, bn.bias)]
-        identity = shortcut is given  # its gradient is added to x's here, not by autograd in a pass of its own
+        identity = shortcut is given  # whose gradient we add to x's, which saves autograd a pass
         plan = (passes, units, relu, identity, _memory == "recompute")
         return _Block.apply(plan, x, None if identity else shortcut, *weights, *bn_parameters)
     x, norm = _channels_last(x), None

@@ -28,8 +28,10 @@ class Conv(NamedTuple):
     padding: tuple[int, int]
 
 
-def channelwise(coefficients: torch.Tensor) -> torch.Tensor:
-    return coefficients.view(1, -1, 1, 1)
+def affine(z: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+    """z scale + shift, in one pass and z's dtype."""
+    zero, one = torch.zeros_like(norm[MEAN]), torch.ones_like(norm[MEAN])
+    return F.batch_norm(z, zero, one, norm[SCALE], norm[SHIFT], training=False, eps=0.0)
 
 
 class TorchPasses:
@@ -54,10 +56,7 @@ class TorchPasses:
 
     def statistics(self, z: torch.Tensor, bn: nn.BatchNorm2d) -> torch.Tensor:
         """The norm of z's batch; `bn`'s running statistics move towards it, by its momentum."""
-        var, mean = torch.var_mean(z.to(bn.weight.dtype), (0, 2, 3), correction=0)
-        count = z.numel() // z.shape[1]
-        bn.running_mean.lerp_(mean, bn.momentum)
-        bn.running_var.lerp_(var * (count / (count - 1)), bn.momentum)
+        mean, var = torch.ops.aten.batch_norm_update_stats(z, bn.running_mean, bn.running_var, bn.momentum)
         return self.norm(mean, var, bn)
 
     def norm(self, mean: torch.Tensor, var: torch.Tensor, bn: nn.BatchNorm2d) -> torch.Tensor:
@@ -74,11 +73,11 @@ class TorchPasses:
         want_signs: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """y = relu(z scale + shift + shortcut), and its signs where asked for."""
-        y = z.to(norm.dtype) * channelwise(norm[SCALE]) + channelwise(norm[SHIFT])
+        y = affine(z, norm)
         if shortcut is not None:
             y += shortcut
         signs = pack(y > 0) if want_signs else None
-        return (y.relu_() if relu else y).to(z.dtype), signs
+        return y.relu_() if relu else y, signs
 
     def mask_and_sum(
         self,
@@ -89,23 +88,25 @@ class TorchPasses:
         relu: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """g and sums from the gradient of the unit's output; by its signs, or those of z scale + shift."""
-        wide = z.to(norm.dtype)
         if signs is not None:
-            dy = dy * unpack(signs, dy)
+            g = dy * unpack(signs, dy)
         elif relu:
-            dy = dy * (wide * channelwise(norm[SCALE]) + channelwise(norm[SHIFT]) > 0)
-        g, count = dy.to(norm.dtype), z.numel() // z.shape[1]
-        d_beta = g.sum((0, 2, 3))
-        d_gamma = (g * (wide - channelwise(norm[MEAN]))).sum((0, 2, 3)) * norm[RSTD]
-        b = -norm[SCALE] * norm[RSTD] * d_gamma / count
-        return dy, torch.stack([d_gamma, d_beta, b, -norm[SCALE] * d_beta / count - b * norm[MEAN]])
+            g = dy * (affine(z, norm) > 0)
+        else:
+            g = dy
+        mean, rstd, scale, _ = norm
+        settings = None, None, mean, rstd, True, 0.0, (False, True, True)
+        _, d_gamma, d_beta = torch.ops.aten.native_batch_norm_backward(g, z, scale, *settings)
+        count = z.numel() // z.shape[1]
+        b = -scale * rstd * d_gamma / count
+        return g, torch.stack([d_gamma, d_beta, b, -scale * d_beta / count - b * mean])
 
     def gradient(
         self, g: torch.Tensor, z: torch.Tensor, norm: torch.Tensor, sums: torch.Tensor
     ) -> torch.Tensor:
         """dz, the gradient of the convolution's output."""
-        a, b, c = channelwise(norm[SCALE]), channelwise(sums[D_B]), channelwise(sums[D_C])
-        return (g.to(norm.dtype) * a + z.to(norm.dtype) * b + c).to(z.dtype)
+        a, b, c = (coefficients.view(1, -1, 1, 1) for coefficients in (norm[SCALE], sums[D_B], sums[D_C]))
+        return torch.addcmul(torch.addcmul(c, z.to(c.dtype), b), g.to(c.dtype), a).to(z.dtype)
 
     def convolve_backward(
         self,
@@ -144,13 +145,14 @@ class TorchPasses:
 
 def pack(positive: torch.Tensor) -> torch.Tensor:
     """Signs: uint8, bit k of byte i for element 8i + k in memory order; of booleans `[N, C, H, W]`."""
-    flat = positive.permute(0, 2, 3, 1).reshape(-1).to(torch.uint8)
-    flat = F.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
-    return (flat << torch.arange(8, dtype=torch.uint8, device=flat.device)).sum(1, dtype=torch.uint8)
+    flat = positive.permute(0, 2, 3, 1).reshape(-1)
+    eights = F.pad(flat, (0, -len(flat) % 8)).view(torch.int64)  # bytes 0 or 1, the first the lowest
+    return (eights * 0x0102040810204080 >> 56).to(torch.uint8)  # byte k's bit goes to place 56 + k
 
 
 def unpack(signs: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """The booleans that `pack` was given, in the shape of `like`."""
     n, c, h, w = like.shape
-    bits = signs.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=signs.device)
-    return (bits & 1).bool().view(-1)[: like.numel()].view(n, h, w, c).permute(0, 3, 1, 2)
+    bits = torch.arange(256, device=signs.device)[:, None] >> torch.arange(8, device=signs.device) & 1
+    eights = bits.to(torch.uint8).view(torch.int64).view(256)  # what each byte stands for
+    return eights[signs.int()].view(torch.bool)[: like.numel()].view(n, h, w, c).permute(0, 3, 1, 2)

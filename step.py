@@ -18,6 +18,7 @@ from torch.nn import functional as F
 import kernels
 
 torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; for speed there is bf16
+torch.backends.cudnn.benchmark = True  # shapes never change, so the fastest algorithm is worth looking for
 # What torch.compile makes is kept between runs, also where /tmp is not.
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "batchnorm-only"
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE / "inductor"))
@@ -328,6 +329,17 @@ class Evaluation:
         self.loss_sum += torch.where(counted, losses, 0).double().sum()
         self.correct += (counted & (logits.argmax(1) == labels)).sum()
         self.position += 1
+
+
+def evaluation_batch_size(batch_size: int, image_size: int, device: torch.device) -> int:
+    """Images to evaluate at once: a GPU is not filled by a training batch of small ones."""
+    return max(batch_size, 1000) if device.type == "cuda" and image_size <= 64 else batch_size
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """Count a GPU's peak anew: starting up tries more than training needs."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

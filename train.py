@@ -142,6 +142,7 @@ def train_epoch(
                 f"the loss is not finite at epoch {epoch}, step {bad + 1}; try a lower --lr"
             )
         if starting:
+            steps.forget_peak_memory(step.device)
             untimed_images, began = step.seen, time.perf_counter()
             at |= {"started": True, "startup_s": at["startup_s"] + began - STARTED}
         bars.step(step)
@@ -181,7 +182,8 @@ def train(options: Options, dataset: data.Dataset, bars: display.Bars) -> Genera
     batches = {"kind": options.loader, "device": device, "dtype": dtype, "compiled": compiled}
     drawn = {"rng": rng, "augment": not options.no_augment, "subset": subset}
     train_loader = loaders.make_loader(dataset, "train", batch_size=options.batch_size, **batches, **drawn)
-    test_loader = loaders.make_loader(dataset, "test", batch_size=options.batch_size, **batches)
+    test_batch = steps.evaluation_batch_size(options.batch_size, dataset.image_size, device)
+    test_loader = loaders.make_loader(dataset, "test", batch_size=test_batch, **batches)
 
     # The step, the course of its learning rate, and the test
     settings = ("optimizer", "momentum", "weight_decay", "label_smoothing", "memory")

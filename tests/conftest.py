@@ -11,6 +11,9 @@ from PIL import Image
 
 import sources
 
+if not torch.cuda.is_available():  # before anything imports Triton: without a GPU its kernels run in Python
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():

@@ -1,0 +1,260 @@
+"""The kernels of kernels_cuda.py, in Triton.
+
+Activations are `[positions, C]`, a position being a pixel of an image, numbered in memory order; per-channel
+values are `[4, C]` in float32, as in kernels_torch.py. A convolution is a matrix product for every tap of its
+window: `[BLOCK, C_IN]` inputs, gathered, by `[C_IN, C_OUT]` weights. Optional tensors may be None.
+
+Sums over positions go through `partial`, `[2, C, programs]`: each program writes its own, and finish_norm or
+finish_sums adds them up, always in the same order.
+"""
+
+import triton
+import triton.language as tl
+
+import kernels_torch
+
+_MEAN, _RSTD = tl.constexpr(kernels_torch.MEAN), tl.constexpr(kernels_torch.RSTD)
+_SCALE, _SHIFT = tl.constexpr(kernels_torch.SCALE), tl.constexpr(kernels_torch.SHIFT)
+_D_GAMMA, _D_BETA = tl.constexpr(kernels_torch.D_GAMMA), tl.constexpr(kernels_torch.D_BETA)
+_D_B, _D_C = tl.constexpr(kernels_torch.D_B), tl.constexpr(kernels_torch.D_C)
+
+
+@triton.jit
+def _per_channel(values, row: tl.constexpr, channels, C: tl.constexpr):
+    return tl.load(values + row * C + channels, mask=channels < C, other=0.0)
+
+
+@triton.jit
+def _scale_and_shift(norm, channels, C: tl.constexpr):
+    return _per_channel(norm, _SCALE, channels, C), _per_channel(norm, _SHIFT, channels, C)
+
+
+@triton.jit
+def _normalise(z, norm, channels, C: tl.constexpr):
+    scale, shift = _scale_and_shift(norm, channels, C)
+    return z.to(tl.float32) * scale + shift
+
+
+@triton.jit
+def _relu(y):
+    return tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)  # a run that diverges must show it
+
+
+@triton.jit
+def _gradient_coefficients(norm, sums, channels, C: tl.constexpr):
+    """a, b and c of dz = g a + z b + c."""
+    b, c = _per_channel(sums, _D_B, channels, C), _per_channel(sums, _D_C, channels, C)
+    return _per_channel(norm, _SCALE, channels, C), b, c
+
+
+@triton.jit
+def _tile(positions, C: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr):
+    """What this program of an elementwise kernel works on: channels, offsets, and which of them there are."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    return channels, at[:, None] * C + channels, (at < positions)[:, None]
+
+
+@triton.jit
+def _store_partial(partial, first, second, channels, C: tl.constexpr):
+    """Into partial, `[2, C, programs]`."""
+    at = partial + channels * tl.num_programs(0) + tl.program_id(0)
+    tl.store(at, first)
+    tl.store(at + C * tl.num_programs(0), second)
+
+
+@triton.jit
+def _store_statistics(partial, z, live, positions, BLOCK: tl.constexpr, channels, C: tl.constexpr):
+    """Sum, and sum of squares about this block's own mean: nothing cancels if the mean is far from zero."""
+    count = tl.minimum(positions - tl.program_id(0) * BLOCK, BLOCK)
+    total = tl.sum(z, 0)
+    centred = tl.where(live, z - total / count, 0.0)
+    _store_partial(partial, total, tl.sum(centred * centred, 0), channels, C)
+
+
+@triton.jit
+def _store_gradient_sums(partial, g, z, norm, channels, C: tl.constexpr):
+    centred = z.to(tl.float32) - _per_channel(norm, _MEAN, channels, C)
+    _store_partial(partial, tl.sum(g, 0), tl.sum(g * centred, 0), channels, C)
+
+
+@triton.jit
+def convolve(
+    x, norm, weight, z, partial, positions,
+    H: tl.constexpr, W: tl.constexpr, C_IN: tl.constexpr, H_OUT: tl.constexpr, W_OUT: tl.constexpr,
+    C_OUT: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, W_O: tl.constexpr, W_I: tl.constexpr,
+    W_TAP: tl.constexpr, BLOCK: tl.constexpr, BLOCK_IN: tl.constexpr,
+):  # fmt: skip
+    """z `[positions, C_OUT]` of x, or with norm of relu(x scale + shift); with partial, z's statistics."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = (at < positions)[:, None]
+    image, h_out, w_out = at // (H_OUT * W_OUT), at // W_OUT % H_OUT, at % W_OUT
+    c_in, c_out = tl.arange(0, BLOCK_IN), tl.arange(0, C_OUT)
+    if norm is not None:
+        scale, shift = _scale_and_shift(norm, c_in, C_IN)
+    total = tl.zeros([BLOCK, C_OUT], tl.float32)
+    for tap in range(K * K):  # not unrolled: at 64 channels that takes every register
+        h = h_out * STRIDE + tap // K - K // 2
+        w = w_out * STRIDE + tap % K - K // 2
+        inside = ((h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None] & live & (c_in < C_IN)
+        pixels = tl.load(x + ((image * H + h) * W + w)[:, None] * C_IN + c_in, mask=inside, other=0.0)
+        if norm is not None:  # padding is zero after BatchNorm, not before
+            pixels = _relu(pixels.to(tl.float32) * scale + shift)
+            pixels = tl.where(inside, pixels, 0.0).to(x.dtype.element_ty)
+        taps = weight + tap * W_TAP + c_in[:, None] * W_I + c_out * W_O
+        taps = tl.load(taps, mask=(c_in < C_IN)[:, None], other=0.0)
+        total = tl.dot(pixels, taps, total, input_precision="ieee")
+    stored = total.to(z.dtype.element_ty)
+    tl.store(z + at[:, None] * C_OUT + c_out, stored, mask=live)
+    if partial is not None:
+        _store_statistics(partial, stored.to(tl.float32), live, positions, BLOCK, c_out, C_OUT)
+
+
+@triton.jit
+def convolve_backward(
+    g, z, norm, sums, weight, add, z_below, norm_below, dx, partial, positions,
+    H: tl.constexpr, W: tl.constexpr, C_IN: tl.constexpr, H_OUT: tl.constexpr, W_OUT: tl.constexpr,
+    C_OUT: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, W_O: tl.constexpr, W_I: tl.constexpr,
+    W_TAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dx `[positions, C_IN]`, the gradient of x; with z_below, through the ReLU below, and its two sums."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = (at < positions)[:, None]
+    image, h_in, w_in = at // (H * W), at // W % H, at % W
+    c_in, c_out = tl.arange(0, C_IN), tl.arange(0, C_OUT)
+    a, b, c = _gradient_coefficients(norm, sums, c_out, C_OUT)
+    total = tl.zeros([BLOCK, C_IN], tl.float32)
+    for tap in range(K * K):
+        h = h_in + K // 2 - tap // K
+        w = w_in + K // 2 - tap % K
+        inside = (h >= 0) & (h < H_OUT * STRIDE) & (w >= 0) & (w < W_OUT * STRIDE)
+        if STRIDE > 1:  # an input that this tap reaches no output from
+            inside = inside & (h % STRIDE == 0) & (w % STRIDE == 0)
+        inside = inside[:, None] & live
+        from_ = ((image * H_OUT + h // STRIDE) * W_OUT + w // STRIDE)[:, None] * C_OUT + c_out
+        d_out = tl.load(g + from_, mask=inside, other=0.0).to(tl.float32) * a
+        d_out += tl.load(z + from_, mask=inside, other=0.0).to(tl.float32) * b + c
+        d_out = tl.where(inside, d_out, 0.0).to(g.dtype.element_ty)
+        taps = tl.load(weight + tap * W_TAP + c_out[:, None] * W_O + c_in * W_I)
+        total = tl.dot(d_out, taps, total, input_precision="ieee")
+    here = at[:, None] * C_IN + c_in
+    if add is not None:
+        total += tl.load(add + here, mask=live, other=0.0).to(tl.float32)
+    if z_below is None:
+        tl.store(dx + here, total.to(dx.dtype.element_ty), mask=live)
+    else:
+        below = tl.load(z_below + here, mask=live, other=0.0)
+        positive = (_normalise(below, norm_below, c_in, C_IN) > 0) & live
+        stored = tl.where(positive, total, 0.0).to(dx.dtype.element_ty)
+        tl.store(dx + here, stored, mask=live)
+        _store_gradient_sums(partial, stored.to(tl.float32), below, norm_below, c_in, C_IN)
+
+
+@triton.jit
+def statistics(z, partial, positions, C: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr):
+    """z's, where another than convolve made it."""
+    channels, here, live = _tile(positions, C, BLOCK, BLOCK_C)
+    values = tl.load(z + here, mask=live, other=0.0).to(tl.float32)
+    _store_statistics(partial, values, live, positions, BLOCK, channels, C)
+
+
+@triton.jit
+def activate(
+    z, norm, shortcut, y, signs, positions,
+    RELU: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """y = relu(z scale + shift + shortcut), and its signs."""
+    channels, here, live = _tile(positions, C, BLOCK, BLOCK_C)
+    values = _normalise(tl.load(z + here, mask=live, other=0.0), norm, channels, C)
+    if shortcut is not None:
+        values += tl.load(shortcut + here, mask=live, other=0.0).to(tl.float32)
+    if signs is not None:  # bit k of byte i is element 8i + k
+        bits = (values > 0).to(tl.int32).reshape(BLOCK, BLOCK_C // 8, 8) << tl.arange(0, 8)
+        _, eights, _ = _tile(positions, C // 8, BLOCK, BLOCK_C // 8)
+        tl.store(signs + eights, tl.sum(bits, 2).to(tl.uint8), mask=live)
+    if RELU:
+        values = _relu(values)
+    tl.store(y + here, values.to(y.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def mask_and_sum(
+    dy, z, norm, signs, g, partial, positions,
+    C: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """g and its sums, of dy; by signs or else by z. Without g nothing is masked: then it is dy."""
+    channels, here, live = _tile(positions, C, BLOCK, BLOCK_C)
+    gradient = tl.load(dy + here, mask=live, other=0.0)
+    values = tl.load(z + here, mask=live, other=0.0)
+    if g is not None:
+        if signs is not None:
+            positive = (tl.load(signs + here // 8, mask=live, other=0).to(tl.int32) >> (here % 8)) & 1 == 1
+        else:
+            positive = _normalise(values, norm, channels, C) > 0
+        gradient = tl.where(positive, gradient, 0.0)
+        tl.store(g + here, gradient, mask=live)
+    _store_gradient_sums(partial, gradient.to(tl.float32), values, norm, channels, C)
+
+
+@triton.jit
+def gradient(
+    g, z, norm, sums, dz, positions, C: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    """dz, the gradient of a convolution's output, where its weights train or cuDNN convolves it."""
+    channels, here, live = _tile(positions, C, BLOCK, BLOCK_C)
+    a, b, c = _gradient_coefficients(norm, sums, channels, C)
+    d_out = tl.load(g + here, mask=live, other=0.0).to(tl.float32) * a
+    d_out += tl.load(z + here, mask=live, other=0.0).to(tl.float32) * b + c
+    tl.store(dz + here, d_out.to(dz.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def finish_norm(
+    partial, gamma, beta, running_mean, running_var, norm, positions, programs, eps, momentum,
+    C: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """One program a channel: norm, and the running statistics moved; BLOCK as of those who wrote partial."""
+    channel = tl.program_id(0)
+    total = tl.zeros([STEP], tl.float32)
+    for start in range(0, programs, STEP):
+        at = start + tl.arange(0, STEP)
+        total += tl.load(partial + channel * programs + at, mask=at < programs, other=0.0)
+    mean = tl.sum(total, 0) / positions
+    total = tl.zeros([STEP], tl.float32)
+    for start in range(0, programs, STEP):  # Chan, Golub, LeVeque 1983: within the blocks, and between them
+        at = start + tl.arange(0, STEP)
+        live = at < programs
+        count = tl.where(live, tl.minimum(positions - at * BLOCK, BLOCK), 1)
+        off = tl.load(partial + channel * programs + at, mask=live, other=0.0) / count - mean
+        within = tl.load(partial + (C + channel) * programs + at, mask=live, other=0.0)
+        total += tl.where(live, within + count * off * off, 0.0)
+    squares = tl.sum(total, 0)
+    rstd = 1 / tl.sqrt(squares / positions + eps)
+    scale = tl.load(gamma + channel) * rstd
+    tl.store(norm + _MEAN * C + channel, mean)
+    tl.store(norm + _RSTD * C + channel, rstd)
+    tl.store(norm + _SCALE * C + channel, scale)
+    tl.store(norm + _SHIFT * C + channel, tl.load(beta + channel) - mean * scale)
+    before = tl.load(running_mean + channel)
+    tl.store(running_mean + channel, before + momentum * (mean - before))
+    before = tl.load(running_var + channel)
+    tl.store(running_var + channel, before + momentum * (squares / (positions - 1) - before))
+
+
+@triton.jit
+def finish_sums(partial, norm, sums, positions, programs, C: tl.constexpr, STEP: tl.constexpr):
+    """One program a channel: gradients of gamma and beta, and b and c of TorchPasses.gradient."""
+    channel = tl.program_id(0)
+    d_beta, d_gamma = tl.zeros([STEP], tl.float32), tl.zeros([STEP], tl.float32)
+    for start in range(0, programs, STEP):
+        at = start + tl.arange(0, STEP)
+        d_beta += tl.load(partial + channel * programs + at, mask=at < programs, other=0.0)
+        d_gamma += tl.load(partial + (C + channel) * programs + at, mask=at < programs, other=0.0)
+    scale, rstd = tl.load(norm + _SCALE * C + channel), tl.load(norm + _RSTD * C + channel)
+    beta, gamma = tl.sum(d_beta, 0), tl.sum(d_gamma, 0) * rstd
+    b = -scale * rstd * gamma / positions
+    tl.store(sums + _D_GAMMA * C + channel, gamma)
+    tl.store(sums + _D_BETA * C + channel, beta)
+    tl.store(sums + _D_B * C + channel, b)
+    c = -scale * beta / positions - b * tl.load(norm + _MEAN * C + channel)
+    tl.store(sums + _D_C * C + channel, c)
