@@ -1,0 +1,213 @@
+"""bench.py through its command line: every part's rows; bytes counted a second way; errors to be mended."""
+
+import gc
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import bench
+import data
+import floor
+import rivals
+
+ROOT = Path(bench.__file__).parent
+SMALL = ["--arch", "resnet8", "--batch-size", "16", "--device", "cpu"]
+CLASSES = tuple("0123456789")
+
+
+@pytest.fixture
+def small(tiny_folder, tmp_path):
+    """Options of a measurement of a few seconds."""
+    where = ["--data", str(tiny_folder), "--data-dir", str(tiny_folder.parent / "prepared")]
+    return [*SMALL, *where, "--json", str(tmp_path / "rows.jsonl")]
+
+
+def rows_in(options: list[str], part: str) -> list[dict]:
+    """The rows that were written, each complete."""
+    rows = [json.loads(line) for line in Path(options[options.index("--json") + 1]).read_text().splitlines()]
+    for row in rows:
+        assert set(bench.KEYS) <= set(row) and row["part"] == part and row["batch_size"] in (16, None)
+        assert row["device_name"] and row["versions"]["torch"] == torch.__version__ and row["date"]
+    return rows
+
+
+def test_speed_compares_every_step(small):
+    impls = ["stock", "amp", "plain", "lean", "recompute"]
+    turns = ["--repeats", "2", "--steps", "1", "--warm-up", "1", "--mode", "bn_only", "all"]
+    command = [sys.executable, str(ROOT / "bench.py"), "speed", *small, *turns, "--impl", *impls]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert all(f"  {impl}  " in ended.stdout for impl in impls) and "warm-up: 1 steps" in ended.stdout
+    rows = rows_in(small, "speed")
+    assert [(row["mode"], row["impl"]) for row in rows] == [(m, i) for m in ("bn_only", "all") for i in impls]
+    for row in rows:
+        assert 0 < row["step_ms_min"] <= row["step_ms"] <= row["step_ms_max"] and row["n"] == 2
+        assert row["images_per_s"] == pytest.approx(16e3 / row["step_ms"])
+        stock = next(r for r in rows if r["mode"] == row["mode"] and r["impl"] == "stock")
+        assert row["ratio_to_stock"] == pytest.approx(row["images_per_s"] / stock["images_per_s"])
+        assert row["dtype"] == "fp32" or row["impl"] != "stock"
+
+
+@pytest.mark.stress
+def test_speed_compares_compiled_networks(small):
+    turns = ["--repeats", "1", "--steps", "1", "--mode", "bn_only"]
+    assert bench.main(["speed", *small, *turns, "--impl", "compiled"]) == 0
+    (row,) = rows_in(small, "speed")
+    assert row["images_per_s"] > 0 and row["ratio_to_stock"] is None
+
+
+@pytest.mark.parametrize(
+    "impls",
+    [["stock", "resident"], pytest.param(["stock", "resident", "ffcv"], marks=pytest.mark.stress)],
+)
+def test_data_compares_the_loaders(small, impls):
+    turns = ["--repeats", "1", "--steps", "2", "--warm-up", "1"]
+    assert bench.main(["data", *small, *turns, "--impl", *impls]) == 0
+    rows = rows_in(small, "data")
+    assert [row["impl"] for row in rows] == impls
+    assert all(row["images_per_s"] > 0 and row["seconds"] > 0 for row in rows)
+
+
+def test_startup_is_measured_cold_and_warm(small):
+    assert bench.main(["startup", *small, "--repeats", "1"]) == 0
+    rows = rows_in(small, "startup")
+    assert [row["impl"] for row in rows] == ["cold", "warm"]
+    assert all(0 < row["seconds"] < row["run_seconds"] for row in rows)
+
+
+def test_memory_weighs_stock_autocast_and_ours(small):
+    assert bench.main(["memory", *small, "--mode", "bn_only", "all"]) == 0
+    rows = rows_in(small, "memory")
+    saved = {(row["mode"], row["impl"]): row["saved_bytes_per_image"] for row in rows}
+    assert len(rows) == 10 and {row["dtype"] for row in rows} == {"fp32", "bf16"}
+    for mode in ("bn_only", "all"):
+        assert saved[mode, "recompute"] < saved[mode, "lean"] < saved[mode, "amp"] < saved[mode, "stock"]
+
+
+def batch_of(count: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(count, 3, 32, 32, generator=generator)
+    labels = torch.randint(10, (count,), generator=generator)
+    return images.to(dtype).contiguous(memory_format=torch.channels_last), labels
+
+
+class Allocations(TorchDispatchMode):
+    """Every storage that operators make in this context; not those they were given, and return a view of."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        given = {storage._cdata for storage in storages((args, kwargs))}
+        self.made += [
+            (StorageWeakRef(storage), storage.nbytes())
+            for storage in storages(out)
+            if storage._cdata not in given
+        ]
+        return out
+
+    def alive_bytes(self) -> int:
+        gc.collect()
+        return sum({reference.cdata: n for reference, n in self.made if not reference.expired()}.values())
+
+
+def storages(values) -> list[torch.UntypedStorage]:
+    return [x.untyped_storage() for x in tree_leaves(values) if isinstance(x, torch.Tensor)]
+
+
+@pytest.mark.parametrize(
+    ("impl", "mode"), [("lean", "bn_only"), ("lean", "all"), ("recompute", "bn_only"), ("stock", "bn_only")]
+)
+def test_saved_bytes_are_what_is_alive_between_forward_and_backward(impl, mode):
+    dtype = torch.float32 if impl == "stock" else torch.bfloat16
+    way = rivals.OURS.get(impl, ("stock", False))
+    model = rivals.network(impl, "resnet14", mode, CLASSES, torch.device("cpu"))
+    batch = batch_of(8, dtype)
+    saved = bench.saved_bytes(model, *batch, dtype, *way)  # which converts frozen weights, too
+    model.zero_grad()
+    with Allocations() as allocations:
+        loss = rivals.loss_of(model, *batch, dtype, *way)
+        alive = allocations.alive_bytes()
+    assert loss.requires_grad
+    images_bytes = batch[0].nbytes if impl != "lean" or mode == "all" else 0  # saved, but not made here
+    assert saved == pytest.approx(alive + images_bytes, rel=0.03)
+
+
+def test_a_frozen_resnet32_keeps_one_output_per_convolution_and_one_bit_per_block_output():
+    least = floor.least_bytes(floor.cost("resnet32", 32), torch.bfloat16)
+    assert least["floor"] == 2 * 315_392 + 143_360 / 8 and 325e3 < least["floor_recompute"] < 335e3
+    images, labels = batch_of(8, torch.bfloat16)
+    for impl, bound in (("lean", "floor"), ("recompute", "floor_recompute")):
+        model = rivals.network(impl, "resnet32", "bn_only", CLASSES, torch.device("cpu"))
+        saved = bench.saved_bytes(model, images, labels, torch.bfloat16, *rivals.OURS[impl]) / 8
+        assert least[bound] <= saved <= 1.05 * least[bound] + (images[0].nbytes if impl == "recompute" else 0)
+
+
+def test_the_floor_follows_the_devices_rates():
+    of = floor.cost("resnet32", 32)
+    assert 68e6 < of.multiply_adds < 70e6
+    by_copies = floor.least_s(of, False, torch.bfloat16, (4.3e12, 790e12))
+    assert by_copies == pytest.approx(6 * 2 * 315_392 / 4.3e12)
+    assert floor.least_s(of, True, torch.bfloat16, (1e30, 790e12)) == pytest.approx(
+        6 * of.multiply_adds / 790e12
+    )
+
+
+def test_the_stock_loader_crops_flips_and_normalises():
+    image, size = torch.arange(1, 49, dtype=torch.uint8).view(4, 4, 3).numpy(), 4
+    split = data.Split(image[None], torch.tensor([7]).numpy(), None)
+    statistics = (0.0, 0.0, 0.0), (255.0, 255.0, 255.0)
+    dataset = data.Dataset("one", "one", "", ("a",), size, *statistics, split, split)
+    torch.manual_seed(0)
+    drawn = [rivals.PerImage(dataset)[0] for _ in range(600)]
+    assert all(label == 7 and x.shape == (3, size, size) and x.dtype == torch.float32 for x, label in drawn)
+    padded = torch.nn.functional.pad(torch.from_numpy(image).permute(2, 0, 1).float() / 255, (4, 4, 4, 4))
+    crops = [padded[:, i : i + size, j : j + size] for i in range(9) for j in range(9)]
+    possible = {x.numpy().tobytes() for crop in crops for x in (crop, crop.flip(2))}
+    seen = {x.numpy().tobytes() for x, _ in drawn}
+    assert seen <= possible and len(seen) > 0.9 * len(possible)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["speed", "--impl", "lena"], "--impl lena: speed has stock"),
+        (["data", "--impl", "lean"], "--impl lean: data has stock"),
+        (["speed", "--arch", "resnet33"], "--arch resnet33 is not known"),
+        (["speed", "--mode", "none"], "--mode none: nothing trains"),
+        (["speed", "--mode", "bm"], "--mode bm"),
+        (["memory", "--mode", "shortcut", "--arch", "vgg11"], "no parameters in its shortcut"),
+        (["speed", "--batch-size", "0"], "--batch-size 0: must be 1 or more"),
+        (["speed", "--json", "no/such/folder.jsonl"], "--json no/such/folder.jsonl: name a file"),
+        (["velocity"], "velocity"),
+        (["speed", "--dtype", "int8"], "int8"),
+        (["data", "--batch-size", "100"], "--batch-size 100"),
+    ],
+)
+def test_unusable_options_end_in_a_line(small, capsys, monkeypatch, tmp_path, options, said):
+    monkeypatch.chdir(tmp_path)
+    where = small[small.index("--data") : small.index("--json")]
+    assert bench.main([*options, "--device", "cpu", *where]) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err and captured.err.startswith("bench.py: ") and not captured.out
+    assert captured.err.count("\n") <= 2
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_rows_have_the_floor_and_the_peak(tiny_folder, tmp_path):
+    options = ["--arch", "resnet8", "--batch-size", "16", "--json", str(tmp_path / "rows.jsonl")]
+    options += ["--data", str(tiny_folder), "--data-dir", str(tiny_folder.parent / "prepared")]
+    assert bench.main(["speed", *options, "--repeats", "2", "--steps", "4", "--mode", "bn_only"]) == 0
+    rows = rows_in(options, "speed")
+    assert rows[0]["bytes_per_s"] > 1e11 and rows[1]["flops_per_s"] > 1e12
+    for row in rows[2:]:
+        assert 0 < row["share_of_floor"] < 1 and row["peak_memory_bytes"] > 0
