@@ -137,7 +137,7 @@ class _Block(torch.autograd.Function):
         needs_parameters = ctx.needs_input_grad[3:]
         d_weights, d_bn = [None] * count, [None] * (2 * count)
         g, sums = passes.mask_and_sum(_channels_last(dy), zs[-1], norms[-1], signs, relu)
-        d_shortcut = g if needs_shortcut else None
+        d_shortcut = passes.whole(g) if needs_shortcut else None
         added = g if identity else None
         for i in reversed(range(count)):
             if needs_parameters[count + 2 * i]:

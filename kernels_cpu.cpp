@@ -60,49 +60,79 @@ inline void keep(float* v, uint64_t word) {
 #endif
 }
 
+// dy where the unit's output was positive: by `signs`, else by z scale + shift; everywhere without ReLU.
+inline void mask(float* dy, const float* z, const uint64_t* signs, int relu, const float* scale, const float* shift) {
+  if (signs)
+    keep(dy, *signs);
+  else if (relu)
+    for (int k = 0; k < TILE; ++k) dy[k] = z[k] * scale[k] + shift[k] > 0 ? dy[k] : 0;
+}
+
+// The pieces that a tensor is summed in: `size` elements, all but the last, of rows of `width`.
+struct Pieces {
+  int64_t count, channels, width, size, number;
+  Pieces(int64_t count, int64_t channels)
+      : count(count), channels(channels), width(std::max(TILE, channels)),
+        size(std::max<int64_t>(1, PIECE / width) * width), number((count + size - 1) / size) {}
+
+  int64_t rows(int64_t piece) const { return (std::min(count, (piece + 1) * size) - piece * size) / width; }
+
+  // Runs body(piece, t, begin, end) in parallel: the tiles that begin at begin, begin + width, ... before `end`,
+  // all of which have the coefficients of channels t to t + 63.
+  template <class F>
+  void for_tiles(F body) const {
+#pragma omp parallel for schedule(static)
+    for (int64_t p = 0; p < number; ++p)
+      for (int64_t t = 0; t < width; t += TILE) body(p, t, p * size + t, std::min(count, (p + 1) * size));
+  }
+};
+
+// 64 coefficients, or sums, which the compiler keeps in registers.
+struct Tile {
+  float at[TILE];
+  Tile() : at{} {}
+  explicit Tile(const float* from) { std::copy(from, from + TILE, at); }
+};
+
 // Coefficients of `channels` channels, repeated to at least one tile.
-std::vector<float> tiled(const float* coefficients, int64_t channels) {
+std::vector<float> tiled(const float* per_channel, int64_t channels) {
   std::vector<float> out(std::max(TILE, channels));
-  for (size_t i = 0; i < out.size(); ++i) out[i] = coefficients[i % channels];
+  for (size_t i = 0; i < out.size(); ++i) out[i] = per_channel[i % channels];
   return out;
 }
 
-template <class F>
-void for_pieces(int64_t count, int64_t width, F body) {  // pieces are whole multiples of `width`
-  int64_t size = std::max<int64_t>(1, PIECE / width) * width, pieces = (count + size - 1) / size;
-#pragma omp parallel for schedule(static)
-  for (int64_t p = 0; p < pieces; ++p) body(p, p * size, std::min(count, (p + 1) * size));
-}
-
-int64_t number_of_pieces(int64_t count, int64_t width) {
-  int64_t size = std::max<int64_t>(1, PIECE / width) * width;
-  return (count + size - 1) / size;
+// dy where the unit's output was positive: by `signs`, else by z scale + shift; everywhere without ReLU.
+inline void mask(float* dy, const float* z, const uint64_t* signs, int relu, const Tile& scale, const Tile& shift) {
+  if (signs)
+    keep(dy, *signs);
+  else if (relu)
+    for (int k = 0; k < TILE; ++k) dy[k] = z[k] * scale.at[k] + shift.at[k] > 0 ? dy[k] : 0;
 }
 
 // Rows mean, 1/deviation, gamma/deviation, beta - mean gamma/deviation of `norm`; running statistics follow.
 template <class T>
 void statistics(const T* z, int64_t count, int64_t channels, const float* gamma, const float* beta, double eps,
                 double momentum, float* running_mean, float* running_var, float* norm) {
-  int64_t width = std::max(TILE, channels), pieces = number_of_pieces(count, width);
-  std::vector<float> sums(pieces * 2 * width);
-  for_pieces(count, width, [&](int64_t p, int64_t begin, int64_t end) {
-    float *sum = &sums[p * 2 * width], *square = sum + width;
+  Pieces pieces(count, channels);
+  int64_t width = pieces.width;
+  std::vector<float> sums(pieces.number * 2 * width);
+  pieces.for_tiles([&](int64_t p, int64_t t, int64_t begin, int64_t end) {
+    Tile sum, square, mean;
     for (int64_t i = begin; i < end; i += width)
-      for (int64_t t = 0; t < width; t += TILE)
-        for (int k = 0; k < TILE; ++k) sum[t + k] += load(z + i + t + k);
-    float inverse = float(width) / float(end - begin);
+      for (int k = 0; k < TILE; ++k) sum.at[k] += load(z + i + k);
+    for (int k = 0; k < TILE; ++k) mean.at[k] = sum.at[k] / pieces.rows(p);
     for (int64_t i = begin; i < end; i += width)  // again, from the cache: deviations from the piece's own mean
-      for (int64_t t = 0; t < width; t += TILE)
-        for (int k = 0; k < TILE; ++k) {
-          float deviation = load(z + i + t + k) - sum[t + k] * inverse;
-          square[t + k] += deviation * deviation;
-        }
+      for (int k = 0; k < TILE; ++k) {
+        float deviation = load(z + i + k) - mean.at[k];
+        square.at[k] += deviation * deviation;
+      }
+    std::copy(sum.at, sum.at + TILE, &sums[p * 2 * width + t]);
+    std::copy(square.at, square.at + TILE, &sums[p * 2 * width + width + t]);
   });
   for (int64_t c = 0; c < channels; ++c) {  // Chan, Golub, LeVeque 1979
     double n = 0, mean = 0, square = 0;
-    int64_t size = std::max<int64_t>(1, PIECE / width) * width;
-    for (int64_t p = 0; p < pieces; ++p) {
-      double m = double(std::min(count, (p + 1) * size) - p * size) / width;
+    for (int64_t p = 0; p < pieces.number; ++p) {
+      double m = pieces.rows(p);
       for (int64_t k = c; k < width; k += channels) {
         double delta = sums[p * 2 * width + k] / m - mean;
         square += sums[p * 2 * width + width + k] + delta * delta * n * m / (n + m);
@@ -124,54 +154,50 @@ void statistics(const T* z, int64_t count, int64_t channels, const float* gamma,
 template <class T>
 void activate(const T* z, int64_t count, int64_t channels, const float* norm, const T* shortcut, int relu, T* y,
               uint64_t* signs) {
-  int64_t width = std::max(TILE, channels);
-  auto scale = tiled(norm + 2 * channels, channels), shift = tiled(norm + 3 * channels, channels);
-  for_pieces(count, width, [&](int64_t, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i += width)
-      for (int64_t t = 0; t < width; t += TILE) {
-        float v[TILE];
-        const T* from = z + i + t;
-        for (int k = 0; k < TILE; ++k) v[k] = load(from + k) * scale[t + k] + shift[t + k];
-        if (shortcut)
-          for (int k = 0; k < TILE; ++k) v[k] += load(shortcut + i + t + k);
-        if (signs) signs[(i + t) / TILE] = positive(v);
-        if (relu)
-          for (int k = 0; k < TILE; ++k) v[k] = v[k] < 0 ? 0 : v[k];  // NaN stays NaN
-        for (int k = 0; k < TILE; ++k) store(y + i + t + k, v[k]);
-      }
+  Pieces pieces(count, channels);
+  auto scales = tiled(norm + 2 * channels, channels), shifts = tiled(norm + 3 * channels, channels);
+  pieces.for_tiles([&](int64_t, int64_t t, int64_t begin, int64_t end) {
+    Tile scale(&scales[t]), shift(&shifts[t]);
+    for (int64_t i = begin; i < end; i += pieces.width) {
+      float v[TILE];
+      for (int k = 0; k < TILE; ++k) v[k] = load(z + i + k) * scale.at[k] + shift.at[k];
+      if (shortcut)
+        for (int k = 0; k < TILE; ++k) v[k] += load(shortcut + i + k);
+      if (signs) signs[i / TILE] = positive(v);
+      if (relu)
+        for (int k = 0; k < TILE; ++k) v[k] = v[k] < 0 ? 0 : v[k];  // NaN stays NaN
+      for (int k = 0; k < TILE; ++k) store(y + i + k, v[k]);
+    }
   });
 }
 
-// g = dy where the unit's output was positive (by `signs`, else by z scale + shift; everywhere without ReLU).
-// Rows of `sums`: gradient of gamma, of beta, and b, c of the gradient of z: scale g + b z + c.
+// Of g, which is dy as `mask` leaves it. Rows of `sums`: gradient of gamma, of beta, and b, c of the gradient of z,
+// scale g + b z + c. g itself is not written: to mask dy again where it is needed is cheaper than to store it.
 template <class T>
-void mask_and_sum(const T* dy, const T* z, int64_t count, int64_t channels, const float* norm, const uint64_t* signs,
-                  int relu, T* g, float* sums) {
-  int64_t width = std::max(TILE, channels), pieces = number_of_pieces(count, width);
-  auto scale = tiled(norm + 2 * channels, channels), shift = tiled(norm + 3 * channels, channels),
-       mean = tiled(norm, channels);
-  std::vector<float> partial(pieces * 2 * width);
-  for_pieces(count, width, [&](int64_t p, int64_t begin, int64_t end) {
-    float *by_z = &partial[p * 2 * width], *plain = by_z + width;
-    for (int64_t i = begin; i < end; i += width)
-      for (int64_t t = 0; t < width; t += TILE) {
-        float v[TILE], x[TILE];
-        for (int k = 0; k < TILE; ++k) v[k] = load(dy + i + t + k), x[k] = load(z + i + t + k);
-        if (signs)
-          keep(v, signs[(i + t) / TILE]);
-        else if (relu)
-          for (int k = 0; k < TILE; ++k) v[k] = x[k] * scale[t + k] + shift[t + k] > 0 ? v[k] : 0;
-        for (int k = 0; k < TILE; ++k) {
-          by_z[t + k] += v[k] * (x[k] - mean[t + k]);
-          plain[t + k] += v[k];
-        }
-        if (g)
-          for (int k = 0; k < TILE; ++k) store(g + i + t + k, v[k]);
+void sum_gradients(const T* dy, const T* z, int64_t count, int64_t channels, const float* norm, const uint64_t* signs,
+                   int relu, float* sums) {
+  Pieces pieces(count, channels);
+  int64_t width = pieces.width;
+  std::vector<float> partial(pieces.number * 2 * width);
+  auto scales = tiled(norm + 2 * channels, channels), shifts = tiled(norm + 3 * channels, channels);
+  auto means = tiled(norm, channels);
+  pieces.for_tiles([&](int64_t p, int64_t t, int64_t begin, int64_t end) {
+    Tile scale(&scales[t]), shift(&shifts[t]), mean(&means[t]), by_z, plain;
+    for (int64_t i = begin; i < end; i += width) {
+      float v[TILE], x[TILE];
+      for (int k = 0; k < TILE; ++k) v[k] = load(dy + i + k), x[k] = load(z + i + k);
+      mask(v, x, signs ? signs + i / TILE : nullptr, relu, scale, shift);
+      for (int k = 0; k < TILE; ++k) {
+        by_z.at[k] += v[k] * (x[k] - mean.at[k]);
+        plain.at[k] += v[k];
       }
+    }
+    std::copy(by_z.at, by_z.at + TILE, &partial[p * 2 * width + t]);
+    std::copy(plain.at, plain.at + TILE, &partial[p * 2 * width + width + t]);
   });
   for (int64_t c = 0; c < channels; ++c) {
     double by_z = 0, plain = 0, n = double(count / channels);
-    for (int64_t p = 0; p < pieces; ++p)
+    for (int64_t p = 0; p < pieces.number; ++p)
       for (int64_t k = c; k < width; k += channels)
         by_z += partial[p * 2 * width + k], plain += partial[p * 2 * width + width + k];
     double rstd = norm[channels + c], s = norm[2 * channels + c], b = -s * rstd * rstd * by_z / n;
@@ -184,15 +210,32 @@ void mask_and_sum(const T* dy, const T* z, int64_t count, int64_t channels, cons
 
 // The gradient of z, scale g + b z + c.
 template <class T>
-void gradient(const T* g, const T* z, int64_t count, int64_t channels, const float* norm, const float* sums, T* dz) {
-  int64_t width = std::max(TILE, channels);
-  auto a = tiled(norm + 2 * channels, channels), b = tiled(sums + 2 * channels, channels),
-       c = tiled(sums + 3 * channels, channels);
-  for_pieces(count, width, [&](int64_t, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i += width)
-      for (int64_t t = 0; t < width; t += TILE)
-        for (int k = 0; k < TILE; ++k)
-          store(dz + i + t + k, a[t + k] * load(g + i + t + k) + b[t + k] * load(z + i + t + k) + c[t + k]);
+void gradient(const T* dy, const T* z, int64_t count, int64_t channels, const float* norm, const uint64_t* signs,
+              int relu, const float* sums, T* dz) {
+  Pieces pieces(count, channels);
+  auto scales = tiled(norm + 2 * channels, channels), shifts = tiled(norm + 3 * channels, channels);
+  auto bs = tiled(sums + 2 * channels, channels), cs = tiled(sums + 3 * channels, channels);
+  pieces.for_tiles([&](int64_t, int64_t t, int64_t begin, int64_t end) {
+    Tile scale(&scales[t]), shift(&shifts[t]), b(&bs[t]), c(&cs[t]);
+    for (int64_t i = begin; i < end; i += pieces.width) {
+      float v[TILE], x[TILE];
+      for (int k = 0; k < TILE; ++k) v[k] = load(dy + i + k), x[k] = load(z + i + k);
+      mask(v, x, signs ? signs + i / TILE : nullptr, relu, scale, shift);
+      for (int k = 0; k < TILE; ++k) store(dz + i + k, scale.at[k] * v[k] + b.at[k] * x[k] + c.at[k]);
+    }
+  });
+}
+
+// dx += dy where `signs` has a bit.
+template <class T>
+void add_masked(const T* dy, int64_t count, const uint64_t* signs, T* dx) {
+  Pieces(count, TILE).for_tiles([&](int64_t, int64_t, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i += TILE) {
+      float v[TILE];
+      for (int k = 0; k < TILE; ++k) v[k] = load(dy + i + k);
+      keep(v, signs[i / TILE]);
+      for (int k = 0; k < TILE; ++k) store(dx + i + k, load(dx + i + k) + v[k]);
+    }
   });
 }
 
@@ -207,13 +250,16 @@ void gradient(const T* g, const T* z, int64_t count, int64_t channels, const flo
                                     int relu, T* y, uint64_t* signs) {                                               \
     activate(z, n, c, norm, shortcut, relu, y, signs);                                                               \
   }                                                                                                                  \
-  extern "C" void mask_and_sum_##suffix(const T* dy, const T* z, int64_t n, int64_t c, const float* norm,            \
-                                        const uint64_t* signs, int relu, T* g, float* sums) {                        \
-    mask_and_sum(dy, z, n, c, norm, signs, relu, g, sums);                                                           \
+  extern "C" void sum_gradients_##suffix(const T* dy, const T* z, int64_t n, int64_t c, const float* norm,           \
+                                         const uint64_t* signs, int relu, float* sums) {                             \
+    sum_gradients(dy, z, n, c, norm, signs, relu, sums);                                                             \
   }                                                                                                                  \
-  extern "C" void gradient_##suffix(const T* g, const T* z, int64_t n, int64_t c, const float* norm,                 \
-                                    const float* sums, T* dz) {                                                      \
-    gradient(g, z, n, c, norm, sums, dz);                                                                            \
+  extern "C" void gradient_##suffix(const T* dy, const T* z, int64_t n, int64_t c, const float* norm,                \
+                                    const uint64_t* signs, int relu, const float* sums, T* dz) {                     \
+    gradient(dy, z, n, c, norm, signs, relu, sums, dz);                                                              \
+  }                                                                                                                  \
+  extern "C" void add_masked_##suffix(const T* dy, int64_t n, const uint64_t* signs, T* dx) {                        \
+    add_masked(dy, n, signs, dx);                                                                                    \
   }
 EXPORT(float, fp32)
 EXPORT(bfloat16, bf16)

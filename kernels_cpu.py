@@ -7,9 +7,9 @@ import os
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from kernels_torch import TorchPasses
 
@@ -45,12 +45,15 @@ def _library() -> Path:
     return library
 
 
-def _address(tensor: torch.Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
-
-
-def _size(z: torch.Tensor) -> tuple[ctypes.c_int64, ctypes.c_int64]:
-    return ctypes.c_int64(z.numel()), ctypes.c_int64(z.shape[1])
+# Arguments of the C++ functions: tensors are addresses or None, sizes 64 bits.
+_TENSOR, _SIZE, _FLAG, _NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
+_SIGNATURES = {
+    "statistics": (_TENSOR, _SIZE, _SIZE, _TENSOR, _TENSOR, _NUMBER, _NUMBER, _TENSOR, _TENSOR, _TENSOR),
+    "activate": (_TENSOR, _SIZE, _SIZE, _TENSOR, _TENSOR, _FLAG, _TENSOR, _TENSOR),
+    "sum_gradients": (_TENSOR, _TENSOR, _SIZE, _SIZE, _TENSOR, _TENSOR, _FLAG, _TENSOR),
+    "gradient": (_TENSOR, _TENSOR, _SIZE, _SIZE, _TENSOR, _TENSOR, _FLAG, _TENSOR, _TENSOR),
+    "add_masked": (_TENSOR, _SIZE, _TENSOR, _TENSOR),
+}
 
 
 def _covers(z: torch.Tensor, per_channel: torch.Tensor) -> bool:
@@ -64,63 +67,85 @@ def _covers(z: torch.Tensor, per_channel: torch.Tensor) -> bool:
     )
 
 
+class _Masked(NamedTuple):
+    """g, as what it is made of: `dy` where the unit's output was positive."""
+
+    dy: torch.Tensor
+    signs: torch.Tensor | None
+    relu: bool
+
+
 class _CpuPasses(TorchPasses):
     def __init__(self, library: ctypes.CDLL):
-        self.library = library
-        self.scratch = {}
+        self.functions = {}
+        for name, signature in _SIGNATURES.items():
+            for dtype, suffix in _DTYPES.items():
+                function = self.functions[name, dtype] = getattr(library, f"{name}_{suffix}")
+                function.argtypes, function.restype = signature, None
+        self.temporaries = {}
 
     def call(self, name: str, dtype: torch.dtype, *arguments) -> None:
-        getattr(self.library, f"{name}_{_DTYPES[dtype]}")(*arguments)
+        addresses = (a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments)
+        self.functions[name, dtype](*addresses)
 
     def temporary(self, name: str, like: torch.Tensor) -> torch.Tensor:
         """A tensor like `like` that lasts until the next of its name: memory that is in the cache already."""
-        memory = self.scratch.get((name, like.dtype), like.new_empty(0))
-        if memory.numel() < like.numel():
-            memory = self.scratch[name, like.dtype] = like.new_empty(like.numel())
-        return memory[: like.numel()].as_strided(like.shape, like.stride())
+        key = name, like.dtype, like.shape
+        if key not in self.temporaries:
+            memory = self.temporaries.get((name, like.dtype))
+            if memory is None or memory.numel() < like.numel():
+                memory = self.temporaries[name, like.dtype] = like.new_empty(like.numel())
+            self.temporaries[key] = memory[: like.numel()].as_strided(like.shape, like.stride())
+        return self.temporaries[key]
 
     def convolve(self, x, norm, weight, conv, bn=None):
         if norm is not None and _covers(x, norm):
             x, norm = self.activate(x, norm, out=self.temporary("x", x))[0], None
         return super().convolve(x, norm, weight, conv, bn)
 
-    def statistics(self, z: torch.Tensor, bn: nn.BatchNorm2d) -> torch.Tensor:
+    def statistics(self, z, bn):
         if not _covers(z, bn.weight):
             return super().statistics(z, bn)
         norm = torch.empty(4, z.shape[1])
-        constants = ctypes.c_double(bn.eps), ctypes.c_double(bn.momentum)
-        tensors = [_address(t) for t in (bn.running_mean, bn.running_var, norm)]
-        parameters = _address(bn.weight), _address(bn.bias)
-        self.call("statistics", z.dtype, _address(z), *_size(z), *parameters, *constants, *tensors)
+        constants = bn.weight, bn.bias, bn.eps, bn.momentum
+        self.call(
+            "statistics", z.dtype, z, z.numel(), z.shape[1], *constants, bn.running_mean, bn.running_var, norm
+        )
         return norm
 
     def activate(self, z, norm, shortcut=None, relu=True, want_signs=False, out=None):
         if not _covers(z, norm):
-            return super().activate(z, norm, shortcut, relu, want_signs)  # out: see temporary
+            return super().activate(z, norm, shortcut, relu, want_signs)
         y = torch.empty_like(z) if out is None else out
         signs = torch.empty(z.numel() // 8, dtype=torch.uint8) if want_signs else None
-        inputs = _address(z), *_size(z), _address(norm), _address(shortcut)
-        self.call("activate", z.dtype, *inputs, ctypes.c_int(relu), _address(y), _address(signs))
+        self.call("activate", z.dtype, z, z.numel(), z.shape[1], norm, shortcut, relu, y, signs)
         return y, signs
 
-    def mask_and_sum(self, dy, z, norm, signs=None, relu=True, out=None):
+    def mask_and_sum(self, dy, z, norm, signs=None, relu=True):
         if not _covers(z, norm):
             return super().mask_and_sum(dy, z, norm, signs, relu)
-        g, sums = torch.empty_like(z) if out is None else out, torch.empty_like(norm)
-        inputs = _address(dy), _address(z), *_size(z), _address(norm), _address(signs)
-        self.call("mask_and_sum", z.dtype, *inputs, ctypes.c_int(relu), _address(g), _address(sums))
-        return g, sums
+        sums = torch.empty_like(norm)
+        self.call("sum_gradients", z.dtype, dy, z, z.numel(), z.shape[1], norm, signs, relu, sums)
+        return _Masked(dy, signs, relu) if relu else dy, sums
+
+    def whole(self, g):
+        return self.add_masked(torch.zeros_like(g.dy), g) if isinstance(g, _Masked) else g
+
+    def add_masked(self, dx, g):
+        self.call("add_masked", dx.dtype, g.dy, dx.numel(), g.signs, dx)
+        return dx
 
     def gradient(self, g, z, norm, sums):
-        if not _covers(z, norm):
-            return super().gradient(g, z, norm, sums)
-        dz = self.temporary("dz", z)
-        inputs = _address(g), _address(z), *_size(z), _address(norm), _address(sums)
-        self.call("gradient", z.dtype, *inputs, _address(dz))
+        if not isinstance(g, _Masked):
+            if not _covers(z, norm):
+                return super().gradient(g, z, norm, sums)
+            g = _Masked(g, None, False)
+        dz, sizes = self.temporary("dz", z), (z.numel(), z.shape[1])
+        self.call("gradient", z.dtype, g.dy, z, *sizes, norm, g.signs, g.relu, sums, dz)
         return dz
 
     def convolve_backward(self, g, z, norm, sums, weight, conv, x_shape, below=None, add=None):
-        dx, _ = super().convolve_backward(g, z, norm, sums, weight, conv, x_shape, add=add)
-        if below is None:
-            return dx, None
-        return self.mask_and_sum(dx, *below, out=dx)
+        masked = isinstance(add, _Masked)
+        rest = weight, conv, x_shape, below, None if masked else add
+        dx, sums_below = super().convolve_backward(g, z, norm, sums, *rest)
+        return self.add_masked(dx, add) if masked else dx, sums_below

@@ -101,6 +101,10 @@ class TorchPasses:
         b = -scale * rstd * d_gamma / count
         return g, torch.stack([d_gamma, d_beta, b, -scale * d_beta / count - b * mean])
 
+    def whole(self, g: torch.Tensor) -> torch.Tensor:
+        """g as a tensor; other implementations may hand it about in another form."""
+        return g
+
     def gradient(
         self, g: torch.Tensor, z: torch.Tensor, norm: torch.Tensor, sums: torch.Tensor
     ) -> torch.Tensor:
