@@ -179,6 +179,7 @@ class Step:
         self.position = torch.zeros(1, **zero)  # of the step in its epoch
         self.loss, self.record = self._loss, _record
         if compiled and self.device.type == "cuda":  # else two dozen launches of a few numbers each
+            torch._dynamo.config.recompile_limit = 64  # seeds side by side may each compile their own
             self.loss, self.record = (torch.compile(f, dynamic=False) for f in (self._loss, _record))
         self.captured, self.captured_from = None, None
         self.warm_up_steps = EAGER_STEPS + 1 if compiled and self.device.type == "cuda" else 1

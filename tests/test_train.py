@@ -19,6 +19,7 @@ import freeze
 import models
 import runs
 import sources
+import step as steps
 import train
 
 ROOT = Path(train.__file__).parent
@@ -452,6 +453,19 @@ def test_a_run_on_the_gpu(small, capsys, mode, dtype, way):
     assert result["peak_memory_bytes"] > 0
     assert freeze.main(["evaluate", str(only_run()), "--device", "cuda"]) == 0
     assert f"{result['final_test_acc']:.2f} % test accuracy" in capsys.readouterr().out
+
+
+def test_on_real_images_the_fast_path_has_the_plain_ones_loss_curve(cifar10_folder, tmp_path):
+    """In fp32 its sums are taken in another order; in half precision every activation is rounded."""
+    options = ["--arch", "resnet14", "--data", "cifar10", "--data-dir", str(cifar10_folder), "--epochs", "3"]
+    options += ["--train-subset", "5000", "--milestones", "2"]
+    curves = []
+    for out, way in (("fast", []), ("plain", ["--no-compile", "--dtype", "fp32"])):
+        ended = cli([*options, *way, "--device", "cpu", "--out", str(tmp_path / out)])
+        assert ended.returncode == 0, ended.stderr
+        curves.append([row["train_loss"] for row in metrics(only_run(tmp_path / out))])
+    half = steps.default_dtype(torch.device("cpu")) != "fp32"
+    assert curves[0] == pytest.approx(curves[1], rel=0.02 if half else 0.005)
 
 
 @pytest.mark.parametrize(
