@@ -11,6 +11,7 @@ from torch import nn
 
 import kernels
 import kernels_cuda
+import models
 from kernels_cuda import CONFIGS, Choices, Config, CudaPasses
 from kernels_torch import Conv, TorchPasses, pack
 
@@ -386,3 +387,19 @@ def test_a_captured_block_replays_to_the_same_bits(dtype, tmp_path):
         graph.replay()
         for a, b in zip(captured, eager, strict=True):
             assert torch.equal(a, b)
+
+
+def test_a_deeper_network_has_no_more_to_choose_and_to_compile():
+    chosen = []
+    for arch in ("resnet14", "resnet20"):
+        keys = set()
+        passes = CudaPasses(lambda key, attempt, keys=keys: keys.add(key))
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(kernels, "_passes", lambda device_type, passes=passes: passes)
+            model = models.build(arch).requires_grad_(False).to(DEVICE, memory_format=torch.channels_last)
+            model.bn1.requires_grad_(True)
+            images = torch.randn(2, 3, 8, 8, device=DEVICE).contiguous(memory_format=torch.channels_last)
+            model(images).sum().backward()
+        chosen.append(keys)
+    # 9 forward: stem, three stages' usual ones and those that change shape; 9 backward, of which some add
+    assert chosen[0] == chosen[1] and len(chosen[0]) > 12
