@@ -31,7 +31,7 @@ class Conv(NamedTuple):
 def affine(z: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
     """z scale + shift, in one pass and z's dtype."""
     zero, one = torch.zeros_like(norm[MEAN]), torch.ones_like(norm[MEAN])
-    return F.batch_norm(z, zero, one, norm[SCALE], norm[SHIFT], training=False, eps=0.0)
+    return torch.batch_norm(z, norm[SCALE], norm[SHIFT], zero, one, False, 0.0, 0.0, False)  # with eps 0
 
 
 class TorchPasses:
