@@ -133,10 +133,12 @@ def peak_bytes(make: Callable[[], Iterator], device: torch.device) -> int | None
     if device.type != "cuda":
         return None
     gc.collect()  # a captured step is part of a cycle
+    torch._C._cuda_clearCublasWorkspaces()  # kept per stream: the first to need one would pay for all
     before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
     contender = Contender(make(), 0)
-    contender.go(steps.EAGER_STEPS + 2, device)
+    contender.go(steps.EAGER_STEPS, device)  # in which algorithms are tried
+    torch.cuda.reset_peak_memory_stats(device)
+    contender.go(2, device)  # in which a graph is captured, if any
     contender.turns.close()
     return torch.cuda.max_memory_allocated(device) - before
 
@@ -148,6 +150,7 @@ def speed(options: argparse.Namespace, dataset: data.Dataset) -> list[dict]:
     device, settings, rows, rates = options.device, batch_settings(options), [], None
     if device.type == "cuda":
         rates = floor.device_rates(device)
+        dataset.train.on(device)  # the images, which are no implementation's own
         rows.append({"impl": "copy", "bytes_per_s": rates[0], "dtype": None, "batch_size": None})
         rows.append({"impl": "matmul", "flops_per_s": rates[1], "dtype": "bf16", "batch_size": None})
     for arch, mode in itertools.product(options.arch, options.mode):

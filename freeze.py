@@ -290,7 +290,8 @@ def evaluate(
     model.to(on, memory_format=torch.channels_last)
     dtype = step.DTYPES[recipe["dtype"]]
     batch_size = step.evaluation_batch_size(recipe["batch_size"], dataset.image_size, on)
-    loader = loaders.make_loader(dataset, "test", batch_size=batch_size, device=on, dtype=dtype)
+    batches = {"batch_size": batch_size, "device": on, "dtype": dtype, "compiled": recipe["compile"]}
+    loader = loaders.make_loader(dataset, "test", **batches)
     loss, accuracy = step.Evaluation(model, loader, dtype, recipe["compile"])()
     return f"{accuracy:.2f} % test accuracy, loss {loss:.4f}, {loader.num_images:,} images of {dataset.title}"
 

@@ -144,16 +144,18 @@ class _Block(torch.autograd.Function):
                 d_bn[2 * i] = sums[D_GAMMA]
             if needs_parameters[count + 2 * i + 1]:
                 d_bn[2 * i + 1] = sums[D_BETA]
-            here = (g, zs[i], norms[i], sums)
+            here, dz = (g, zs[i], norms[i], sums), None
             if i in ctx.trained:
+                dz = passes.gradient(*here)
                 x_i = passes.activate(zs[i - 1], norms[i - 1])[0] if i else x
-                d_weights[i] = passes.weight_gradient(passes.gradient(*here), x_i, weights[i], convs[i])
+                d_weights[i] = passes.weight_gradient(dz, x_i, weights[i], convs[i])
+            here = (*here, weights[i], convs[i])
             if i:
                 below = (zs[i - 1], norms[i - 1])
-                g, sums = passes.convolve_backward(*here, weights[i], convs[i], below[0].shape, below)
+                g, sums = passes.convolve_backward(*here, below[0].shape, below, dz=dz)
         d_x = None
         if needs_x:
-            d_x, _ = passes.convolve_backward(*here, weights[0], convs[0], ctx.x_shape, add=added)
+            d_x, _ = passes.convolve_backward(*here, ctx.x_shape, add=added, dz=dz)
         return None, d_x, d_shortcut, *d_weights, *d_bn
 
 
@@ -170,7 +172,7 @@ def _passes(device_type: str) -> TorchPasses:
 def _weight(conv: nn.Conv2d, dtype: torch.dtype) -> torch.Tensor:
     """The weight that `conv` applies, in `dtype`; one that is frozen is converted once."""
     weight = conv.effective_weight() if hasattr(conv, "effective_weight") else conv.weight
-    if weight.dtype == dtype or weight.requires_grad:
+    if weight is not conv.weight or weight.dtype == dtype or weight.requires_grad:
         return weight.to(dtype)
     key = (weight.data_ptr(), weight._version, dtype)
     if getattr(conv, "_converted", (None,))[0] != key:

@@ -144,8 +144,8 @@ class _CpuPasses(TorchPasses):
         self.call("gradient", z.dtype, g.dy, z, *sizes, norm, g.signs, g.relu, sums, dz)
         return dz
 
-    def convolve_backward(self, g, z, norm, sums, weight, conv, x_shape, below=None, add=None):
+    def convolve_backward(self, g, z, norm, sums, weight, conv, x_shape, below=None, add=None, dz=None):
         masked = isinstance(add, _Masked)
-        rest = weight, conv, x_shape, below, None if masked else add
+        rest = weight, conv, x_shape, below, None if masked else add, dz
         dx, sums_below = super().convolve_backward(g, z, norm, sums, *rest)
         return self.add_masked(dx, add) if masked else dx, sums_below

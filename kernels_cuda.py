@@ -109,17 +109,16 @@ class CudaPasses(TorchPasses):
         )  # with statistics or without: what is faster for one is for both
         return run(self.choose(_key("convolve", x.shape, weight, conv, flags), attempt), bn)
 
-    def convolve_backward(self, g, z, norm, sums, weight, conv, x_shape, below=None, add=None):
+    def convolve_backward(self, g, z, norm, sums, weight, conv, x_shape, below=None, add=None, dz=None):
         z_below, norm_below = below or (None, None)
         covered = _covers([g, z, add, z_below], [norm, sums, norm_below])
         if not (covered and _covers_conv(g, weight, conv) and x_shape.numel() < 2**31):
-            return super().convolve_backward(g, z, norm, sums, weight, conv, x_shape, below, add)
+            return super().convolve_backward(g, z, norm, sums, weight, conv, x_shape, below, add, dz)
 
         def run(config: Config | None) -> tuple[torch.Tensor, torch.Tensor | None]:
             if config is None:
-                return TorchPasses.convolve_backward(
-                    self, g, z, norm, sums, weight, conv, x_shape, below, add
-                )
+                rest = weight, conv, x_shape, below, add, dz
+                return TorchPasses.convolve_backward(self, g, z, norm, sums, *rest)
             dx = _empty_image(g, x_shape)
             positions, programs = _grid(dx, config.block)
             partial = None if below is None else _partial(dx, programs)
@@ -128,7 +127,8 @@ class CudaPasses(TorchPasses):
             self.launch(kernels.convolve_backward, (programs,), *tensors, positions, config=config, **shape)
             return dx, None if below is None else self.finish_sums(partial, dx, norm_below)
 
-        flags = f"{'' if below is None else ' below'}{'' if add is None else ' add'}"
+        extras = {"below": below, "add": add, "dz": dz}
+        flags = "".join(f" {name}" for name, extra in extras.items() if extra is not None)
         return run(self.choose(_key("convolve_backward", x_shape, weight, conv, flags), run))
 
     def statistics(self, z, bn):
@@ -282,13 +282,15 @@ class Choices:
         if key not in self.made:
             if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
                 return None
-            self.made[key] = self.fastest(attempt)
+            expected = attempt(None)
+            if not all(bool(tensor.isfinite().all()) for tensor in expected if tensor is not None):
+                return None  # fp16's loss scale is still too high: there is nothing to compare with
+            self.made[key] = self.fastest(attempt, expected)
             self.write()
         chosen = self.made[key]
         return None if chosen is None else Config(*chosen)
 
-    def fastest(self, attempt: Attempt) -> Config | None:
-        expected = attempt(None)
+    def fastest(self, attempt: Attempt, expected: Sequence[torch.Tensor | None]) -> Config | None:
         times = {None: seconds(lambda: attempt(None))}
         for config in CONFIGS:
             with contextlib.suppress(Exception):  # does not compile, or asks for more than this GPU has
@@ -329,7 +331,7 @@ def agrees(out: Sequence[torch.Tensor | None], expected: Sequence[torch.Tensor |
 def seconds(call: Callable[[], object], calls: int = 10, replays: int = 5) -> float:
     """Of one call among several in a CUDA graph; the best replay's."""
     graph, times = torch.cuda.CUDAGraph(), []
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # whatever a loader's threads do
         for _ in range(calls):
             call()
     for _ in range(replays):

@@ -123,12 +123,13 @@ class TorchPasses:
         x_shape: torch.Size,
         below: tuple[torch.Tensor, torch.Tensor] | None = None,
         add: torch.Tensor | None = None,
+        dz: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The gradient of the convolution's input, plus `add`.
+        """The gradient of the convolution's input, plus `add`; from `dz`, where that is known already.
 
         With `below`, the z and norm of the unit that the input came from: that unit's g, and its sums.
         """
-        dz = self.gradient(g, z, norm, sums)
+        dz = self.gradient(g, z, norm, sums) if dz is None else dz
         # Not aten::convolution_backward, which wants the input, and copies even one that has no memory.
         sizes = zip(x_shape[2:], z.shape[2:], weight.shape[2:], conv.stride, conv.padding, strict=True)
         rest = [n - ((m - 1) * stride - 2 * padding + k) for n, m, k, stride, padding in sizes]

@@ -121,7 +121,7 @@ class _ResidentLoader(_Loader):
     def epoch(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         self.start(epoch)
         for position, count in enumerate(self.counts()):
-            images, labels = self.batch(torch.tensor([position], device=self.device))
+            images, labels = self.batch(torch.full((1,), position, device=self.device))  # a copy would wait
             yield images[:count], labels[:count]
 
     def counts(self) -> list[int]:

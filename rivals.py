@@ -100,13 +100,16 @@ def loss_of(
         return F.cross_entropy(model(images).float(), labels)
 
 
-def common_steps(model: nn.Module, batches: Iterator[tuple], dtype: torch.dtype) -> Iterator[None]:
-    """A training loop as most scripts have it; each `next` is one step."""
+def common_steps(
+    model: nn.Module, batches: Iterator[tuple], dtype: torch.dtype, benchmark: bool
+) -> Iterator[None]:
+    """A training loop as most scripts have it; each `next` is one step. `benchmark` is cuDNN's search."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=LR, momentum=0.9, weight_decay=1e-4)
     scaler = torch.amp.GradScaler(trained[0].device.type, enabled=dtype == torch.float16)
     for images, labels in batches:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):  # which step.py turns off
+        # TF32, which step.py turns off
+        with torch.backends.cudnn.flags(enabled=True, benchmark=benchmark, allow_tf32=True):
             optimizer.zero_grad()
             scaler.scale(loss_of(model, images, labels, dtype)).backward()
             scaler.step(optimizer)
@@ -141,9 +144,10 @@ def start(
     """An implementation, ready to go: each `next` is one optimisation step."""
     model = network(impl, arch, mode, dataset.classes, device)
     if impl == "stock":
-        return common_steps(model, stock_batches(dataset, batch_size, device), torch.float32)
+        batches = stock_batches(dataset, batch_size, device)
+        return common_steps(model, batches, torch.float32, benchmark=False)  # torch's default
     settings = {"batch_size": batch_size, "device": device, "dtype": dtype}
     loader = our_loader(dataset, compiled=impl in ("compiled", "lean", "recompute"), **settings)
     if impl in OURS:
         return our_steps(model, loader, *OURS[impl])
-    return common_steps(model, our_batches(loader), dtype)
+    return common_steps(model, our_batches(loader), dtype, benchmark=True)

@@ -130,7 +130,10 @@ class Captured:
             return self.function()
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            # On the run's own stream, whose cuBLAS workspace is in the graph; the default stream cannot be.
+            stream = torch.cuda.current_stream()
+            stream = None if stream == torch.cuda.default_stream() else stream
+            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
                 self.function()
         self.graph.replay()
 
@@ -171,6 +174,8 @@ class Step:
                 self.optimizer = torch.optim.Adam([self.flat], **settings, capturable=captured)
             else:
                 self.optimizer = torch.optim.SGD([self.flat], **settings, momentum=momentum)
+                if momentum:  # torch leaves it unwritten where fp16's first step is skipped
+                    self.optimizer.state[self.flat]["momentum_buffer"] = torch.zeros_like(self.flat.detach())
         # fp16 gradients underflow without it; elsewhere it does nothing
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         zero = {"dtype": torch.int64, "device": self.device}
@@ -265,8 +270,11 @@ class Step:
 
     def load_state_dict(self, state: dict) -> None:
         if self.optimizer is not None:
+            settings = {
+                key: value for key, value in self.optimizer.param_groups[0].items() if key != "params"
+            }
             self.optimizer.load_state_dict(state["optimizer"])
-            self.optimizer.param_groups[0]["lr"] = self.lr  # the tensor that each step sets
+            self.optimizer.param_groups[0].update(settings)  # this device's, and the lr that each step sets
         self.scaler.load_state_dict(state["scaler"])
 
 
@@ -294,7 +302,7 @@ class Evaluation:
     def __init__(self, model: nn.Module, loader, dtype: torch.dtype = torch.float32, compiled: bool = True):
         self.model, self.loader, self.dtype, self.compiled = model, loader, dtype, compiled
         self.device = next(model.parameters()).device
-        self.captured = None
+        self.captured, self.starting = None, self.device.type == "cuda"
         if compiled and self.device.type == "cuda" and loader.resident:
             self.captured = Captured(self._batch_from_tensors, EAGER_STEPS)
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -304,6 +312,7 @@ class Evaluation:
     @torch.no_grad()
     def __call__(self) -> tuple[float, float]:
         self.model.eval()
+        self.starting = False
         for metric in (self.loss_sum, self.correct, self.position):
             metric.zero_()
         if self.captured:
@@ -344,7 +353,7 @@ def forget_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory in use at once: the GPU's by torch's count, or on a CPU the process's."""
+    """The most memory in use at once, by the whole process: the GPU's by torch's count, or on a CPU all."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
@@ -352,4 +361,5 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 def out_of_memory(error: RuntimeError) -> bool:
     """Whether a GPU's memory or a CPU's was not enough; torch has a class of its own for the first only."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    said = ("can't allocate memory", "CUDA error: out of memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in said)

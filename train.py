@@ -135,6 +135,8 @@ def train_epoch(
     first_step, untimed_images, began = (epoch - 1) * len(loader), 0, time.perf_counter()
     lrs = [schedule.lr(first_step + i) for i in range(len(loader))]
     for i, _ in enumerate(step.epoch(loader, epoch - 1, lrs), start=1):
+        if not at["started"] and i == min(steps.EAGER_STEPS, len(loader)):
+            steps.forget_peak_memory(step.device)  # of trials; a graph's is counted as it is captured, next
         starting = not at["started"] and i == min(step.warm_up_steps, len(loader))
         looks = step.device.type == "cpu" or starting or i == len(loader)  # which on a GPU is to wait for it
         if looks and (bad := step.diverged_at()) is not None:
@@ -142,7 +144,6 @@ def train_epoch(
                 f"the loss is not finite at epoch {epoch}, step {bad + 1}; try a lower --lr"
             )
         if starting:
-            steps.forget_peak_memory(step.device)
             untimed_images, began = step.seen, time.perf_counter()
             at |= {"started": True, "startup_s": at["startup_s"] + began - STARTED}
         bars.step(step)
@@ -198,7 +199,7 @@ def train(options: Options, dataset: data.Dataset, bars: display.Bars) -> Genera
     with runs.open_run(options.out, cell_name(options, dataset), options.resume, options.overwrite) as run:
         # Where the run stopped, if it was run before
         config = describe(options, recipe, frozen_sha256, dataset, device)
-        run.refuse_another(config, ignoring=LOGISTIC | {"data"})
+        run.refuse_another(config, ignoring=LOGISTIC | {"data", "compile"})
         if run.status == "done":
             return run
         at = {"epoch": 0, "train_s": 0.0, "startup_s": 0.0, "best_test_acc": None}
@@ -223,9 +224,11 @@ def train(options: Options, dataset: data.Dataset, bars: display.Bars) -> Genera
                 row |= {"test_loss": None, "test_acc": None}
                 best = at["best_test_acc"]
                 if epoch % options.eval_every == 0 or epoch == options.epochs:
-                    began = time.perf_counter()
+                    starting, began = evaluate.starting, time.perf_counter()
                     row["test_loss"], row["test_acc"] = evaluate()
-                    row["epoch_s"] += time.perf_counter() - began
+                    # A GPU's first one compiles and captures: start-up, like the first steps.
+                    times, name = (at, "startup_s") if starting else (row, "epoch_s")
+                    times[name] += time.perf_counter() - began
                     best = max(best or 0.0, row["test_acc"])
                     if not math.isfinite(row["test_loss"]):
                         raise FloatingPointError(
@@ -276,7 +279,8 @@ def train_side_by_side(each: list[Options], dataset: data.Dataset) -> None:
     One that fails does not stop the others. RunFailed, at the end, for the first that did.
     """
     bars = display.Bars(alone=len(each) == 1)
-    streams = [torch.cuda.Stream() if torch.cuda.is_available() else None for _ in each]
+    on_gpu = torch.cuda.is_available() and each[0].device != "cpu"
+    streams = [torch.cuda.Stream() if on_gpu else None for _ in each]
     turns = [(train(options, dataset, bars), stream) for options, stream in zip(each, streams, strict=True)]
     done, failed = [], []
 

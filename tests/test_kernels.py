@@ -237,3 +237,14 @@ def test_a_frozen_weight_is_converted_once_and_anew_when_it_has_changed():
     with torch.no_grad():
         conv.weight.mul_(2)
     assert torch.equal(kernels._weight(conv, torch.bfloat16), 2 * first)
+
+
+def test_weights_made_of_trained_values_are_never_those_of_before():
+    """Evaluation makes them without gradients, and the allocator gives each the address of the last."""
+    _, units, _, _ = make(BASIC | {"trained": ("values",)}, torch.float32)
+    conv = units[0][0]
+    for value in range(8):
+        with torch.no_grad():
+            conv.values.fill_(value)
+            weight = kernels._weight(conv, torch.bfloat16).clone()
+        assert torch.equal(weight, conv.effective_weight().bfloat16())

@@ -94,6 +94,23 @@ def test_the_first_step_whose_loss_is_not_finite_is_remembered():
     assert step.diverged_at() == 1
 
 
+def test_a_step_that_fp16_skips_leaves_momentum_as_it_was():
+    step, (images, labels) = Step(network(), dtype=torch.float16), batch()
+    before = step.flat.detach().clone()
+    step(images * math.inf, labels, lr=0.1)
+    assert torch.equal(step.flat, before)
+    assert not step.optimizer.state[step.flat]["momentum_buffer"].any()
+
+
+def test_a_state_from_another_device_keeps_this_ones_settings():
+    """Adam's step is captured on a GPU, which it refuses with the settings of a CPU."""
+    saved = Step(network(), optimizer="adam").state_dict()
+    step = Step(network(), optimizer="adam")
+    step.optimizer.param_groups[0]["capturable"] = True
+    step.load_state_dict(saved)
+    assert step.optimizer.param_groups[0]["capturable"] and step.optimizer.param_groups[0]["lr"] is step.lr
+
+
 def test_label_smoothing_reaches_the_loss():
     model, (images, labels) = network().requires_grad_(False), batch()
     expected = F.cross_entropy(model.train()(images), labels, label_smoothing=0.3).item()
