@@ -187,7 +187,8 @@ class Step:
             torch._dynamo.config.recompile_limit = 64  # seeds side by side may each compile their own
             self.loss, self.record = (torch.compile(f, dynamic=False) for f in (self._loss, _record))
         self.captured, self.captured_from = None, None
-        self.warm_up_steps = EAGER_STEPS + 1 if compiled and self.device.type == "cuda" else 1
+        self.captures = compiled and self.device.type == "cuda"
+        self.warm_up_steps = EAGER_STEPS + 1 if self.captures else 1
         self.start_epoch()
 
     def start_epoch(self) -> None:
@@ -201,7 +202,7 @@ class Step:
         """Train on every batch of `loader`'s epoch `epoch` (from 0), at the rate that `lrs` has for each;
         yields after each step."""
         self.start_epoch()
-        if not self.compiled or self.device.type != "cuda":
+        if not self.captures:
             for (images, labels), lr in zip(loader.epoch(epoch), lrs, strict=True):
                 self(images, labels, lr)
                 yield

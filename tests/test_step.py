@@ -184,6 +184,44 @@ def test_what_a_gpu_compiles_gives_the_same_loss_and_metrics():
     assert results[0][1:] == results[1][1:] == (results[0][1], 1, 2)
 
 
+@pytest.mark.parametrize("resident", [True, False])
+@pytest.mark.parametrize("mode", ["bn_only", "random", "none"])
+def test_a_step_that_fetches_its_own_batch_and_rate_equals_one_that_is_given_them(resident, mode):
+    """What a GPU captures, here called anew each time instead of replayed."""
+    results = []
+    for captures in (False, True):
+        model = network()
+        freeze.freeze(model, mode)
+        step, loader = Step(model), Batches(resident)
+        step.captures = captures
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr("step.Captured", lambda function: function)
+            for epoch in range(2):
+                assert len(list(step.epoch(loader, epoch, [0.1, 0.05, 0.2]))) == 3
+        results.append((step.metrics(), step.seen, model.bn1.weight.detach(), model.bn1.running_mean.clone()))
+    (*first, gamma, mean), (*second, other_gamma, other_mean) = results
+    assert first == second and torch.equal(gamma, other_gamma) and torch.equal(mean, other_mean)
+
+
+class Batches:
+    """A loader of three batches of 8, others in every epoch."""
+
+    batch_size = 8
+
+    def __init__(self, resident):
+        self.resident = resident
+
+    def start(self, epoch):
+        self.images, self.labels = map(torch.stack, zip(*self.epoch(epoch), strict=True))
+
+    def batch(self, position):
+        images = self.images.index_select(0, position)[0]
+        return images.contiguous(memory_format=torch.channels_last), self.labels.index_select(0, position)[0]
+
+    def epoch(self, epoch):
+        return (batch(seed=3 * epoch + i) for i in range(3))
+
+
 class Twenty:
     """A loader of 20 images, 8 at a time."""
 
