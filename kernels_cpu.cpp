@@ -17,7 +17,7 @@
 namespace {
 
 constexpr int64_t TILE = 64;      // elements that one word of signs covers
-constexpr int64_t PIECE = 8192;   // elements that are summed in float before they are added in double
+constexpr int64_t PIECE = 16384;   // elements that are summed in float before they are added in double
 
 struct bfloat16 { uint16_t bits; };
 
@@ -129,15 +129,16 @@ void statistics(const T* z, int64_t count, int64_t channels, const float* gamma,
     std::copy(sum.at, sum.at + TILE, &sums[p * 2 * width + t]);
     std::copy(square.at, square.at + TILE, &sums[p * 2 * width + width + t]);
   });
-  for (int64_t c = 0; c < channels; ++c) {  // Chan, Golub, LeVeque 1979
-    double n = 0, mean = 0, square = 0;
+  for (int64_t c = 0; c < channels; ++c) {
+    double n = double(count / channels), mean = 0, square = 0;
+    for (int64_t p = 0; p < pieces.number; ++p)
+      for (int64_t k = c; k < width; k += channels) mean += sums[p * 2 * width + k];
+    mean /= n;
     for (int64_t p = 0; p < pieces.number; ++p) {
-      double m = pieces.rows(p);
+      double rows = pieces.rows(p), inverse = 1 / rows;
       for (int64_t k = c; k < width; k += channels) {
-        double delta = sums[p * 2 * width + k] / m - mean;
-        square += sums[p * 2 * width + width + k] + delta * delta * n * m / (n + m);
-        mean += delta * m / (n + m);
-        n += m;
+        double delta = sums[p * 2 * width + k] * inverse - mean;  // of the piece's mean
+        square += sums[p * 2 * width + width + k] + rows * delta * delta;
       }
     }
     double rstd = 1 / std::sqrt(square / n + eps);

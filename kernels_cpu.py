@@ -85,8 +85,7 @@ class _CpuPasses(TorchPasses):
         self.temporaries = {}
 
     def call(self, name: str, dtype: torch.dtype, *arguments) -> None:
-        addresses = (a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments)
-        self.functions[name, dtype](*addresses)
+        self.functions[name, dtype](*[a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments])
 
     def temporary(self, name: str, like: torch.Tensor) -> torch.Tensor:
         """A tensor like `like` that lasts until the next of its name: memory that is in the cache already."""
