@@ -191,9 +191,8 @@ def memory(options: argparse.Namespace, dataset: data.Dataset) -> list[dict]:
                 batch = images, labels, dtype
                 if impl == "stock":
                     batch = images.float().contiguous(), labels, torch.float32
-                saved[impl] = saved_bytes(model, *batch, *rivals.OURS.get(impl, ("stock", False))) / len(
-                    labels
-                )
+                way = rivals.OURS.get(impl, ("stock", False))
+                saved[impl] = saved_bytes(model, *batch, *way) / len(labels)
             for impl, each in saved.items():
                 row = {"arch": arch, "mode": mode, "impl": impl, "saved_bytes_per_image": each, "n": 1}
                 rows.append(row | {"ratio_to_stock": each / saved["stock"] if "stock" in saved else None})
@@ -202,20 +201,15 @@ def memory(options: argparse.Namespace, dataset: data.Dataset) -> list[dict]:
     return rows
 
 
-def saved_bytes(
-    model: nn.Module,
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    dtype: torch.dtype,
-    memory: str = "stock",
-    compiled: bool = False,
-) -> int:
+def saved_bytes(model: nn.Module, *settings: object) -> int:
     """Bytes that autograd keeps for the backward of `rivals.loss_of`, the model's own tensors aside.
+
+    `settings` are all that `loss_of` takes after the model.
 
     Every storage is counted once, and whole. Copies of weights in `dtype` that a step makes anew are among
     them: at batch 128 about 1 % of stock autocast's bytes.
     """
-    forward = functools.partial(rivals.loss_of, model, images, labels, dtype, memory, compiled)
+    forward = functools.partial(rivals.loss_of, model, *settings)
     forward().backward()  # compiles, and converts frozen weights
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept = {}  # holds the storages, so that no address is used twice

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from kernels_torch import TorchPasses
+from kernels_torch import TorchPasses, cache_folder
 
 SOURCE = Path(__file__).with_name("kernels_cpu.cpp")
 FLAGS = "-std=c++17 -O3 -march=native -mprefer-vector-width=512 -fno-math-errno -fno-trapping-math"
@@ -34,7 +34,7 @@ def _library() -> Path:
     processor = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     kind = [line for line in processor.splitlines() if line.startswith(("model", "flags"))]
     key = hashlib.sha256("\n".join([SOURCE.read_text(), compiler, FLAGS, *kind]).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "batchnorm-only"
+    cache = cache_folder()
     library = cache / f"kernels-{key}.so"
     if not library.exists():
         cache.mkdir(parents=True, exist_ok=True)

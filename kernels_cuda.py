@@ -14,7 +14,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import os
 import re
 import subprocess
 import tempfile
@@ -26,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from kernels_torch import Conv, TorchPasses
+from kernels_torch import Conv, TorchPasses, cache_folder
 
 try:
     import triton
@@ -264,8 +263,7 @@ def _choices_file(device: str) -> Path:
     sources = [path.read_text() for path in (Path(__file__), Path(kernels.__file__))]
     versions = [triton.__version__, torch.__version__, device]
     key = hashlib.sha256("\n".join([*sources, *versions]).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "batchnorm-only" / f"kernels-{key}.json"
+    return cache_folder() / f"kernels-{key}.json"
 
 
 class Choices:

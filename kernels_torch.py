@@ -11,6 +11,8 @@ with z the convolution's output, y BatchNorm's, and g the gradient that reaches 
 2015). Signs are one bit an element, in memory order: whether a unit's output is positive.
 """
 
+import os
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -26,6 +28,11 @@ class Conv(NamedTuple):
 
     stride: tuple[int, int]
     padding: tuple[int, int]
+
+
+def cache_folder() -> Path:
+    """Where what was compiled and chosen is kept between runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "batchnorm-only"
 
 
 def affine(z: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:

@@ -9,19 +9,18 @@ import math
 import os
 import resource
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 import kernels
+from kernels_torch import cache_folder
 
 torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; for speed there is bf16
 torch.backends.cudnn.benchmark = True  # shapes never change, so the fastest algorithm is worth looking for
 # What torch.compile makes is kept between runs, also where /tmp is not.
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "batchnorm-only"
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE / "inductor"))
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 EAGER_STEPS = 3  # before a graph is captured: libraries set themselves up, kernels are compiled and chosen
