@@ -140,6 +140,7 @@ def fake_loader(images: torch.Tensor, *counts: int) -> SimpleNamespace:
     ],
 )
 def test_zeros_are_those_that_hooks_on_a_plain_network_see(arch, shortcut, mode):
+    torch.manual_seed(0)
     model = models.build(arch, 4, shortcut)
     for bn in analysis.batchnorms(model):
         torch.nn.init.normal_(bn.weight)
