@@ -1,16 +1,19 @@
 """A data set by name, prepared once: CIFAR-10, Imagenette, a folder of class folders, or a set drawn here.
 
     dataset = open_dataset("cifar10", "data")    # found or downloaded, checked, prepared as FFCV files
+    python data.py cifar10 [--data-dir data]     # the same, say before jobs that have no network
 
 A source is read once, into <data_dir>/beton/. Later starts recognise it by the names, sizes and times of its
 files, and map the prepared pixels without importing FFCV, whose import and compilation take many seconds.
 """
 
+import argparse
 import contextlib
 import errno
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -267,3 +270,29 @@ def _locked(folder: Path, say: sources.Say) -> Iterator[Path]:
         yield folder
     finally:
         lock.release()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("name", help=f"{', '.join(sources.NAMES)}, or a folder")
+    parser.add_argument("--data-dir", default="data", help="where archives are looked for and kept [data]")
+    parser.add_argument("--image-size", type=int, help="pixels a side")
+    options = parser.parse_args(argv)
+    try:
+        dataset = open_dataset(options.name, options.data_dir, image_size=options.image_size, say=_note)
+    except DataError as error:
+        _note(str(error))
+        return 2
+    counts = f"{len(dataset.train.labels):,} + {len(dataset.test.labels):,}"
+    _note(f"{dataset.title}, {counts} images of {dataset.image_size} pixels: ready")
+    return 0
+
+
+def _note(line: str) -> None:
+    print(f"data.py: {line}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -126,6 +127,13 @@ def parse_options(argv: list[str] | None, description: str) -> tuple[list[Option
     return each, set(given)
 
 
+@functools.cache
+def check_arch(arch: str, shortcut: str) -> None:
+    """ModelError for what names no network."""
+    with torch.device("meta"):
+        models.build(arch, shortcut=shortcut)
+
+
 def check_ranges(options: Options) -> None:
     """OptionError for the first value that no run could use."""
 
@@ -152,8 +160,7 @@ def check_ranges(options: Options) -> None:
         "device",
         "cpu or auto: there is no CUDA GPU here",
     )
-    with torch.device("meta"):  # before any download: a name that is no network's
-        models.build(options.arch, shortcut=options.shortcut)
+    check_arch(options.arch, options.shortcut)  # before any download
     if options.init_from and not Path(options.init_from).is_file():
         raise OptionError(f"--init-from {options.init_from}: there is no such file")
     if options.resume and options.overwrite:

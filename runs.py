@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -64,6 +64,28 @@ def read_json(path: Path) -> dict | None:
     if not isinstance(content, dict):
         raise RunError(f"{path} holds no JSON object; delete it, or start again with --overwrite")
     return content
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The epochs of a run folder's metrics.jsonl, as far as they are whole."""
+    rows = []
+    with suppress(OSError, ValueError):
+        for line in (path / "metrics.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            if not isinstance(row, dict) or not isinstance(row.get("epoch_s"), float):
+                break
+            rows.append(row)
+    return rows
+
+
+def in_use(path: Path) -> bool:
+    """Whether a process has this run folder open."""
+    lock = path / ".lock"
+    try:
+        with FileLock(lock, timeout=0) if lock.exists() else nullcontext():
+            return False
+    except Timeout:
+        return True
 
 
 class Run:
@@ -165,7 +187,7 @@ def open_run(root: str | Path, name: str, resume: bool = False, overwrite: bool 
     lock = FileLock(path / ".lock")
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=1)  # longer than `in_use` takes to look
     except Timeout:
         raise RunError(f"{path} is in use by another process; wait for it, or choose another --out") from None
     except OSError as error:

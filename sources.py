@@ -105,6 +105,11 @@ class Found:
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 
+def short_name(name: str) -> str:
+    """What run folders call the data set `name`: itself, or the last part of a folder's path."""
+    return name if name in NAMES else re.sub(r"[^\w.-]", "_", Path(name).resolve().name)
+
+
 def locate(name: str, places: list[Path], image_size: int | None, say: Say) -> Found | None:
     """The first source in the places, official files before an archive before class folders, or None."""
     if name == "synthetic":
@@ -112,8 +117,7 @@ def locate(name: str, places: list[Path], image_size: int | None, say: Say) -> F
     if name not in NAMES:
         if not Path(name).is_dir():
             raise DataError(f"--data {name}: no such folder; give a folder, or one of {', '.join(NAMES)}")
-        folder, short = Path(name), re.sub(r"[^\w.-]", "_", Path(name).resolve().name)
-        return Found(short, "folder", folder, image_size, _class_folders(folder, say))
+        return Found(short_name(name), "folder", Path(name), image_size, _class_folders(Path(name), say))
     cifar10 = name == "cifar10"
     kind = "batches" if cifar10 else "images"
     for place in places:

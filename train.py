@@ -57,7 +57,7 @@ def open_data(each: list[Options], given: set[str]) -> tuple[list[Options], data
 # What a run is called, and what it was run on
 
 
-def cell_name(options: Options, dataset: data.Dataset) -> str:
+def cell_name(options: Options, data_name: str) -> str:
     """The run folder's name: data, arch, mode, seed, then each option that differs from its default."""
     defaults = QUICK if options.quick else Options()
     named = {"data", "arch", "mode", "seed", "quick"} | LOGISTIC
@@ -65,7 +65,7 @@ def cell_name(options: Options, dataset: data.Dataset) -> str:
     for name, value in dataclasses.asdict(options).items():
         if name not in named and value != getattr(defaults, name):
             differing[name] = Path(value).stem if name == "init_from" else value
-    return runs.run_name(dataset.name, options.arch, options.mode, options.seed, differing)
+    return runs.run_name(data_name, options.arch, options.mode, options.seed, differing)
 
 
 def describe(
@@ -196,7 +196,9 @@ def train(options: Options, dataset: data.Dataset, bars: display.Bars) -> Genera
     if options.schedule == "step" and min(options.milestones, default=0) >= options.epochs:
         note(f"all of --milestones lie past the last epoch: the learning rate stays {options.lr:g}")
 
-    with runs.open_run(options.out, cell_name(options, dataset), options.resume, options.overwrite) as run:
+    with runs.open_run(
+        options.out, cell_name(options, dataset.name), options.resume, options.overwrite
+    ) as run:
         # Where the run stopped, if it was run before
         config = describe(options, recipe, frozen_sha256, dataset, device)
         run.refuse_another(config, ignoring=LOGISTIC | {"data", "compile"})
@@ -340,10 +342,14 @@ def show_results(run: runs.Run) -> None:
         raise runs.RunError(f"{run.path / 'summary.json'} is damaged; start again with --overwrite") from None
 
 
+def interrupt(*_: object) -> None:
+    """A cluster's polite kill ends a run as Ctrl-C does; one that comes twice, only once."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def main(argv: list[str] | None = None) -> int:
-    signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # a cluster's polite kill ends a run as Ctrl-C does
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         train_side_by_side(*open_data(*parse_options(argv, __doc__)))
     except (OptionError, data.DataError, models.ModelError, freeze.FreezeError, runs.RunError) as error:

@@ -1,0 +1,171 @@
+"""The cells of a grid of runs: which there are, how far each is, and how long the rest will take."""
+
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import runs
+import sources
+import train
+from options import OptionError, Options, parse_options
+
+FOLDER = Path(__file__).parent
+DEPTHS = "resnet14 resnet32 resnet56 resnet110 resnet218 resnet434 resnet866"
+WIDTHS = "resnet14 resnet14_w2 resnet14_w4 resnet14_w8 resnet14_w16 resnet14_w32"
+PARTS = "output shortcut bn+output bn+shortcut bn+output+shortcut none"
+STARTS = ["", "--bn-init ones", "--bn-init one_one", "--bn-init signed_uniform"]
+STARTS += ["--conv-init kaiming_uniform", "--conv-init orthogonal", "--conv-init binary"]
+DEFAULT = {"ARCHS": "resnet32 resnet56 resnet110", "MODES": "all bn_only random", "SEEDS": "0 1 2"}
+GRIDS = {  # what differs from the default
+    "depth": {"ARCHS": DEPTHS},
+    "width": {"ARCHS": WIDTHS},
+    "vgg": {"ARCHS": "vgg11 vgg13 vgg16 vgg19"},
+    "parts": {"MODES": PARTS},
+    "init": {"MODES": "bn_only", "STARTS": STARTS},
+}
+STATUSES = ("done", "running", "interrupted", "diverged", "failed", "to do")
+
+
+class Cell(NamedTuple):
+    """One run of train.py, with its place in the grid, its arguments but for the seed, and its folder."""
+
+    number: int
+    arguments: tuple[str, ...]
+    options: Options
+    path: Path
+
+
+class State(NamedTuple):
+    """How far a cell is: one of STATUSES, its epochs' metrics, its summary."""
+
+    status: str
+    rows: list[dict]
+    summary: dict
+
+
+def make_grid(environment: Mapping[str, str], argv: Sequence[str]) -> list[Cell]:
+    """The cells that ARCHS, MODES, SEEDS and GRID choose, each with train.py's options `argv`.
+
+    Raises OptionError, FreezeError or ModelError for what no run could use.
+    """
+    name = environment.get("GRID", "")
+    if name and name not in GRIDS:
+        raise OptionError(f"GRID={name}: choose from {', '.join(GRIDS)}")
+    grid = DEFAULT | GRIDS.get(name, {})
+    archs, modes, seeds = (environment.get(key, grid[key]).split() for key in DEFAULT)
+    for key, values in zip(DEFAULT, (archs, modes, seeds), strict=True):
+        if not values:
+            raise OptionError(f'{key}="": name at least one, or leave it out for "{grid[key]}"')
+    each, given = parse_options(argv, __doc__)
+    if taken := given & {"arch", "mode", "seed"}:
+        key = sorted(taken)[0]
+        raise OptionError(f"--{key}: a sweep takes {key.upper()}S from the environment")
+    if "overwrite" in given:
+        raise OptionError(
+            f"--overwrite: a sweep goes on; to start again, move {each[0].out} away or give --out"
+        )
+    argv = [argument for argument in argv if argument != "--resume"]
+    if each[0].quick and "data" not in given:
+        argv += ["--data", "cifar10" if prepare(each[0]) else "synthetic"]
+    cells = {}
+    for start in grid.get("STARTS", [""]):
+        for arch in archs:
+            for mode in modes:
+                arguments = ("--arch", arch, "--mode", mode, *start.split(), *argv)
+                for options in parse_options([*arguments, "--seed", *seeds], __doc__)[0]:
+                    path = Path(options.out) / train.cell_name(options, sources.short_name(options.data))
+                    cells.setdefault(path, Cell(len(cells), arguments, options, path))
+    return list(cells.values())
+
+
+def prepare(options: Options) -> bool:
+    """Whether the data is there and prepared; by another process: one with FFCV in it is hard to leave."""
+    command = [sys.executable, str(FOLDER / "data.py"), options.data, "--data-dir", options.data_dir]
+    command += ["--image-size", str(options.image_size)] if options.image_size else []
+    return subprocess.run(command).returncode == 0
+
+
+def look(cell: Cell) -> State:
+    """How far a cell is, by its folder."""
+    rows = runs.read_rows(cell.path)
+    try:
+        summary = runs.Run(cell.path).summary or {}
+    except runs.RunError as error:
+        summary = {"status": "failed", "why": str(error)}
+    status = "running" if runs.in_use(cell.path) else summary.get("status", "to do")
+    return State(status if status in STATUSES else "failed", rows, summary)
+
+
+class Forecast:
+    """How long cells take, by the epochs of those of the same arguments, else of the same architecture."""
+
+    def __init__(self, cells: Sequence[Cell], states: Mapping[Cell, State]):
+        self.states, seen = states, {}
+        for cell in cells:
+            seconds = [row["epoch_s"] for row in states[cell].rows]
+            for key in (cell.arguments, cell.options.arch) if seconds else ():
+                seen.setdefault(key, []).append(sum(seconds) / len(seconds))
+        self.epoch_s = {key: sum(means) / len(means) for key, means in seen.items()}
+
+    def seconds(self, cell: Cell) -> float | None:
+        """What is left of a cell; None where nothing like it has run."""
+        epoch_s = self.epoch_s.get(cell.arguments, self.epoch_s.get(cell.options.arch))
+        left = 0 if self.states[cell].status == "done" else cell.options.epochs - len(self.states[cell].rows)
+        return epoch_s and epoch_s * left
+
+    def text(self, cells: Sequence[Cell], replicas: int, at_once: int) -> str:
+        """What is left of all cells, where `replicas` seeds take no longer than one."""
+        left: dict[tuple, list[float | None]] = {}
+        for cell in cells:
+            if self.states[cell].status != "done":
+                left.setdefault(cell.arguments, []).append(self.seconds(cell))
+        known = [sorted(filter(None, group), reverse=True)[::replicas] for group in left.values()]
+        unknown = sum(group.count(None) for group in left.values())
+        text = f"about {duration(sum(map(sum, known)) / at_once)} left" if any(known) else ""
+        if unknown and text:
+            text += f" and {unknown} cells of unknown length"
+        return text
+
+
+def duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
+
+
+def accuracy(summary: dict) -> str:
+    value = summary.get("final_test_acc")
+    return f"{value:.2f} %" if isinstance(value, float) else ""
+
+
+def seeds_of(cells: Sequence[Cell]) -> str:
+    return "_".join(str(cell.options.seed) for cell in cells)
+
+
+def title(cells: Sequence[Cell]) -> str:
+    """What the folders of cells that differ in the seed alone would be called, were they one."""
+    mode = f"-{cells[0].options.mode}-s"
+    return cells[0].path.name.replace(mode + seeds_of(cells[:1]), mode + seeds_of(cells), 1)
+
+
+def show_list(cells: Sequence[Cell], replicas: int, at_once: int) -> None:
+    """Every cell with its number, which is its Slurm task's, its state, and the time it still needs."""
+    states = {cell: look(cell) for cell in cells}
+    forecast, table = Forecast(cells, states), []
+    for cell in cells:
+        status, rows, summary = states[cell]
+        what = f"{len(rows)} of {cell.options.epochs} epochs" if rows else ""
+        what = accuracy(summary) if status == "done" else what
+        seconds = None if status == "done" else forecast.seconds(cell)
+        left = f"{duration(seconds)} left" if seconds is not None else ""
+        table.append([str(cell.number), cell.path.name, status, what, left])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for number, *row in table:
+        texts = [text.ljust(width) for text, width in zip(row, widths[1:], strict=True)]
+        print("  ".join([number.rjust(widths[0]), *texts]).rstrip())
+    counts = {status: sum(state.status == status for state in states.values()) for status in STATUSES}
+    text = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+    print("; ".join(filter(None, [f"{len(cells)} cells: {text}", forecast.text(cells, replicas, at_once)])))

@@ -1,0 +1,307 @@
+"""The grid of runs, one after another or spread over the GPUs of this machine.
+
+    bash sweep.sh [--list] [train.py options]    # ARCHS, MODES, SEEDS choose the grid; --list only shows it
+    GRID=width bash sweep.sh                     # a named grid: depth, width, vgg, parts, init
+    JOBS=2 REPLICAS=1 bash sweep.sh              # processes per GPU [1], seeds per process [GPU: all, CPU: 1]
+
+A cell is one run of train.py. All that is known of it is in its folder, so any number of sweeps may share the
+folders, and the next takes up what a killed one leaves. Exit status 0: all done, 1: not all, 2: unusable.
+"""
+
+import ctypes
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.live import Live
+from rich.markup import escape
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+import display
+import models
+import train
+from freeze import FreezeError
+from grid import FOLDER, Cell, Forecast, State, accuracy, duration, look, make_grid, prepare, show_list, title
+from options import OptionError
+
+LOOK_AGAIN_S = 2.0  # at cells that another sweep has
+
+
+class OutOfTime(KeyboardInterrupt):
+    """Slurm is about to end this job: stop as when interrupted, and be queued again."""
+
+
+@dataclass
+class Job:
+    """A process that trains cells, on the GPU (or CPUs) that `place` gives it."""
+
+    cells: list[Cell]
+    place: dict[str, str]
+    log: Path
+    process: subprocess.Popen
+
+
+def places(device: str, jobs: int) -> list[dict[str, str]]:
+    """For each process at once, the environment that says where: a GPU `jobs` times, or the CPUs."""
+    count = torch.cuda.device_count() if device != "cpu" else 0
+    if count:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+        return [{"CUDA_VISIBLE_DEVICES": gpu} for _ in range(jobs) for gpu in visible.split(",")[:count]]
+    threads = max(1, len(os.sched_getaffinity(0)) // jobs)  # more than there are cores wait for each other
+    threads = os.environ.get("OMP_NUM_THREADS", str(threads))
+    return [{} if jobs == 1 else {"OMP_NUM_THREADS": threads}] * jobs
+
+
+def start(cells: list[Cell], place: dict[str, str]) -> Job:
+    """train.py for these cells, which differ in nothing but the seed; what it says goes to a log."""
+    seeds = [str(cell.options.seed) for cell in cells]
+    command = [sys.executable, str(FOLDER / "train.py"), *cells[0].arguments, "--resume", "--seed", *seeds]
+    log = cells[0].path.parent / "logs" / f"{title(cells)}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a") as file:
+        file.write(f"$ {shlex.join(['python', *command[1:]])}\n")
+        file.flush()
+        # A group of its own, so that Ctrl-C reaches us, who pass it on once, and not every process twice.
+        settings = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file, "process_group": 0}
+        environment = {**os.environ, **place}
+        process = subprocess.Popen(command, env=environment, preexec_fn=_end_with_parent, **settings)
+    return Job(cells, place, log, process)
+
+
+_libc = ctypes.CDLL(None)
+
+
+def _end_with_parent() -> None:
+    """Be asked to stop (SIGTERM) when the sweep is killed in a way that lets it ask nobody."""
+    _libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+class Sweep:
+    """Cells at work: those that nobody trains are started wherever there is a free place."""
+
+    def __init__(self, cells: Sequence[Cell], places: list[dict[str, str]], replicas: int):
+        self.cells, self.free, self.replicas = cells, list(places), replicas
+        self.at_once = len(places)
+        self.states = {cell: look(cell) for cell in cells}
+        self.jobs: list[Job] = []
+        self.tried: dict[Cell, Path] = {}  # with its log
+        self.overview = Overview(self)
+
+    def run(self) -> None:
+        """Until every cell is done, or was tried. A cell that another sweep has is waited for."""
+        with self.overview:
+            self.overview.say(f"{self.count()}; logs in {self.cells[0].path.parent / 'logs'}")
+            told = False
+            while True:
+                self.states |= {cell: look(cell) for cell in self.cells if self.states[cell].status != "done"}
+                while self.free and (cells := self.next()):
+                    job = start(cells, self.free.pop(0))
+                    self.jobs.append(job)
+                    self.tried |= dict.fromkeys(cells, job.log)
+                    self.overview.say(f"started {title(cells)}")
+                if not self.jobs and not (waiting := self.waiting()):
+                    return
+                if not self.jobs and not told:
+                    self.overview.say(f"waiting for {len(waiting)} cells that other processes train")
+                    told = True
+                self.wait(LOOK_AGAIN_S if self.free and self.waiting() else None)
+
+    def waiting(self) -> list[Cell]:
+        """Neither done nor tried by us."""
+        return [c for c in self.cells if c not in self.tried and self.states[c].status != "done"]
+
+    def next(self) -> list[Cell]:
+        """Up to `replicas` seeds of the first cell that nobody trains."""
+        free = [cell for cell in self.waiting() if self.states[cell].status != "running"]
+        return [cell for cell in free if cell.arguments == free[0].arguments][: self.replicas]
+
+    def wait(self, at_most_s: float | None) -> None:
+        """Until a process ends."""
+        began = time.monotonic()
+        while at_most_s is None or time.monotonic() < began + at_most_s:
+            self.overview.refresh()
+            for job in [job for job in self.jobs if job.process.poll() is not None]:
+                self.jobs.remove(job)
+                self.free.insert(0, job.place)
+                self.ended(job)
+                at_most_s = 0
+            time.sleep(0.2)
+
+    def ended(self, job: Job) -> None:
+        now = {cell: look(cell) for cell in job.cells}
+        self.states |= now
+        if job.process.returncode == 2 and any(state.status == "running" for state in now.values()):
+            for cell in job.cells:  # another sweep was quicker with one of them
+                del self.tried[cell]
+            return
+        for cell, (status, rows, summary) in now.items():
+            if status == "done":
+                took = duration(sum(row["epoch_s"] for row in rows))
+                self.overview.say(f"done {cell.path.name}: {accuracy(summary)} in {took}; {self.count()}")
+                continue
+            summary = {"why": last_line(job.log)} | summary
+            self.states[cell] = State("failed" if status == "to do" else status, rows, summary)
+            self.overview.say(f"{self.states[cell].status} {cell.path.name}: {summary['why']}")
+
+    def stop(self) -> None:
+        """Ask every process to stop, and wait until it has; it keeps its last epoch."""
+        for job in self.jobs:
+            job.process.terminate()
+        try:
+            for job in self.jobs:
+                job.process.wait()
+        except KeyboardInterrupt:
+            for job in self.jobs:
+                job.process.kill()
+                job.process.wait()
+
+    def failed(self) -> list[Cell]:
+        return [cell for cell in self.tried if self.states[cell].status != "done"]
+
+    def count(self) -> str:
+        done = sum(state.status == "done" for state in self.states.values())
+        texts = [f"{done} of {len(self.cells)} cells done"]
+        forecast = Forecast(self.cells, self.states)
+        return "; ".join(filter(None, [*texts, forecast.text(self.cells, self.replicas, self.at_once)]))
+
+
+def last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return lines[-1].removeprefix("train.py: ") if lines else "it said nothing"
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What a person sees
+
+
+class Overview:
+    """On a terminal a live table of what runs; into a file or pipe, a line for whatever starts or ends."""
+
+    def __init__(self, sweep: Sweep):
+        self.sweep, self.console, self.shown = sweep, display.Terminal(), 0.0
+        self.live = Live(console=self.console, auto_refresh=False, transient=True)
+
+    def __enter__(self) -> None:
+        if self.console.is_terminal:
+            self.live.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.live.stop()
+
+    def say(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+    def refresh(self) -> None:
+        if not self.console.is_terminal or time.monotonic() < self.shown + 1:
+            return
+        self.shown = time.monotonic()
+        sweep = self.sweep
+        for job in sweep.jobs:
+            sweep.states |= {cell: look(cell) for cell in job.cells}
+        forecast, table = (
+            Forecast(sweep.cells, sweep.states),
+            Table(title=sweep.count(), title_justify="left"),
+        )
+        for column in ("run", "epoch", "", "test", "images/s", "left"):
+            table.add_column(
+                column, justify="right" if column in ("epoch", "test", "images/s", "left") else "left"
+            )
+        for job in sweep.jobs:
+            cell = max(job.cells, key=lambda cell: forecast.seconds(cell) or 0)  # the last to end
+            rows, epochs = sweep.states[cell].rows, cell.options.epochs
+            last = rows[-1] if rows else {}
+            seconds, test_acc, rate = forecast.seconds(cell), last.get("test_acc"), last.get("images_per_s")
+            table.add_row(
+                escape(title(job.cells)),
+                f"{len(rows)}/{epochs}",
+                ProgressBar(total=epochs, completed=len(rows), width=20),
+                f"{test_acc:.2f} %" if test_acc is not None else "",
+                f"{rate * len(job.cells):,.0f}" if rate else "",
+                duration(seconds) if seconds is not None else "",
+            )
+        self.live.update(table, refresh=True)
+
+
+def show_failed(sweep: Sweep) -> None:
+    table = Table(title=f"{len(sweep.failed())} of {len(sweep.cells)} cells failed", title_justify="left")
+    for column in ("run", "state", "why", "log"):
+        table.add_column(column, overflow="fold")
+    for cell in sweep.failed():
+        state = sweep.states[cell]
+        texts = cell.path.name, state.status, state.summary.get("why"), sweep.tried[cell]
+        table.add_row(*(escape(str(text)) for text in texts))
+    display.Terminal().print(table)
+
+
+def note(line: str) -> None:
+    print(f"sweep.py: {line}", file=sys.stderr, flush=True)
+
+
+def whole_number(name: str, default: int) -> int:
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal() or int(text) < 1:
+        raise OptionError(f"{name}={text}: give a whole number from 1")
+    return int(text)
+
+
+def out_of_time(*_: object) -> None:
+    raise OutOfTime
+
+
+def main(argv: list[str]) -> int:
+    signal.signal(signal.SIGTERM, train.interrupt)
+    task = os.environ.get("SLURM_ARRAY_TASK_ID")
+    try:
+        cells = make_grid(os.environ, [argument for argument in argv if argument != "--list"])
+        options = cells[0].options
+        where = places(options.device, whole_number("JOBS", 1))
+        on_gpu = "CUDA_VISIBLE_DEVICES" in where[0]
+        replicas = whole_number("REPLICAS", len(cells) if on_gpu else 1)
+        if "--list" in argv:
+            show_list(cells, replicas, len(where))
+            return 0
+        if task is not None:
+            if not task.isdecimal() or int(task) >= len(cells):
+                raise OptionError(f"there is no cell {task} in the grid: give --array=0-{len(cells) - 1}")
+            signal.signal(signal.SIGUSR1, out_of_time)
+            cells = [cells[int(task)]]
+        if not prepare(options):
+            return 2
+        sweep = Sweep(cells, where, replicas)
+    except (OptionError, FreezeError, models.ModelError) as error:
+        note(str(error))
+        return 2
+    except KeyboardInterrupt:
+        note("interrupted before the first run")
+        return 1
+    ended_by = None
+    try:
+        sweep.run()
+    except KeyboardInterrupt as interrupt:
+        note(f"stopping {len(sweep.jobs)} runs; the next call goes on at their last epochs")
+        ended_by = interrupt
+    except OSError as error:
+        note(str(error))
+        ended_by = error
+    finally:
+        sweep.stop()
+    if isinstance(ended_by, OutOfTime):
+        subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]])
+    if ended_by:
+        return 1
+    sweep.overview.say(sweep.count())
+    if sweep.failed():
+        show_failed(sweep)
+    return 1 if sweep.failed() else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

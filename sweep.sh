@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# The grid of runs: every architecture, mode and seed, over all GPUs of this machine or of a cluster.
+#
+#   bash sweep.sh [--list] [train.py options]         ARCHS="resnet32 …" MODES="bn_only …" SEEDS="0 1 2" choose the grid
+#   GRID=depth bash sweep.sh                          or a named one: depth, width, vgg, parts, init
+#   sbatch --array=0-26 sweep.sh [train.py options]   one cell of the same grid per Slurm task
+#
+# Cells that are done are skipped, others go on at their last epoch: call it again whenever it was interrupted.
+#
+#SBATCH --job-name=batchnorm-only
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@120
+set -euo pipefail
+
+script=${BASH_SOURCE[0]}
+if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then # Slurm runs a copy of this file; it knows where it came from
+  script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p')
+fi
+cd "$(dirname "$script")"
+exec bash run.sh python sweep.py "$@"

@@ -1,0 +1,207 @@
+"""sweep.sh: the cells of a grid, shared out, failing, killed, going on (see also test_slurm.py)."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import grid
+import runs
+import sweep
+from grid import make_grid
+
+ROOT = Path(sweep.__file__).parent
+EPOCHS = 12
+
+
+@pytest.fixture
+def small(tiny_folder, tmp_path, monkeypatch):
+    """Options of cells of a second, and the environment of a grid of four."""
+    for name in ("GRID", "JOBS", "REPLICAS", "SLURM_ARRAY_TASK_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"ARCHS": "resnet8", "MODES": "bn_only random", "SEEDS": "0 1"}.items():
+        monkeypatch.setenv(name, value)
+    options = [
+        "--data",
+        str(tiny_folder),
+        "--data-dir",
+        str(tiny_folder.parent / "prepared"),
+        "--device",
+        "cpu",
+    ]
+    options += ["--batch-size", "32", "--epochs", str(EPOCHS), "--milestones", "8", "--no-compile"]
+    return [*options, "--out", str(tmp_path / "runs")]
+
+
+def begin(options: list[str], **settings) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "sweep.py"), *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **settings)
+
+
+def end(process: subprocess.Popen, status: int) -> str:
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == status, said
+    return said
+
+
+def folders(out: Path) -> list[Path]:
+    return sorted(path for path in out.iterdir() if path.name != "logs")
+
+
+def epochs_trained(out: Path) -> dict[str, list[int]]:
+    """The epochs that each log's processes trained, in that order."""
+    logs = (out / "logs").glob("*.log")
+    return {
+        log.stem: [int(e) for e in re.findall(rf"epoch (\d+)/{EPOCHS} ", log.read_text())] for log in logs
+    }
+
+
+def test_the_named_grids_are_those_of_the_paper(monkeypatch):
+    for name in ("ARCHS", "MODES", "SEEDS"):
+        monkeypatch.delenv(name, raising=False)
+    counts = {name: len(make_grid({"GRID": name}, [])) for name in ("", *grid.GRIDS)}
+    assert counts == {"": 27, "depth": 63, "width": 54, "vgg": 36, "parts": 54, "init": 63}
+    assert [cell.path.name for cell in make_grid({"SEEDS": "0 1"}, [])[:3]] == [
+        "cifar10-resnet32-all-s0",
+        "cifar10-resnet32-all-s1",
+        "cifar10-resnet32-bn_only-s0",
+    ]
+    names = {cell.path.name for cell in make_grid({"GRID": "init"}, [])}
+    assert {"cifar10-resnet56-bn_only-s2", "cifar10-resnet56-bn_only-s2-conv_initbinary"} <= names
+
+
+def test_the_list_shows_how_far_every_cell_is(small, tmp_path, capsys):
+    out, (done, running, failed, begun) = (
+        tmp_path / "runs",
+        [cell.path for cell in make_grid(os.environ, small)],
+    )
+    for path in (done, running, failed, begun):
+        path.mkdir(parents=True)
+    row = json.dumps({"epoch": 1, "epoch_s": 60.0}) + "\n"
+    (done / "metrics.jsonl").write_text(EPOCHS * row)
+    (done / "summary.json").write_text('{"status": "done", "final_test_acc": 51.234}')
+    (failed / "summary.json").write_text('{"status": "diverged"}')
+    (begun / "metrics.jsonl").write_text(2 * row + '{"epoch": 3, "epo')
+    with runs.open_run(out, running.name, resume=True):
+        assert sweep.main([*small, "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:3] for line in lines[:4]] == [
+        ["0", done.name, "done"],
+        ["1", running.name, "running"],
+        ["2", failed.name, "diverged"],
+        ["3", begun.name, "to"],
+    ]
+    assert lines[0].endswith("51.23 %")
+    assert lines[1].endswith("12 min left") and lines[3].endswith("to do     2 of 12 epochs  10 min left")
+    assert lines[4] == "4 cells: 1 done, 1 running, 1 diverged, 1 to do; about 34 min left"
+    assert sorted(path.name for path in running.iterdir()) == [".lock"], "looking leaves nothing behind"
+
+
+def test_killed_twice_a_sweep_ends_with_every_cell_trained_once(small, tmp_path):
+    out = tmp_path / "runs"
+    for kill, status in ((signal.SIGTERM, 1), (signal.SIGKILL, -signal.SIGKILL)):
+        before = sum(map(len, epochs_trained(out).values()))
+        process = begin(small)
+        deadline = time.monotonic() + 120
+        while sum(map(len, epochs_trained(out).values())) < before + 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(kill)
+        end(process, status)
+        for path in folders(out):  # also of a sweep that was given no time to stop them
+            while runs.in_use(path) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert not runs.in_use(path), "no process is left behind"
+    assert any(runs.Run(path).status == "interrupted" for path in folders(out))
+    end(begin(small), 0)
+    assert [runs.Run(path).status for path in folders(out)] == 4 * ["done"]
+    trained = epochs_trained(out)
+    assert len(trained) == 4 and all(epochs == list(range(1, EPOCHS + 1)) for epochs in trained.values())
+    assert "4 of 4 cells done" in end(begin(small), 0)
+    assert epochs_trained(out) == trained, "what is done is not trained again"
+
+
+def test_two_sweeps_share_the_cells(small, tmp_path):
+    pair = [begin(small), begin(small)]
+    for process in pair:
+        assert "4 of 4 cells done" in end(process, 0)
+    trained = epochs_trained(tmp_path / "runs")
+    assert len(trained) == 4 and all(epochs == list(range(1, EPOCHS + 1)) for epochs in trained.values())
+
+
+def test_seeds_train_together_and_several_processes_at_once(small, tmp_path, monkeypatch):
+    monkeypatch.setenv("JOBS", "2")
+    monkeypatch.setenv("REPLICAS", "2")
+    end(begin(small), 0)
+    logs = sorted((tmp_path / "runs" / "logs").iterdir())
+    assert [re.search(r"resnet8-(.*?)-batch", log.name)[1] for log in logs] == ["bn_only-s0_1", "random-s0_1"]
+    assert [runs.Run(path).status for path in folders(tmp_path / "runs")] == 4 * ["done"]
+    assert all("--seed 0 1\n" in log.read_text() for log in logs)
+
+
+def test_a_cell_that_fails_is_named_and_the_rest_go_on(small, tmp_path, monkeypatch):
+    monkeypatch.setenv("MODES", "shortcut bn_only")
+    monkeypatch.setenv("SEEDS", "0")
+    said = end(begin([*small, "--shortcut", "pad"], env={**os.environ, "COLUMNS": "250"}), 1)
+    table = said[said.index("1 of 2 cells failed") :]
+    (log,) = (tmp_path / "runs" / "logs").glob("*-shortcut-s0-*")
+    assert "this network has no parameters in its shortcut" in table and log.name in "".join(table.split())
+    assert [runs.Run(path).status for path in folders(tmp_path / "runs")] == ["done"]
+
+
+def test_a_slurm_task_runs_its_own_cell(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    end(begin(small), 0)
+    assert [path.name.split("-batch")[0] for path in folders(tmp_path / "runs")] == ["tiny-resnet8-random-s0"]
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "4")
+    assert sweep.main(small) == 2
+    assert "no cell 4 in the grid: give --array=0-3" in capsys.readouterr().err
+
+
+def test_a_terminal_shows_what_runs(small, monkeypatch):
+    monkeypatch.setenv("SEEDS", "0")
+    monkeypatch.setenv("MODES", "bn_only")
+    pty = "import pty, sys; sys.exit(pty.spawn(sys.argv[1:]) >> 8)"
+    command = [sys.executable, "-c", pty, sys.executable, str(ROOT / "sweep.py"), *small]
+    environment = {**os.environ, "COLUMNS": "200", "LINES": "40", "TERM": "xterm"}
+    shown = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120).stdout
+    assert "0 of 1 cells done" in shown and "images/s" in shown
+    assert re.search(rf"\d+/{EPOCHS}", shown) and "1 of 1 cells done" in shown
+
+
+@pytest.mark.parametrize(
+    "environment, options, named",
+    [
+        ({"GRID": "breadth"}, [], "GRID=breadth: choose from depth"),
+        ({"SEEDS": ""}, [], 'SEEDS=""'),
+        ({"SEEDS": "0 x"}, [], "--seed"),
+        ({"ARCHS": "resnet32 resnet33"}, [], "--arch resnet33"),
+        ({"MODES": "batchnorm"}, [], "--mode batchnorm"),
+        ({"JOBS": "0"}, [], "JOBS=0"),
+        ({}, ["--seed", "1"], "--seed: a sweep takes SEEDS"),
+        ({}, ["--overwrite"], "--overwrite: a sweep goes on"),
+        ({}, ["--lr", "fast"], "--lr"),
+        ({}, ["--data", "nowhere"], "--data nowhere: no such folder"),
+    ],
+)
+def test_what_no_run_could_use_is_refused_before_the_first(environment, options, named, monkeypatch, capfd):
+    for name in ("ARCHS", "MODES", "SEEDS", "GRID", "JOBS", "SLURM_ARRAY_TASK_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert sweep.main(options) == 2
+    said = capfd.readouterr().err
+    assert named in said and said.count("\n") <= 2
+
+
+def test_the_shell_script_starts_it_from_anywhere(tmp_path):
+    if not (ROOT / ".venv" / ".ready").exists():
+        pytest.skip("needs the environment that run.sh makes")
+    command = ["bash", str(ROOT / "sweep.sh"), "--list"]
+    listed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert listed.splitlines()[26].split()[:2] == ["26", "cifar10-resnet110-random-s2"]
