@@ -19,8 +19,8 @@ from torch import distributed
 class Group:
     """`count` processes, of which this is number `rank`; `count_here` of them are on this machine.
 
-    Every process must make the same calls in the same order. They raise ConnectionError where another process
-    has ended, over nccl at the next `wait` or `stop_together`.
+    Every process must make the same calls in the same order. Those that speak over gloo raise ConnectionError
+    where another process has ended; on GPUs too, `wait` and `stop_together` do.
     """
 
     def __init__(self, rank: int = 0, count: int = 1, count_here: int = 1):
@@ -37,8 +37,9 @@ class Group:
             try:
                 distributed.all_reduce(tensor)
             except RuntimeError as error:
-                what = "another process has ended, or cannot be reached"
-                raise ConnectionError(f"{what}: {str(error).splitlines()[0]}") from error
+                if tensor.is_cuda:  # nccl says itself what is wrong
+                    raise
+                raise ConnectionError("another process of this run has ended; torchrun says which") from error
         return tensor
 
     def average(self, tensor: torch.Tensor) -> torch.Tensor:
