@@ -20,14 +20,14 @@ class Terminal(Console):
 class Bars:
     """The live bars of runs that train side by side, in one terminal. Use it as `with bars.bars: ...`."""
 
-    def __init__(self, alone: bool):
-        self.alone, self.console = alone, Terminal()
+    def __init__(self, alone: bool, shown: bool = True):
+        self.alone, self.console = alone, Terminal(quiet=not shown)
         columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}")
         self.bars = Progress(
             TextColumn("{task.description}", markup=False),
             *columns,
             console=self.console,
-            disable=not self.console.is_terminal,
+            disable=not (shown and self.console.is_terminal),
         )
 
 
@@ -38,7 +38,7 @@ class Display:
         self, group: Bars, title: str, what: str, epochs: int, steps_per_epoch: int, epochs_done: int
     ):
         self.bars, self.what, self.epochs = group.bars, what, epochs
-        self.live = group.console.is_terminal
+        self.live = not self.bars.disable
         self.say(title)
         self.run_bar = self.bars.add_task(what, total=epochs * steps_per_epoch, text="")
         self.bars.update(self.run_bar, completed=epochs_done * steps_per_epoch)

@@ -7,34 +7,39 @@ every convolution's input too, though nothing asks for the gradient of frozen we
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 import kernels_cpu
-from kernels_torch import D_BETA, D_GAMMA, Conv, TorchPasses
+from kernels_torch import D_B, D_BETA, D_GAMMA, Conv, TorchPasses
+from processes import Group
 
 MEMORY = ("lean", "recompute", "stock")
-_memory, _compiled = "lean", True
+_memory, _compiled, _group = "lean", True, None
 
 
 @contextlib.contextmanager
-def using(memory: str = "lean", compiled: bool = True) -> Iterator[None]:
+def using(memory: str = "lean", compiled: bool = True, group: Group | None = None) -> Iterator[None]:
     """How `conv_bn_relu` goes about it in this context.
 
     `memory`: what is kept for backward, "lean" (each convolution's output), "recompute" (each block's input,
     at the price of its convolutions' forward once more) or "stock" (what autograd keeps). `compiled`: by our
-    own kernels where they cover device, dtype and shape, else, and where not wanted, by PyTorch's.
+    own kernels where they cover device, dtype and shape, else, and where not wanted, by PyTorch's. `group`:
+    the processes whose batches BatchNorm takes as one in training, see `Synced`; not with "stock".
     """
-    global _memory, _compiled
+    global _memory, _compiled, _group
     if memory not in MEMORY:
         raise ValueError(f"memory {memory!r}: choose from {', '.join(MEMORY)}")
-    before, (_memory, _compiled) = (_memory, _compiled), (memory, compiled)
+    if memory == "stock" and group is not None:
+        raise ValueError("memory 'stock': autograd's BatchNorm knows of no other process's batch")
+    before, (_memory, _compiled, _group) = (_memory, _compiled, _group), (memory, compiled, group)
     try:
         yield
     finally:
-        _memory, _compiled = before
+        _memory, _compiled, _group = before
 
 
 def conv_bn_relu(
@@ -57,6 +62,7 @@ def conv_bn_relu(
     passes = _passes(x.device.type) if _compiled else TorchPasses()
     weights = [_weight(conv, x.dtype) for conv, _ in units]
     if training:
+        passes = passes if _group is None else Synced(passes, _group)
         bn_parameters = [parameter for _, bn in units for parameter in (bn.weight, bn.bias)]
         identity = shortcut is given  # whose gradient we add to x's, which saves autograd a pass
         plan = (passes, units, relu, identity, _memory == "recompute")
@@ -157,6 +163,49 @@ class _Block(torch.autograd.Function):
         if needs_x:
             d_x, _ = passes.convolve_backward(*here, ctx.x_shape, add=added, dz=dz)
         return None, d_x, d_shortcut, *d_weights, *d_bn
+
+
+class Synced:
+    """Passes over one process's part of a batch, with the BatchNorm of all parts, equal in size.
+
+    Only averages over the parts travel, a few numbers per channel. The loss being the mean over a part, so is
+    every gradient here; the average over the processes of those that come out is that of the whole batch.
+    """
+
+    def __init__(self, passes: TorchPasses, group: Group):
+        self.passes, self.group = passes, group
+
+    def __getattr__(self, name: str):
+        return getattr(self.passes, name)  # what depends on no other image of the batch
+
+    def convolve(self, x, norm, weight, conv, bn=None):
+        if bn is None:
+            return self.passes.convolve(x, norm, weight, conv)
+        # With momentum 1, running statistics become the part's own: its mean, and its variance over n - 1.
+        own = {name: torch.zeros_like(getattr(bn, name)) for name in ("running_mean", "running_var")}
+        part = SimpleNamespace(weight=bn.weight, bias=bn.bias, eps=bn.eps, momentum=1.0, **own)
+        z, _ = self.passes.convolve(x, norm, weight, conv, part)
+        n = z.numel() // z.shape[1]
+        mean, var = part.running_mean.double(), part.running_var.double() * ((n - 1) / n)
+        mean, square = self.group.average(torch.stack([mean, var + mean**2]))  # whose digits float64 spares
+        var, n = (square - mean**2).clamp_min(0), n * self.group.count
+        bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), bn.momentum)
+        bn.running_var.lerp_((var * (n / (n - 1))).to(bn.running_var.dtype), bn.momentum)
+        return z, self.passes.norm(mean.to(bn.weight.dtype), var.to(bn.weight.dtype), bn)
+
+    def mask_and_sum(self, *arguments):
+        g, sums = self.passes.mask_and_sum(*arguments)
+        return g, self.shared(sums)
+
+    def convolve_backward(self, *arguments, **more):
+        dx, sums = self.passes.convolve_backward(*arguments, **more)
+        return dx, None if sums is None else self.shared(sums)
+
+    def shared(self, sums: torch.Tensor) -> torch.Tensor:
+        """`sums` with the b and c of the whole batch: the average of the parts', since they are linear in
+        sums over a part, divided by its size. The gradients of gamma and beta stay the part's."""
+        self.group.average(sums[D_B:])
+        return sums
 
 
 def _passes(device_type: str) -> TorchPasses:

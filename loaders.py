@@ -46,34 +46,44 @@ def normalise(
 class _Loader:
     """What both loaders share: which image comes when, how it is cropped, and what a batch looks like."""
 
-    def __init__(self, dataset, split, batch_size, device, dtype, rng, augmented, subset):
+    def __init__(self, dataset, split, batch_size, device, dtype, rng, augmented, subset, share):
         self.source, self.train = getattr(dataset, split), split == "train"
         every = np.arange(len(self.source.labels))
         self.positions = every if subset is None else np.asarray(subset, np.int64)
         self.num_images, self.image_size = len(self.positions), dataset.image_size
-        self.batch_size, self.rng, self.augmented = batch_size, rng, augmented and self.train
+        self.rank, self.processes = share
+        self.batch_size = batch_size // self.processes  # this process's part
+        self.rng, self.augmented = rng, augmented and self.train
         self.device, self.dtype = torch.device(device), dtype
         self.mean, self.std = (torch.tensor(x, device=self.device) for x in (dataset.mean, dataset.std))
 
     def __len__(self) -> int:
-        whole, rest = divmod(self.num_images, self.batch_size)
+        whole, rest = divmod(self.num_images, self.batch_size * self.processes)
         return whole if self.train else whole + (rest > 0)
 
     def drawn(self, epoch: int) -> tuple[np.ndarray, torch.Tensor | None]:
         """Positions in the split, int64, in the epoch's order; and `augment`'s draws for them.
 
-        All are drawn at once, so they depend on the seed and the epoch alone.
+        All are drawn at once, so they depend on the seed and the epoch alone; of each batch, a process then
+        takes its own part.
         """
         order, draws = self.positions, None
         if self.train:
             shuffled = self.rng("order", epoch).permutation(self.num_images)
-            order = order[shuffled[: len(self) * self.batch_size]]
+            order = order[shuffled[: len(self) * self.batch_size * self.processes]]
         if self.augmented:
             rng = self.rng("augment", epoch)
             offsets = rng.randint(0, 2 * PAD + 1, (self.num_images, 2), dtype=np.int64)
             flips = rng.randint(0, 2, (self.num_images, 1), dtype=np.int64)
-            draws = torch.from_numpy(np.concatenate([offsets, flips], 1)[: len(order)])
-        return order, draws
+            draws = torch.from_numpy(self.part(np.concatenate([offsets, flips], 1)[: len(order)]))
+        return self.part(order), draws
+
+    def part(self, drawn: np.ndarray) -> np.ndarray:
+        """This process's part, of one batch after another."""
+        if self.processes == 1:
+            return drawn
+        parts = drawn.reshape(len(self), self.processes, self.batch_size, *drawn.shape[1:])
+        return parts[:, self.rank].reshape(-1, *drawn.shape[1:])
 
     def prepare(self, images: torch.Tensor, draws: torch.Tensor | None) -> torch.Tensor:
         if draws is not None:
@@ -201,13 +211,15 @@ def make_loader(
     augment: bool = False,
     subset: np.ndarray | None = None,
     compiled: bool = False,
+    share: tuple[int, int] = (0, 1),
 ) -> _Loader:
     """A loader of "train" (shuffled, last partial batch dropped) or "test" (in file order, every image once).
 
     `loader.epoch(e)` yields `len(loader)` batches. `rng(stream, epoch)` gives the generators of order and
     augmentation. `subset`: positions in the split. `kind`: "resident", "ffcv", or None for resident if both
     splits take at most half of the device's free memory. `compiled`: on a GPU, prepare batches by
-    torch.compile. Raises DataError: too few images, or no FFCV.
+    torch.compile. `share`: (r, n) for the r-th of n equal parts of every batch, to train on; the batches are
+    those of (0, 1), cut. Raises DataError: too few images, or no FFCV.
     """
     if split not in ("train", "test") or kind not in ("resident", "ffcv", None):
         raise ValueError(f"split {split!r}, kind {kind!r}: give train or test, and resident, ffcv or None")
@@ -219,7 +231,7 @@ def make_loader(
         fits = dataset.train.beton is None or size <= _free_bytes(torch.device(device)) // 2
         kind = "resident" if fits else "ffcv"
     make = _ResidentLoader if kind == "resident" else _FfcvLoader
-    return make(dataset, split, batch_size, device, dtype, rng, augment, subset, compiled=compiled)
+    return make(dataset, split, batch_size, device, dtype, rng, augment, subset, share, compiled=compiled)
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -12,6 +12,7 @@ import freeze
 import kernels
 import models
 import step as steps
+from processes import ALONE, Group
 
 
 def option(default: Any, help: str, **argparse_arguments: Any) -> Any:
@@ -52,7 +53,7 @@ class Options:
     lr: float = option(0.1, "learning rate", type=float)
     momentum: float = option(0.9, "of SGD", type=float)
     weight_decay: float = option(1e-4, "on everything that trains", type=float)
-    batch_size: int = option(128, "images per step", type=int)
+    batch_size: int = option(128, "images per step, of all processes together", type=int)
     label_smoothing: float = option(0.0, "share of the target spread over all classes", type=float)
     shortcut: str = option("projection", "of residual blocks that change shape", choices=models.SHORTCUTS)
     conv_init: str = option("kaiming_normal", "of convolutions", choices=models.CONV_INITS)
@@ -74,6 +75,7 @@ class Options:
         "kept for backward: convolutions' outputs; recompute: blocks' inputs; stock: all that autograd does",
         choices=kernels.MEMORY,
     )
+    sync_bn: bool = option(False, "under torchrun, BatchNorm over the whole batch, not each process's part")
     no_compile: bool = option(False, "only PyTorch's own kernels, and no CUDA graph")
     eval_every: int = option(1, "epochs between evaluations; the last epoch always has one", type=int)
     out: str = option("runs", "the folder of run folders")
@@ -95,7 +97,9 @@ class OptionError(ValueError):
     """An option's value that cannot be used; the message says what can."""
 
 
-def parse_options(argv: list[str] | None, description: str) -> tuple[list[Options], set[str]]:
+def parse_options(
+    argv: list[str] | None, description: str, group: Group = ALONE
+) -> tuple[list[Options], set[str]]:
     """The options of each seed, and the names of those given. OptionError for the first that is unusable."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -124,6 +128,9 @@ def parse_options(argv: list[str] | None, description: str) -> tuple[list[Option
     each = [dataclasses.replace(options, seed=seed) for seed in seeds]
     for options in each:
         check_ranges(options)
+        check_processes(options, group)
+    if len(each) > 1 and group.count > 1:
+        raise OptionError(f"--seed {' '.join(map(str, seeds))}: torchrun trains one model; give one seed")
     return each, set(given)
 
 
@@ -165,3 +172,17 @@ def check_ranges(options: Options) -> None:
         raise OptionError(f"--init-from {options.init_from}: there is no such file")
     if options.resume and options.overwrite:
         raise OptionError("--resume and --overwrite contradict each other; give one of them")
+
+
+def check_processes(options: Options, group: Group) -> None:
+    """OptionError for the first value that `group` could not share."""
+    if options.batch_size % group.count:
+        what = f"--batch-size {options.batch_size}: must be a multiple of {group.count}"
+        raise OptionError(f"{what}, the number of processes")
+    if options.sync_bn and options.memory == "stock" and group.count > 1:
+        what = "--sync-bn with --memory stock: autograd's BatchNorm knows its own process's batch only"
+        raise OptionError(f"{what}; give lean or recompute")
+    gpus = torch.cuda.device_count()
+    if group.count > 1 and options.device != "cpu" and torch.cuda.is_available() and group.count_here > gpus:
+        what = f"--device {options.device}: {group.count_here} processes need as many GPUs, here are {gpus}"
+        raise OptionError(f"{what}; start fewer, or give --device cpu")

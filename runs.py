@@ -108,8 +108,11 @@ class Run:
     def config(self) -> dict | None:
         return read_json(self.path / "config.json")
 
+    def write(self, name: str, content: bytes | str) -> None:
+        write_atomically(self.path / name, content)
+
     def write_json(self, name: str, content: dict) -> None:
-        write_atomically(self.path / name, json.dumps(content, indent=1, allow_nan=False) + "\n")
+        self.write(name, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
     def refuse_another(self, config: dict, ignoring: set[str]) -> None:
         """RunError where the folder holds another run than the one that `config` describes."""
@@ -151,7 +154,7 @@ class Run:
     def write_metrics(self) -> None:
         """Replace the whole file: 160 short lines, and never half a line."""
         lines = [json.dumps(row, allow_nan=False) + "\n" for row in self.rows]
-        write_atomically(self.path / "metrics.jsonl", "".join(lines))
+        self.write("metrics.jsonl", "".join(lines))
 
     def load_last(self) -> dict | None:
         """What `end_epoch` last kept, or None; the metrics are set back to it. Runs no code from the file."""
@@ -176,14 +179,35 @@ class Run:
             (self.path / "last.pt").unlink(missing_ok=True)
 
 
+class Onlooker(Run):
+    """The folder of a run that another process writes: this one only reads it."""
+
+    def write(self, name: str, content: bytes | str) -> None:
+        pass
+
+    def start(self, config: dict) -> None:
+        pass
+
+    def end_epoch(self, row: dict, state: dict) -> None:
+        self.rows.append(row)
+
+    def finish(self, summary: dict) -> None:
+        pass
+
+
 @contextmanager
-def open_run(root: str | Path, name: str, resume: bool = False, overwrite: bool = False) -> Iterator[Run]:
+def open_run(
+    root: str | Path, name: str, resume: bool = False, overwrite: bool = False, writes: bool = True
+) -> Iterator[Run]:
     """The folder `root/name`, made if need be and locked against other processes until the `with` block ends.
 
     An existing run is refused (RunError) unless `resume` (go on, or show what is done) or `overwrite`
-    (start again).
+    (start again). Without `writes`, an Onlooker at what another process has opened.
     """
     path = Path(root) / name
+    if not writes:
+        yield Onlooker(path)
+        return
     lock = FileLock(path / ".lock")
     try:
         path.mkdir(parents=True, exist_ok=True)

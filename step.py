@@ -1,7 +1,8 @@
 """One optimisation step: forward, loss, backward, update; and the evaluation beside it.
 
 Metrics stay on the device until they are asked for, so that nothing here waits for the GPU. There, the whole
-step, fetching its batch included, becomes a CUDA graph after a few steps, and the host only replays it.
+step, fetching its batch included, becomes a CUDA graph after a few steps, and the host only replays it; one
+that is shared among processes does not.
 """
 
 import ctypes
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 import kernels
 from kernels_torch import cache_folder
+from processes import ALONE, Group
 
 torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; for speed there is bf16
 torch.backends.cudnn.benchmark = True  # shapes never change, so the fastest algorithm is worth looking for
@@ -143,6 +145,12 @@ class Step:
     `dtype` is that of activations; `memory` is what is kept for backward ("lean", "recompute" or "stock", see
     kernels.using); `compiled` means our own kernels and, on a GPU, a captured step. The trainable parameters
     become views of one vector.
+
+    `group`: the processes that train the model together, each on its part of a batch. Gradients are averaged,
+    metrics are the whole batch's. BatchNorm normalises with the statistics of the part, as under torch's
+    DistributedDataParallel, and its running statistics are averaged after every epoch, which, as they move
+    linearly, is as good as after every step. With `sync_bn` it takes the whole batch: the step is that of one
+    process, up to rounding.
     """
 
     def __init__(
@@ -156,8 +164,11 @@ class Step:
         dtype: torch.dtype = torch.float32,
         memory: str = "lean",
         compiled: bool = True,
+        group: Group = ALONE,
+        sync_bn: bool = False,
     ):
         self.model, self.dtype, self.label_smoothing = model, dtype, label_smoothing
+        self.group, self.synced = group, group if sync_bn and group.connected else None
         self.memory, self.compiled = memory, compiled
         self.device = next(model.parameters()).device
         if self.device.type == "cpu":
@@ -186,7 +197,7 @@ class Step:
             torch._dynamo.config.recompile_limit = 64  # seeds side by side may each compile their own
             self.loss, self.record = (torch.compile(f, dynamic=False) for f in (self._loss, _record))
         self.captured, self.captured_from = None, None
-        self.captures = compiled and self.device.type == "cuda"
+        self.captures = compiled and self.device.type == "cuda" and not group.connected
         self.warm_up_steps = EAGER_STEPS + 1 if self.captures else 1
         self.start_epoch()
 
@@ -205,6 +216,9 @@ class Step:
             for (images, labels), lr in zip(loader.epoch(epoch), lrs, strict=True):
                 self(images, labels, lr)
                 yield
+            if self.synced is None:
+                buffers = self.model.named_buffers()
+                self.group.average_all([b for name, b in buffers if "running_" in name])
             return
         if self.captured_from is not loader:
             self.captured, self.captured_from = Captured(self._step_from_tensors), loader
@@ -229,24 +243,37 @@ class Step:
         self._step(*(loader.batch(self.position) if loader.resident else self.batch))
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor, lr: float) -> None:
-        """One step at learning rate `lr` on images `[N, 3, H, W]`, labels `[N]` int64."""
+        """One step at learning rate `lr` on images `[N, 3, H, W]`, labels `[N]` int64, this process's."""
         self.lr.fill_(lr)
         self._step(images, labels)
-        self.seen += len(labels)
+        self.seen += len(labels) * self.group.count
 
     def _step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
         with torch.set_grad_enabled(self.optimizer is not None):
             autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-            with kernels.using(self.memory, self.compiled), autocast:
+            with kernels.using(self.memory, self.compiled, self.synced), autocast:
                 features = self.model.features(images)
             loss, correct = self.loss(features, labels)
         if self.optimizer is not None:
             gradients = torch.autograd.grad(self.scaler.scale(loss), self.trained)
             self.flat.grad = torch.cat([in_memory_order(gradient) for gradient in gradients])
+        loss = loss.detach()
+        if self.group.connected:
+            loss, correct = self._averaged(loss, correct)
+        if self.optimizer is not None:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         metrics = self.loss_sum, self.correct, self.first_bad_step, self.position
-        self.record(loss.detach(), correct, len(labels), *metrics)
+        self.record(loss, correct, len(labels) * self.group.count, *metrics)
+
+    def _averaged(self, loss: torch.Tensor, correct: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss and number correct of the whole batch, and in `flat.grad` its gradient; in one message."""
+        gradient = [] if self.optimizer is None else [self.flat.grad]
+        shared = self.group.sum(torch.cat([*gradient, torch.stack([loss, correct.float()])]))
+        loss, correct = shared[-2] / self.group.count, shared[-1].long()  # float32 counts to 16 million
+        if self.optimizer is not None:
+            self.flat.grad = shared[:-2] / self.group.count
+        return loss, correct
 
     def _loss(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean cross-entropy, and how many are right."""

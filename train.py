@@ -5,6 +5,7 @@
     python train.py --arch resnet56 --mode random --seed 1      # as many random convolution weights instead
     python train.py --arch resnet110 --mode bn+output --resume  # go on where the run stopped
     python train.py --arch resnet32 --seed 0 1 2 3              # four runs side by side, a folder for each
+    torchrun --standalone --nproc_per_node=2 train.py --arch resnet110  # one run shared by two processes
 
 Every default is the published one: Frankle, Schwab, Morcos, "Training BatchNorm and Only BatchNorm" (2020).
 A run leaves a folder in --out; exit status 0: done, 1: the run failed, 2: unusable options or data.
@@ -34,6 +35,7 @@ import display
 import freeze
 import loaders
 import models
+import processes
 import runs
 import step as steps
 from options import LOGISTIC, QUICK, OptionError, Options, parse_options
@@ -108,7 +110,8 @@ def describe(
 
 
 def note(line: str) -> None:
-    print(f"train.py: {line}", file=sys.stderr, flush=True)
+    if processes.rank() == 0:  # which speaks for all that torchrun started
+        print(f"train.py: {line}", file=sys.stderr, flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -147,6 +150,7 @@ def train_epoch(
             untimed_images, began = step.seen, time.perf_counter()
             at |= {"started": True, "startup_s": at["startup_s"] + began - STARTED}
         bars.step(step)
+        step.group.stop_together()
         yield
     train_loss, train_acc = step.metrics()
     seconds, images = time.perf_counter() - began, step.seen - untimed_images
@@ -154,10 +158,12 @@ def train_epoch(
     return row | {"epoch_s": seconds, "images_per_s": images / seconds if images else None}
 
 
-def train(options: Options, dataset: data.Dataset, bars: display.Bars) -> Generator[None, None, runs.Run]:
+def train(
+    options: Options, dataset: data.Dataset, bars: display.Bars, group: processes.Group
+) -> Generator[None, None, runs.Run]:
     """One run, from the draw of the network to its summary; yields when it is ready, then after each step.
 
-    RunFailed where it ends early.
+    The processes of `group` go through it together. RunFailed where it ends early.
     """
     device = torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
     dtype_name = options.dtype or steps.default_dtype(device)
@@ -168,7 +174,9 @@ def train(options: Options, dataset: data.Dataset, bars: display.Bars) -> Genera
     recipe |= {"data": dataset.name, "fingerprint": dataset.fingerprint, "image_size": dataset.image_size}
     recipe |= {key: list(getattr(dataset, key)) for key in ("classes", "mean", "std")}
     recipe |= {"dtype": dtype_name, "device": device.type, "compile": compiled}
-    models.check_batches(options.arch, options.shortcut, options.batch_size, dataset.image_size)
+    recipe |= {"processes": group.count}
+    own_batch = options.batch_size // group.count
+    models.check_batches(options.arch, options.shortcut, own_batch, dataset.image_size)
 
     # The network at its seed's weights, of which only what the mode trains has gradients
     model = freeze.create(recipe, say=note)
@@ -182,26 +190,29 @@ def train(options: Options, dataset: data.Dataset, bars: display.Bars) -> Genera
         subset = data.class_subset(dataset.train.labels, options.train_subset, rng("subset", 0))
     batches = {"kind": options.loader, "device": device, "dtype": dtype, "compiled": compiled}
     drawn = {"rng": rng, "augment": not options.no_augment, "subset": subset}
+    drawn |= {"share": (group.rank, group.count)}
     train_loader = loaders.make_loader(dataset, "train", batch_size=options.batch_size, **batches, **drawn)
     test_batch = steps.evaluation_batch_size(options.batch_size, dataset.image_size, device)
     test_loader = loaders.make_loader(dataset, "test", batch_size=test_batch, **batches)
 
     # The step, the course of its learning rate, and the test
-    settings = ("optimizer", "momentum", "weight_decay", "label_smoothing", "memory")
+    settings = ("optimizer", "momentum", "weight_decay", "label_smoothing", "memory", "sync_bn")
     settings = {key: getattr(options, key) for key in settings}
-    step = steps.Step(model, dtype=dtype, compiled=compiled, **settings)
+    step = steps.Step(model, dtype=dtype, compiled=compiled, group=group, **settings)
     settings = ("schedule", "lr", "epochs", "milestones", "gamma", "warmup_epochs")
     schedule = steps.Schedule(len(train_loader), **{key: getattr(options, key) for key in settings})
     evaluate = steps.Evaluation(model, test_loader, dtype, compiled)
     if options.schedule == "step" and min(options.milestones, default=0) >= options.epochs:
         note(f"all of --milestones lie past the last epoch: the learning rate stays {options.lr:g}")
 
-    with runs.open_run(
-        options.out, cell_name(options, dataset.name), options.resume, options.overwrite
-    ) as run:
+    folder = options.out, cell_name(options, dataset.name), options.resume, options.overwrite
+    with runs.open_run(*folder, writes=group.leads) as run:
+        group.wait()  # until the folder is open, or refused
+
         # Where the run stopped, if it was run before
         config = describe(options, recipe, frozen_sha256, dataset, device)
-        run.refuse_another(config, ignoring=LOGISTIC | {"data", "compile"})
+        alike = {"data", "compile"} | ({"processes"} if options.sync_bn else set())
+        run.refuse_another(config, ignoring=LOGISTIC | alike)
         if run.status == "done":
             return run
         at = {"epoch": 0, "train_s": 0.0, "startup_s": 0.0, "best_test_acc": None}
@@ -245,10 +256,12 @@ def train(options: Options, dataset: data.Dataset, bars: display.Bars) -> Genera
             if freeze.frozen_sha256(model) != frozen_sha256:
                 raise AssertionError("frozen weights have changed")
             checkpoint = freeze.seed_checkpoint(model, recipe, options.epochs * len(train_loader))
-            runs.write_atomically(run.path / "model.safetensors", checkpoint)
+            run.write("model.safetensors", checkpoint)
             ending = {"status": "done", "why": None}
         except FloatingPointError as error:
             ending = {"status": "diverged", "why": str(error)}
+        except ConnectionError as error:
+            ending["why"] = str(error)
         except OSError as error:
             ending["why"] = f"a file cannot be written: {error}"
         except KeyboardInterrupt:
@@ -275,15 +288,16 @@ def train(options: Options, dataset: data.Dataset, bars: display.Bars) -> Genera
         return run
 
 
-def train_side_by_side(each: list[Options], dataset: data.Dataset) -> None:
+def train_side_by_side(each: list[Options], dataset: data.Dataset, group: processes.Group) -> None:
     """All runs, a step of each in turn; on a GPU each on a stream of its own, so that they fill it together.
 
     One that fails does not stop the others. RunFailed, at the end, for the first that did.
     """
-    bars = display.Bars(alone=len(each) == 1)
+    bars = display.Bars(alone=len(each) == 1, shown=group.leads)
     on_gpu = torch.cuda.is_available() and each[0].device != "cpu"
     streams = [torch.cuda.Stream() if on_gpu else None for _ in each]
-    turns = [(train(options, dataset, bars), stream) for options, stream in zip(each, streams, strict=True)]
+    each = [train(options, dataset, bars, group) for options in each]
+    turns = list(zip(each, streams, strict=True))
     done, failed = [], []
 
     def goes_on(run: Generator, stream: torch.cuda.Stream | None, interrupted: bool = False) -> bool:
@@ -309,7 +323,7 @@ def train_side_by_side(each: list[Options], dataset: data.Dataset) -> None:
                     goes_on(*turn, interrupted=True)
             if not failed:
                 raise
-    for run in done:
+    for run in done if group.leads else ():
         show_results(run)
     for error in failed[1:]:
         note(str(error))
@@ -351,7 +365,8 @@ def interrupt(*_: object) -> None:
 def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, interrupt)
     try:
-        train_side_by_side(*open_data(*parse_options(argv, __doc__)))
+        with processes.joined() as group:
+            train_side_by_side(*open_data(*parse_options(argv, __doc__, group)), group)
     except (OptionError, data.DataError, models.ModelError, freeze.FreezeError, runs.RunError) as error:
         note(str(error))
         return 2

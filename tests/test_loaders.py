@@ -179,6 +179,23 @@ def test_a_subset_is_all_that_is_trained_on():
     assert sorted(torch.cat([labels for _, labels in loader.epoch(0)]).tolist()) == subset.tolist()
 
 
+@pytest.mark.parametrize("kind", ["resident", "ffcv"])
+def test_the_parts_of_a_batch_are_the_batch_bit_for_bit(cifar10, kind):
+    dataset = data.open_dataset("cifar10", cifar10, say=silent)
+    subset = data.class_subset(dataset.train.labels, 70, stream(3)("subset"))
+    options = {"kind": kind, "subset": subset, "batch_size": 12, "augment": True}
+    whole = loader_of(dataset, **options)
+    for count in (2, 3):
+        parts = [loader_of(dataset, **options, share=(rank, count)) for rank in range(count)]
+        for epoch in (0, 1):
+            batches = [list(part.epoch(epoch)) for part in parts]
+            joined = [
+                [torch.cat(tensors) for tensors in zip(*of, strict=True)] for of in zip(*batches, strict=True)
+            ]
+            assert len(joined) == len(whole) == len(parts[0]) == 5 and len(batches[0][0][1]) == 12 // count
+            assert same_batches(whole.epoch(epoch), joined)
+
+
 def test_too_few_images_for_a_batch_is_an_error():
     with pytest.raises(data.DataError, match="--batch-size 101"):
         loader_of(numbered(100), batch_size=101)

@@ -121,3 +121,22 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(runs.RunError, match="--out"), runs.open_run(tmp_path / "file", "a"):
         pass
+
+
+def test_an_onlooker_reads_what_is_there_and_changes_nothing(tmp_path):
+    with runs.open_run(tmp_path, "name") as run:
+        run.start({"options": {}})
+        run.end_epoch({"epoch": 1}, {})
+        before = {path: path.read_bytes() for path in run.path.iterdir()}
+        with runs.open_run(tmp_path, "name", overwrite=True, writes=False) as onlooker:
+            assert (
+                onlooker.config == {"options": {}}
+                and onlooker.load_last() == {}
+                and onlooker.rows == run.rows
+            )
+            onlooker.start({})
+            onlooker.end_epoch({"epoch": 2}, {})
+            onlooker.write("model.safetensors", b"")
+            onlooker.finish({"status": "done"})
+        assert onlooker.rows == [{"epoch": 1}, {"epoch": 2}]
+        assert before == {path: path.read_bytes() for path in run.path.iterdir()}

@@ -1,0 +1,329 @@
+"""processes.py: several processes train the model that one does, and none is left waiting for another.
+
+torchrun takes seconds to start, so that one start serves many runs: it runs this very file, see `in_each`.
+"""
+
+import contextlib
+import copy
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_kernels import BASIC, make
+from test_train import SMALL, metrics, only_run, summary, without_times
+from torch import distributed
+from torch.nn import functional as F
+
+import data
+import freeze
+import kernels
+import loaders
+import models
+import processes
+import runs
+import step as steps
+import train
+from options import OptionError, parse_options
+
+ROOT = Path(train.__file__).parent
+FP32 = [*(option for option in SMALL if option != "--no-compile"), "--dtype", "fp32"]
+SYNCED = {
+    "lean": ["--mode", "bn_only"],
+    "recompute": ["--mode", "random", "--memory", "recompute"],
+    "no-compile": ["--mode", "all", "--no-compile", "--lr", "0.02"],
+    "resumed": ["--mode", "bn+output", "--optimizer", "adam", "--lr", "0.01"],
+}
+LONG = ["--mode", "all", "--epochs", "12", "--milestones", "8", "--lr", "0.02"]
+
+
+def torchrun(script: Path, *arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*command, *arguments], **pipes, env=environment)
+
+
+def in_each(todo: str, out: str) -> None:
+    """What torchrun runs in each process: train.py with each list of options; keeps how each ended."""
+    endings = {}
+    with processes.joined() as group:
+        train.processes.joined = lambda: contextlib.nullcontext(group)
+        models, seed_checkpoint = [], freeze.seed_checkpoint
+        freeze.seed_checkpoint = lambda model, *rest: models.append(model) or seed_checkpoint(model, *rest)
+        for name, options in json.loads(todo).items():
+            models.clear()
+            status = train.main(options)
+            endings[name] = status, [freeze._sha256(freeze.full_state(model)) for model in models]
+    Path(f"{out}{group.rank}").write_text(json.dumps(endings))
+
+
+@pytest.fixture(scope="module")
+def done(tiny_folder, tmp_path_factory):
+    """The folder of all runs, one/NAME by one process and two/NAME by two; and how each of these ended."""
+    folder = tmp_path_factory.mktemp("processes")
+    options = [*FP32, "--data", str(tiny_folder), "--data-dir", str(tiny_folder.parent / "prepared")]
+    two = {name: [*options, "--sync-bn", *more] for name, more in SYNCED.items()}
+    for name, given in two.items():
+        assert train.main([*given, "--out", str(folder / "one" / name)]) == 0
+    assert train.main([*options, "--out", str(folder / "two/other number")]) == 0
+    interrupt_after_an_epoch([*two["resumed"], "--out", str(folder / "two/resumed")])
+
+    two["resumed"] = [*two["resumed"], "--resume"]
+    two["own statistics"] = [*options, "--mode", "all", "--lr", "0.02"]
+    two["long"] = [*options, *LONG]
+    two["other number"] = [*options, "--resume"]
+    two["diverged"] = [*options, "--mode", "all", "--lr", "1e30"]
+    two = {name: [*given, "--out", str(folder / "two" / name)] for name, given in two.items()}
+    two["refused"] = two["lean"]  # the last, for with it the first process leaves
+    running = torchrun(Path(__file__), json.dumps(two), str(folder / "ended"))
+    _, said = running.communicate(timeout=120)
+    assert running.returncode == 0, said
+    endings = [json.loads((folder / f"ended{rank}").read_text()) for rank in (0, 1)]
+    return folder, endings, said
+
+
+def interrupt_after_an_epoch(options: list[str]) -> None:
+    end_epoch = runs.Run.end_epoch
+
+    def interrupted(run, row, state):
+        end_epoch(run, row, state)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(runs.Run, "end_epoch", interrupted)
+        assert train.main(options) == 1
+
+
+def compare(folder: Path, rows: list[dict], tensors: dict[str, torch.Tensor]) -> None:
+    """The run in `folder` has these metrics, and these trained tensors and statistics.
+
+    Up to fp32 rounding: metrics were seen to differ by 2e-5 (relative), tensors by 3e-4, just as those of one
+    process with and without --no-compile do: a sign that rounding turns is a whole element's gradient.
+    """
+    for row, expected in zip(metrics(folder), rows, strict=True):
+        for name in ("train_loss", "train_acc", "test_loss", "test_acc"):
+            assert row[name] == pytest.approx(expected[name], rel=1e-4), name
+    for name, tensor in freeze.read_checkpoint(folder)[0].items():
+        torch.testing.assert_close(tensor, tensors[name], rtol=5e-4, atol=5e-4)
+
+
+@pytest.mark.parametrize("way", SYNCED)
+def test_with_sync_bn_two_processes_train_the_model_of_one(done, way):
+    one = only_run(done[0] / "one" / way)
+    compare(only_run(done[0] / "two" / way), metrics(one), freeze.read_checkpoint(one)[0])
+
+
+def test_without_it_each_normalises_its_own_part_and_running_statistics_are_averaged(done, tiny_folder):
+    recipe = json.loads((only_run(done[0] / "two/own statistics") / "config.json").read_text())["recipe"]
+    rows, model = trained_in_halves(recipe, tiny_folder)
+    compare(only_run(done[0] / "two/own statistics"), rows, model.state_dict())
+
+
+def trained_in_halves(recipe: dict, images: Path) -> tuple[list[dict], torch.nn.Module]:
+    """What two processes should do, in plain PyTorch: a copy of the network for each half of the batch."""
+    dataset = data.open_dataset(str(images), images.parent / "prepared", say=lambda line: None)
+    rng = functools.partial(models.stream, 0)
+    settings = {"device": "cpu", "dtype": torch.float32, "batch_size": 32}
+    train_loader = loaders.make_loader(dataset, "train", **settings, rng=rng, augment=True)
+    test_loader = loaders.make_loader(dataset, "test", **settings)
+    model = freeze.create(recipe).to(memory_format=torch.channels_last)
+    copies, rows = (model, copy.deepcopy(model)), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-4)
+    for epoch in range(3):
+        optimizer.param_groups[0]["lr"] = 0.02 * 0.1**epoch
+        losses, correct = [], 0
+        for images, labels in train_loader.epoch(epoch):
+            for part, x, y in zip(copies, images.chunk(2), labels.chunk(2), strict=True):
+                with kernels.using("stock"):
+                    logits = part.train()(x)
+                losses.append(F.cross_entropy(logits, y))
+                correct += (logits.argmax(1) == y).sum().item()
+                part.zero_grad()
+                losses[-1].backward()
+            with torch.no_grad():
+                for p, q in zip(*(part.parameters() for part in copies), strict=True):
+                    p.grad = (p.grad + q.grad) / 2
+                optimizer.step()
+                for p, q in zip(*(part.parameters() for part in copies), strict=True):
+                    q.copy_(p)
+        averages = {n: (b + copies[1].get_buffer(n)) / 2 for n, b in model.named_buffers() if "running" in n}
+        for part in copies:
+            part.load_state_dict(averages, strict=False)
+        test_loss, test_acc = steps.Evaluation(model, test_loader)()
+        rows.append({"train_loss": sum(losses).item() / len(losses), "train_acc": 100 * correct / 96})
+        rows[-1] |= {"test_loss": test_loss, "test_acc": test_acc}
+    freeze.set_steps(model, 9)
+    return rows, model
+
+
+def test_every_process_has_the_same_network_to_the_bit(done):
+    _, (first, second), _ = done
+    networks = [network for _, network in first.values()]
+    assert networks == [network for _, network in second.values()]
+    assert [len(network) for network in networks] == [1] * 6 + [0] * 3
+
+
+def test_one_process_speaks_and_the_others_end_where_it_refuses(done):
+    _, (first, second), said = done
+    ended = {name: [ending[name][0] for ending in (first, second)] for name in first}
+    failed = {name: statuses for name, statuses in ended.items() if any(statuses)}
+    assert failed == {"other number": [2, 2], "diverged": [1, 1], "refused": [2, 1]}
+    assert said.count("train.py: ") == 4 and "exists; add --resume" in said  # and "continuing", of "resumed"
+
+
+def test_another_number_of_processes_resumes_with_sync_bn_only(done):
+    folder, _, said = done
+    assert "was run with processes 1, not 2" in said and "continuing" in said
+    assert (
+        json.loads((only_run(folder / "two/resumed") / "config.json").read_text())["recipe"]["processes"] == 2
+    )
+
+
+def test_a_loss_that_diverges_ends_every_process(done):
+    folder, _, said = done
+    assert summary(only_run(folder / "two/diverged"))["status"] == "diverged"
+    assert "the loss is not finite at epoch 1, step 2" in said
+
+
+def test_a_killed_run_resumes_to_the_same_bits(done, tmp_path, tiny_folder):
+    options = [*FP32, "--data", str(tiny_folder), "--data-dir", str(tiny_folder.parent / "prepared")]
+    options += [*LONG, "--out", str(tmp_path / "runs")]
+    running = torchrun(ROOT / "train.py", *options)
+    while running.poll() is None and not list(tmp_path.glob("runs/*/last.pt")):
+        time.sleep(0.02)
+    running.send_signal(signal.SIGTERM)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 1 and said.count("interrupted; --resume goes on after epoch") == 1
+    folder = only_run(tmp_path / "runs")
+    assert summary(folder)["status"] == "interrupted" and 0 < len(metrics(folder)) < 12
+
+    resumed = torchrun(ROOT / "train.py", *options, "--resume")
+    _, said = resumed.communicate(timeout=60)
+    whole = only_run(done[0] / "two/long")
+    assert resumed.returncode == 0 and without_times(folder) == without_times(whole), said
+    for a, b in zip(*(freeze.read_checkpoint(run)[0].values() for run in (folder, whole)), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        ("--seed 0 1", "--seed 0 1"),
+        ("--batch-size 33", "--batch-size 33"),
+        ("--sync-bn --memory stock", "--sync-bn"),
+    ],
+)
+def test_what_two_processes_cannot_share_is_refused_in_a_line(options, named):
+    with pytest.raises(OptionError, match=named) as refused:
+        parse_options(options.split(), "", processes.Group(0, 2, 2))
+    assert "\n" not in str(refused.value)
+    if named != "--seed 0 1":
+        parse_options(options.split(), "")
+
+
+def test_more_processes_than_gpus_are_refused_in_a_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for device in ("cuda", "auto"):
+        with pytest.raises(OptionError, match=f"--device {device}: 2 processes"):
+            parse_options(["--device", device], "", processes.Group(0, 2, 2))
+        parse_options(["--device", device], "", processes.Group(0, 2, 1))  # on two machines
+    parse_options(["--device", "cpu"], "", processes.Group(0, 2, 2))
+
+
+class Threads(processes.Group):
+    """Two processes as two threads of one, for numbers of float64 and to see what each has."""
+
+    def __init__(self):
+        super().__init__(count=2)
+        self.meeting, self.said = threading.Barrier(2, timeout=30), {}
+
+    def sum(self, tensor):
+        self.said[threading.get_ident()] = tensor.clone()
+        self.meeting.wait()
+        tensor.copy_(sum(self.said[thread] for thread in sorted(self.said)))
+        self.meeting.wait()
+        return tensor
+
+
+@pytest.mark.parametrize("memory", ["lean", "recompute"])
+@pytest.mark.parametrize("trained", [("bn",), ("conv", "bn"), ("values",)])
+def test_synced_parts_have_the_values_and_gradients_of_the_whole_batch_in_float64(memory, trained):
+    shape = BASIC | {"kernels": [3, 1], "trained": trained, "size": 8}
+    x, units, _, dy = make(shape)
+    x.data += 10
+    kernels.stock(x, units, x).backward(dy)
+    whole = x.grad, [t for unit in units for module in unit for t in module.parameters()], units
+
+    group, parts = Threads(), [None, None]
+
+    def part(rank: int) -> None:
+        own, units, _, _ = make(shape)
+        own = (
+            (own.detach() + 10).chunk(2)[rank].contiguous(memory_format=torch.channels_last).requires_grad_()
+        )
+        y = kernels.conv_bn_relu(own, units, own)
+        y.backward(dy.chunk(2)[rank])
+        parts[rank] = own.grad, [t for unit in units for module in unit for t in module.parameters()], units
+
+    threads = [threading.Thread(target=part, args=(rank,)) for rank in (0, 1)]
+    with kernels.using(memory, compiled=False, group=group):
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    close = functools.partial(torch.testing.assert_close, rtol=1e-10, atol=1e-10)
+    close(torch.cat([gradient for gradient, *_ in parts]), whole[0])
+    for one, first, second in zip(whole[1], parts[0][1], parts[1][1], strict=True):
+        if one.grad is not None:  # of the sum over the batch; of a mean it would be the average
+            close(first.grad + second.grad, one.grad)
+    for (_, one), (_, first), (_, second) in zip(whole[2], parts[0][2], parts[1][2], strict=True):
+        for name in ("running_mean", "running_var"):
+            close(getattr(first, name), getattr(one, name))
+            assert torch.equal(getattr(first, name), getattr(second, name))
+
+
+def test_alone_nothing_is_sent_and_sync_bn_changes_nothing():
+    with processes.joined() as group:
+        assert group is processes.ALONE and group.leads and not distributed.is_initialized()
+        assert steps.Step(models.build("resnet8"), group=group, sync_bn=True).synced is None
+        group.stop_together()
+
+
+@pytest.mark.gpu
+def test_a_group_over_nccl_takes_the_step_that_is_taken_without(tmp_path):
+    distributed.init_process_group(
+        "cpu:gloo,cuda:nccl", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    try:
+        group, results = processes.Group(), []
+        group.connected = True
+        for settings in ({}, {"group": group}, {"group": group, "sync_bn": True}):
+            model = models.build("resnet14")
+            models.initialise(model, 0)
+            model.to("cuda", memory_format=torch.channels_last)
+            step = steps.Step(model, **settings)
+            generator = torch.Generator().manual_seed(0)
+            images = torch.randn(32, 3, 32, 32, generator=generator).to(
+                "cuda", memory_format=torch.channels_last
+            )
+            for _ in range(3):
+                step(images, torch.arange(32, device="cuda") % 10, lr=0.02)
+            group.stop_together()
+            results.append((step.metrics(), model.bn1.weight.detach().clone(), model.bn1.running_var.clone()))
+        for result in results[1:]:
+            torch.testing.assert_close(result, results[0], rtol=1e-3, atol=1e-4)
+    finally:
+        distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    in_each(*sys.argv[1:])
