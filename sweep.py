@@ -138,7 +138,8 @@ class Sweep:
     def ended(self, job: Job) -> None:
         now = {cell: look(cell) for cell in job.cells}
         self.states |= now
-        if job.process.returncode == 2 and any(state.status == "running" for state in now.values()):
+        refused = job.process.returncode == 2
+        if refused and any(state.status == "running" for state in now.values()):
             for cell in job.cells:  # another sweep was quicker with one of them
                 del self.tried[cell]
             return
@@ -147,9 +148,10 @@ class Sweep:
                 took = duration(sum(row["epoch_s"] for row in rows))
                 self.overview.say(f"done {cell.path.name}: {accuracy(summary)} in {took}; {self.count()}")
                 continue
-            summary = {"why": last_line(job.log)} | summary
-            self.states[cell] = State("failed" if status == "to do" else status, rows, summary)
-            self.overview.say(f"{self.states[cell].status} {cell.path.name}: {summary['why']}")
+            if refused or status == "to do":  # the summary, if any, is of an earlier attempt
+                status, summary = "failed", {"why": last_note(job.log)}
+            self.states[cell] = State(status, rows, summary)
+            self.overview.say(f"{status} {cell.path.name}: {summary['why']}")
 
     def stop(self) -> None:
         """Ask every process to stop, and wait until it has; it keeps its last epoch."""
@@ -173,9 +175,11 @@ class Sweep:
         return "; ".join(filter(None, [*texts, forecast.text(self.cells, self.replicas, self.at_once)]))
 
 
-def last_line(log: Path) -> str:
+def last_note(log: Path) -> str:
+    """What train.py last had to say, or the end of its traceback."""
     lines = log.read_text(errors="replace").strip().splitlines()
-    return lines[-1].removeprefix("train.py: ") if lines else "it said nothing"
+    noted = [i for i, line in enumerate(lines) if line.startswith("train.py: ")]
+    return " ".join(lines[noted[-1] if noted else -1 :]).removeprefix("train.py: ")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -206,14 +210,10 @@ class Overview:
         sweep = self.sweep
         for job in sweep.jobs:
             sweep.states |= {cell: look(cell) for cell in job.cells}
-        forecast, table = (
-            Forecast(sweep.cells, sweep.states),
-            Table(title=sweep.count(), title_justify="left"),
-        )
-        for column in ("run", "epoch", "", "test", "images/s", "left"):
-            table.add_column(
-                column, justify="right" if column in ("epoch", "test", "images/s", "left") else "left"
-            )
+        forecast = Forecast(sweep.cells, sweep.states)
+        table = Table("run", title=sweep.count(), title_justify="left")
+        for column in ("epoch", "", "test", "images/s", "left"):
+            table.add_column(column, justify="right")
         for job in sweep.jobs:
             cell = max(job.cells, key=lambda cell: forecast.seconds(cell) or 0)  # the last to end
             rows, epochs = sweep.states[cell].rows, cell.options.epochs

@@ -17,7 +17,7 @@ import runs
 pytestmark = pytest.mark.slurm
 ROOT = Path(runs.__file__).parent
 TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "setpriv")
-EPOCHS = 60
+EPOCHS = 30
 
 
 def free_port() -> int:
@@ -129,7 +129,7 @@ def epochs_trained(log: str) -> list[int]:
 def test_an_array_job_runs_a_cell_per_task_and_goes_on_when_requeued(cluster, tiny_folder, tmp_path):
     prepared, out = tiny_folder.parent / "prepared", tmp_path / "runs"
     options = ["--data", str(tiny_folder), "--data-dir", str(prepared), "--out", str(out), "--device", "cpu"]
-    options += ["--batch-size", "32", "--epochs", str(EPOCHS), "--milestones", "30", "--no-compile"]
+    options += ["--batch-size", "32", "--epochs", str(EPOCHS), "--milestones", "20", "--no-compile"]
     grid = {"ARCHS": "resnet8", "MODES": "bn_only random", "SEEDS": "0 1"}
     submit = [
         "sbatch",
