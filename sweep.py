@@ -231,14 +231,10 @@ class Overview:
 
 
 def show_failed(sweep: Sweep) -> None:
-    table = Table(title=f"{len(sweep.failed())} of {len(sweep.cells)} cells failed", title_justify="left")
-    for column in ("run", "state", "why", "log"):
-        table.add_column(column, overflow="fold")
+    sweep.overview.say(f"{len(sweep.failed())} of {len(sweep.cells)} cells failed:")
     for cell in sweep.failed():
-        state = sweep.states[cell]
-        texts = cell.path.name, state.status, state.summary.get("why"), sweep.tried[cell]
-        table.add_row(*(escape(str(text)) for text in texts))
-    display.Terminal().print(table)
+        status, _, summary = sweep.states[cell]
+        sweep.overview.say(f"{status:12}{cell.path}\n{'':12}{summary.get('why')}\n{'':12}{sweep.tried[cell]}")
 
 
 def note(line: str) -> None:
