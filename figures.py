@@ -137,7 +137,7 @@ def draw_line(ax: Axes, line: Line) -> object:
         return Line2D([], [], linestyle=dashes, color=colour)
     if line.look in ("paper", "port"):
         shape = "s" if line.look == "paper" else "D"
-        hollow = {"marker": shape, "markerfacecolor": "white", "markersize": 7, "linestyle": ""}
+        hollow = {"marker": shape, "markerfacecolor": "none", "markersize": 7, "linestyle": ""}
         return ax.plot(line.x, line.y, color=colour, **hollow)[0]
     if line.look == "points":
         return ax.errorbar(line.x, line.y, line.std, color=colour, marker=marker, linestyle=dashes, capsize=3)
@@ -234,6 +234,8 @@ def bars(labels: list[str], modes: list[str], columns: list[Column], title: str 
             ax.set_xlim(0, top * (1.18 + 0.022 * max(map(len, column.texts))))
         ax.xaxis.set_major_formatter(FuncFormatter(short))
         ax.xaxis.set_minor_formatter(NullFormatter())
+        if column.label.endswith("(%)"):
+            ax.set_xticks([tick for tick in ax.get_xticks() if 0 <= tick <= 100])
         for end, y, text in zip(ends, at, column.texts[shown], strict=True):
             ax.annotate(
                 text,
@@ -358,8 +360,9 @@ def histograms(series: list[Series], part: str, share: str, told: str, xlabel: s
             edges = [scale * edge for edge in found[0]["edges"]]
             counts = np.mean([np.array(one["counts"]) / one["count"] for one in found], axis=0)
             each.append(Line(s.mode, s.mode, edges, 100 * counts, look="steps"))
-            shares.append(f"{s.mode} {100 * statistics.fmean(one[share] for one in found):.1f} %")
-        panels.append((f"{title}\n{wrap(told + ': ' + ', '.join(shares), 40)}", each))
+            mean = statistics.fmean(one[share] for one in found)
+            shares.append(f"{s.mode}\N{NO-BREAK SPACE}{100 * mean:.1f}\N{NO-BREAK SPACE}%")
+        panels.append((f"{title}\n{wrap(told + ': ' + ', '.join(shares), 36, 4)}", each))
         used += members
     return (lines(panels, xlabel, ylabel), used) if panels else None
 
