@@ -369,7 +369,7 @@ PAGE = """<!DOCTYPE html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Training BatchNorm and only BatchNorm: results</title>
 <style>
-body {{ font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 60rem;
+body {{ font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 66rem;
   margin: 2rem auto; padding: 0 1rem; }}
 h1, h2, h3 {{ line-height: 1.25; overflow-wrap: anywhere; }}
 h2 {{ margin-top: 3rem; padding-top: 1rem; border-top: 2px solid #222; }}
