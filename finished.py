@@ -1,0 +1,455 @@
+"""Finished runs: read from their folders, checked, and gathered into series over seeds.
+
+A folder is taken for a run's if it has config.json or summary.json. One that train.py would not have left is
+named and left out; no code from any file is run.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import stat
+import statistics
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+import runs
+
+# The published options, as options.py has them; importing those would cost seconds of start-up.
+DEFAULTS = {
+    **{"arch": "resnet32", "mode": "bn_only", "data": "cifar10", "data_dir": "data", "image_size": None},
+    **{"train_subset": None, "no_augment": False, "epochs": 160, "milestones": [80, 120], "gamma": 0.1},
+    **{"schedule": "step", "warmup_epochs": 0, "optimizer": "sgd", "lr": 0.1, "momentum": 0.9},
+    **{"weight_decay": 1e-4, "batch_size": 128, "label_smoothing": 0.0, "shortcut": "projection"},
+    **{"conv_init": "kaiming_normal", "bn_init": "uniform", "per_channel": 2, "init_from": None, "seed": 0},
+    **{"device": "auto", "dtype": None, "loader": None, "memory": "lean", "no_compile": False},
+    **{"eval_every": 1, "out": "runs", "resume": False, "overwrite": False, "quick": False},
+}
+QUICK_BATCH_SIZE = 64
+COST_ONLY = ("loader", "memory", "no_compile")  # what changes time and memory, not accuracy
+LOGISTIC = {"data_dir", "device", "eval_every", "out", "resume", "overwrite", *COST_ONLY}
+OF_THE_SETTING = {"epochs", "milestones", "schedule", "quick", "train_subset", "image_size"}
+NOT_VARIANTS = {"arch", "mode", "data", "seed", "dtype", *LOGISTIC, *OF_THE_SETTING}
+
+HUGE = 1e100  # more than any number of a run, and its square is still finite
+SUMMARY = {  # kind, may be null, least, most
+    "status": (str, False),
+    "why": (str, True),
+    "params_total": (int, False, 1, 2**62),
+    "params_trained": (int, False, 0, 2**62),
+    "final_test_acc": (float, True, 0, 100),
+    "best_test_acc": (float, True, 0, 100),
+    "epochs_done": (int, False, 0, 10**6),
+    "train_s": (float, False, 0, HUGE),
+    "startup_s": (float, False, 0, HUGE),
+    "peak_memory_bytes": (int, True, 0, 2**62),
+    "checkpoint_bytes": (int, True, 1, 2**62),
+    "full_bytes": (int, False, 1, 2**62),
+}
+EPOCH = {
+    "epoch": (int, False, 1, 10**6),
+    "lr": (float, False, 0, HUGE),
+    "train_loss": (float, False, -HUGE, HUGE),
+    "train_acc": (float, False, 0, 100),
+    "test_loss": (float, True, -HUGE, HUGE),
+    "test_acc": (float, True, 0, 100),
+    "epoch_s": (float, False, 0, HUGE),
+    "images_per_s": (float, True, 0, HUGE),
+}
+COUNTS = {"count": (int, False, 1, 2**62), "edges": (list, False), "counts": (list, False)}
+ANALYSIS = {
+    "gamma": {**COUNTS, "share_under_0.01": (float, False, 0, 1)},
+    "relu": {**COUNTS, "silent": (float, False, 0, 1), "silent_99": (float, False, 0, 1)},
+}
+PRUNED = {
+    "threshold": (float, False, 0, HUGE),
+    "zeroed": (float, False, 0, 1),
+    "test_acc": (float, False, 0, 100),
+}
+
+
+class NoRuns(ValueError):
+    """There is nothing to report; the message says what would do."""
+
+
+class Rubbish(ValueError):
+    """A run folder that train.py would not have left; the message says what is wrong."""
+
+
+class Mean(NamedTuple):
+    """A mean, its sample standard deviation (None where n is 1), and of how many."""
+
+    mean: float
+    std: float | None
+    n: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Series:
+    """Runs that differ in their seed alone: of one architecture and mode, with the same other options.
+
+    values: per name of a summary's field, one number per run. curves: per name of an epoch's field, an array
+    [runs, epochs], NaN where there was no test. analyses: what analysis.json held, of the runs that have one.
+    """
+
+    arch: str
+    mode: str
+    options: tuple[tuple[str, object], ...]  # those that differ from the published, and their values
+    machine: tuple[str, str, str]  # device, how it computed, torch; empty texts where they do not matter
+    done: int
+    diverged: int
+    values: dict[str, list[float]]
+    curves: dict[str, np.ndarray]
+    analyses: list[dict]
+
+    @property
+    def variant(self) -> str:
+        return variant_text(self.options)
+
+    @property
+    def label(self) -> str:
+        return ", ".join(filter(None, (self.mode, self.variant)))
+
+    def mean(self, name: str) -> Mean | None:
+        return mean_of(self.values[name])
+
+
+class Run(NamedTuple):
+    """A run folder, read and checked."""
+
+    folder: str  # as shown: from the folder that was named
+    options: dict
+    config: dict
+    summary: dict  # with a status also where there is no summary.json
+    epochs: list[dict]
+    analysis: dict | None
+
+    @property
+    def setting(self) -> tuple:
+        """What two runs must share to stand on one page section."""
+        o, recipe = self.options, self.config["recipe"]
+        steps = tuple(m for m in o["milestones"] if m < o["epochs"]) if o["schedule"] == "step" else ()
+        size = recipe.get("image_size") or o["image_size"]
+        course = o["epochs"], o["schedule"], steps
+        return (
+            self.config["data_title"],
+            *course,
+            o["quick"],
+            o["train_subset"],
+            size,
+            recipe.get("fingerprint"),
+        )
+
+    @property
+    def variant(self) -> tuple[tuple[str, object], ...]:
+        """The options, with their values, that set it apart from the published run of its setting."""
+        published = DEFAULTS | ({"batch_size": QUICK_BATCH_SIZE} if self.options["quick"] else {})
+        differing = {k: v for k, v in self.options.items() if k not in NOT_VARIANTS and v != published.get(k)}
+        if differing.get("init_from"):
+            differing["init_from"] = Path(differing["init_from"]).stem
+        return tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in sorted(differing.items()))
+
+    @property
+    def machine(self) -> tuple[str, str, str]:
+        """Device, number format and whatever else changes the cost, version of torch."""
+        options = [f"{k} {show(self.options[k])}" for k in COST_ONLY if self.options[k] != DEFAULTS[k]]
+        dtype = self.config["recipe"].get("dtype") or self.options["dtype"] or "unknown format"
+        torch = self.config["versions"].get("torch") or "unknown"
+        return self.config["device_name"], ", ".join([dtype, *options]), torch
+
+
+def mean_of(values: list[float]) -> Mean | None:
+    """Mean and sample standard deviation; None of nothing."""
+    if not values:
+        return None
+    return Mean(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+
+
+def variant_text(options: tuple[tuple[str, object], ...]) -> str:
+    return ", ".join(f"{name} {show(value)}" for name, value in options)
+
+
+def show(value: object) -> str:
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(show, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def note(line: str) -> None:
+    print(f"report.py: {printable(line)}", file=sys.stderr)
+
+
+def printable(value: object) -> object:
+    """`value`, at any depth, with each character that cannot be printed replaced."""
+    if isinstance(value, str):
+        return (
+            value
+            if value.isprintable()
+            else "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in value)
+        )
+    if isinstance(value, dict):
+        return {printable(key): printable(one) for key, one in value.items()}
+    return [printable(one) for one in value] if isinstance(value, list) else value
+
+
+def run_folders(given: list[str]) -> Iterator[tuple[Path, str]]:
+    """Every run folder in or under `given`, once, and its name as shown. Links are not followed."""
+    seen = set()
+    for top in map(Path, given):
+        if not top.is_dir():
+            raise NoRuns(f"{top}: there is no such folder; name run folders, or a folder that holds some")
+        for path, folders, files in os.walk(
+            top, onerror=lambda error: note(f"left out {error.filename}: {error.strerror}")
+        ):
+            here = Path(path)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for link in (here / name for name in folders if (here / name).is_symlink()):
+                if any((link / name).exists() for name in ("config.json", "summary.json")):
+                    note(f"left out {link}: it is a link; name it on the command line to have it")
+            if {"config.json", "summary.json"} & set(files):
+                folders.clear()
+                if here.resolve() not in seen:
+                    seen.add(here.resolve())
+                    yield here, str(here.relative_to(top)) if here != top else here.resolve().name
+
+
+def content(folder: Path, name: str) -> dict | None:
+    """The object in a JSON file of a run folder, None where there is none. Rubbish where it is not one."""
+    return printable(runs.read_json(folder / name)) if is_plain(folder / name) else None
+
+
+def is_plain(file: Path) -> bool:
+    """Whether the file is there; Rubbish for a link, a pipe, or one too large to be a run's."""
+    try:
+        info = file.lstat()
+    except FileNotFoundError:
+        return False
+    if not stat.S_ISREG(info.st_mode) or info.st_size > 2**26:
+        raise Rubbish(f"{file.name} is not a plain file of a run's size")
+    return True
+
+
+def check(found: object, fields: dict[str, tuple], where: str) -> None:
+    """Rubbish unless `found` is a dict whose values are of the kinds, and in the ranges, of `fields`."""
+    if not isinstance(found, dict):
+        raise Rubbish(f"{where} is no object")
+    for name, (kind, optional, *limits) in fields.items():
+        value = found.get(name)
+        if value is None and optional:
+            continue
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise Rubbish(f"{where}: {name} is {str(value)[:40]}, and should be {kind.__name__}")
+        if limits and not limits[0] <= value <= limits[1]:  # nor is NaN between any two numbers
+            raise Rubbish(
+                f"{where}: {name} is {str(value)[:40]}, and should be from {limits[0]:g} to {limits[1]:g}"
+            )
+
+
+def check_options(options: dict) -> None:
+    plain = (int, float, str, bool, type(None))
+    for name, value in options.items():
+        parts = value if isinstance(value, list) else [value]
+        kinds = (*plain, list)  # of an option that is newer than this list
+        if name in DEFAULTS:
+            default = type(DEFAULTS[name])
+            kinds = {float: (float, int), type(None): (int, str, type(None))}.get(default, (default,))
+        numbers = [part for part in parts if isinstance(part, (int, float))]
+        if type(value) not in kinds or any(type(part) not in plain for part in parts):
+            raise Rubbish(f"option {name} is {str(value)[:40]}")
+        if not all(-HUGE <= number <= HUGE for number in numbers):  # nor is NaN between any two numbers
+            raise Rubbish(f"option {name} is {str(value)[:40]}, out of range")
+    check(options, {"epochs": (int, False, 1, 10**6)}, "options")
+    if not all(type(m) is int for m in options["milestones"]):
+        raise Rubbish("option milestones are no epochs")
+
+
+def read_epochs(folder: Path) -> list[dict]:
+    """The lines of metrics.jsonl, [] where there is none."""
+    if not is_plain(folder / "metrics.jsonl"):
+        return []
+    rows = []
+    for number, line in enumerate((folder / "metrics.jsonl").read_text().splitlines(), start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            raise Rubbish(f"metrics.jsonl: line {number} is no JSON, or half of it") from None
+        check(row, EPOCH, f"metrics.jsonl, line {number}")
+        if row["epoch"] != number:
+            raise Rubbish(f"metrics.jsonl: line {number} is of epoch {row['epoch']}")
+        rows.append(row)
+    return rows
+
+
+def check_analysis(analysis: dict) -> None:
+    for part, fields in ANALYSIS.items():
+        check(analysis.get(part), fields, f"analysis.json, {part}")
+        edges, counts = analysis[part]["edges"], analysis[part]["counts"]
+        if any(type(x) not in (int, float) or not -HUGE < x < HUGE for x in edges) or edges != sorted(
+            set(edges)
+        ):
+            raise Rubbish(f"analysis.json, {part}: its edges are no increasing numbers")
+        if any(type(x) is not int or x < 0 for x in counts) or not 0 < len(counts) == len(edges) - 1:
+            raise Rubbish(f"analysis.json, {part}: its counts do not fit its edges")
+        if sum(counts) > analysis[part]["count"]:
+            raise Rubbish(f"analysis.json, {part}: more are counted than there are")
+    if not isinstance(analysis.get("pruned"), list) or not analysis["pruned"]:
+        raise Rubbish("analysis.json: pruned is no list")
+    for row in analysis["pruned"]:
+        check(row, PRUNED, "analysis.json, pruned")
+
+
+def read_run(folder: Path, shown: str) -> Run:
+    """A run folder, checked. Rubbish, or RunError, for what train.py would not have left."""
+    config, summary = content(folder, "config.json"), content(folder, "summary.json")
+    if config is None and summary is None:
+        raise Rubbish("its files went while they were read")
+    results = {*SUMMARY, "data_title", "frozen_sha256"}
+    if config is None:  # a summary has the options too
+        options = {key: value for key, value in summary.items() if key not in results}
+        config = {"options": options, "data_title": summary.get("data_title")}
+    config = {"recipe": {}, "versions": {}, "device_name": "unknown device"} | config
+    kinds = {"options": (dict, False), "recipe": (dict, False), "versions": (dict, False)}
+    kinds |= {"data_title": (str, False), "device_name": (str, False), "git_commit": (str, True)}
+    check(config, kinds, "config.json")
+    recipe = {"fingerprint": (str, True), "dtype": (str, True), "image_size": (int, True, 1, 65536)}
+    check(config["recipe"], recipe, "config.json, recipe")
+    check(
+        config["versions"],
+        dict.fromkeys(("python", "torch", "cuda"), (str, True)),
+        "config.json, versions",
+    )
+    options = DEFAULTS | config["options"]
+    check_options(options)
+    for name in {"arch", "mode", "seed"} - config["options"].keys():
+        raise Rubbish(f"config.json: there is no option {name}")
+    epochs, analysis = read_epochs(folder), content(folder, "analysis.json")
+    if analysis is not None:
+        check_analysis(analysis)
+    if summary is None:
+        why = "no summary.json: it is still running, or was killed; --resume goes on"
+        summary = {"status": "not ended", "epochs_done": len(epochs), "why": why}
+        summary = dict.fromkeys(SUMMARY) | summary
+        return Run(shown, options, config, summary, epochs, analysis)
+    check(summary, SUMMARY, "summary.json")
+    for name in options.keys() - LOGISTIC - {"data"}:
+        if summary.get(name, options[name]) != options[name]:
+            raise Rubbish(f"config.json and summary.json are of different runs: their {name} differs")
+    if summary["status"] == "done":
+        needed = ("final_test_acc", "best_test_acc", "checkpoint_bytes")
+        for name in [name for name in needed if summary[name] is None]:
+            raise Rubbish(f"summary.json: it is done, and has no {name}")
+        if epochs and len(epochs) != options["epochs"]:
+            raise Rubbish(f"metrics.jsonl has {len(epochs)} of {options['epochs']} epochs")
+    return Run(shown, options, config, summary, epochs, analysis)
+
+
+def read_runs(given: list[str]) -> list[Run]:
+    """Every usable run under `given`, each seed of a series once; what is left out is named on stderr."""
+    kept: dict[tuple, tuple[Run, Path]] = {}
+    signature = None
+    for folder, shown in run_folders(given):
+        try:
+            run = read_run(folder, printable(shown))
+            if run.analysis:
+                parts = run.analysis["gamma"]["edges"], run.analysis["relu"]["edges"]
+                mine = *parts, [row["threshold"] for row in run.analysis["pruned"]]
+                signature = signature or mine
+                if mine != signature:
+                    raise Rubbish(
+                        "analysis.json has other edges or thresholds than the first; analyse all anew"
+                    )
+        except (Rubbish, runs.RunError, OSError, ValueError, RecursionError) as error:
+            note(f"left out {folder}: {str(error) or type(error).__name__}")
+            continue
+        key = run.setting, run.options["arch"], run.options["mode"], run.variant, run.options["seed"]
+        if key in kept:
+            before, place = kept[key]
+            better = run.summary["status"] == "done" != before.summary["status"]
+            out, kept_place = (place, folder) if better else (folder, place)
+            note(f"left out {out}: {kept_place} is the same run, seed and all")
+            if not better:
+                continue
+        kept[key] = run, folder
+    if not kept:
+        raise NoRuns(f"no usable run in {' '.join(given)}; name folders that train.py wrote, such as runs")
+    return [run for run, _ in kept.values()]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Gathering
+
+
+def setting_label(setting: tuple) -> str:
+    """`CIFAR-10, 4 epochs, lr steps at 2, 3, --quick, 3,000 training images`; the fingerprint is left out."""
+    title, epochs, schedule, steps, quick, subset, size, _ = setting
+    parts = [title, f"{epochs} epoch{'s' if epochs > 1 else ''}"]
+    if schedule != "step":
+        parts.append(f"{schedule} lr")
+    elif (epochs, steps) != (DEFAULTS["epochs"], tuple(DEFAULTS["milestones"])):
+        at = "s at " if steps[1:] else " at "
+        parts.append(f"lr step{at}{', '.join(map(str, steps))}" if steps else "no lr step")
+    parts += ["--quick"] if quick else []
+    parts += [f"{subset:,} training images"] if subset else []
+    parts += [f"{size}x{size} pixels"] if size not in (None, 32) else []
+    return ", ".join(parts)
+
+
+def by_setting(found: list[Run]) -> dict[str, list[Run]]:
+    """Runs by their setting's label, the setting of most runs first; every label is of one setting."""
+    settings: dict[tuple, list[Run]] = {}
+    for run in found:
+        settings.setdefault(run.setting, []).append(run)
+    labels = [setting_label(setting) for setting in settings]
+    named = {}
+    for label, (setting, members) in zip(labels, settings.items(), strict=True):
+        told = f"{label}, data {setting[-1] or 'without a fingerprint'}" if labels.count(label) > 1 else label
+        while told in named:
+            told += "'"
+        named[told] = sorted(members, key=lambda run: (*_place(run), run.options["seed"], run.folder))
+    return dict(sorted(named.items(), key=lambda item: (-len(item[1]), item[0])))
+
+
+def series_of(members: list[Run], by_machine: bool = False) -> list[Series]:
+    """The runs of one setting gathered over seeds: what is done, and how many diverged."""
+    groups: dict[tuple, list[Run]] = {}
+    for run in members:
+        if run.summary["status"] in ("done", "diverged"):
+            machine = run.machine if by_machine else ("", "", "")
+            groups.setdefault((run.options["arch"], run.options["mode"], run.variant, machine), []).append(
+                run
+            )
+    gathered = []
+    for key, each in groups.items():
+        done = [run for run in each if run.summary["status"] == "done"]
+        numbers = [name for name, (kind, *_) in SUMMARY.items() if kind is not str]
+        values = {
+            name: [run.summary[name] for run in done if run.summary[name] is not None] for name in numbers
+        }
+        having = [run.epochs for run in done if run.epochs]
+        for name in ("epoch_s", "images_per_s"):  # of a typical epoch: the first ones may wait or compile
+            rows = [[row[name] for row in epochs if row[name] is not None] for epochs in having]
+            values[name] = [statistics.median(one) for one in rows if one]
+        curves = {}
+        for name in ("train_loss", "train_acc", "test_loss", "test_acc") if having else ():
+            curves[name] = np.array([[row[name] for row in epochs] for epochs in having], float)
+        analyses = [run.analysis for run in done if run.analysis]
+        gathered.append(Series(*key, len(done), len(each) - len(done), values, curves, analyses))
+    return gathered
+
+
+def _place(run: Run) -> tuple:
+    """Where a run stands among others: depths and widths as numbers, the modes most compared first."""
+    first = ("all", "bn_only", "bn_main", "random")
+    mode = run.options["mode"]
+    rank = first.index(mode) if mode in first else len(first)
+    arch = re.split("([0-9]{1,9})", run.options["arch"])
+    arch[1::2] = map(int, arch[1::2])
+    return arch, rank, mode, len(run.variant), str(run.variant)

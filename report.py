@@ -1,0 +1,426 @@
+"""Finished runs in; tables, figures and one self-contained page out.
+
+    python report.py runs                  # every run folder in runs/, at any depth, to report/index.html
+    python report.py results other/RUN --out report
+
+Runs are averaged over seeds alone. Data, epochs, learning-rate steps, --quick and training subsets are never
+mixed: each has its own section, figures (PNG, PDF) and tables (CSV, Markdown, LaTeX). A folder that train.py
+would not have left is named on stderr and left out. Exit status: 0 done, 2 no usable run or nowhere to write.
+"""
+
+import argparse
+import base64
+import csv
+import html
+import io
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+import figures
+import finished
+import runs
+from finished import Mean, Run, Series
+
+# Test accuracy on CIFAR-10 in percent, of the paper (arXiv 2003.00152) and of the TensorFlow community port
+REPORTED = {
+    ("resnet14", "bn_only"): ("48", "46.7"),
+    ("resnet32", "bn_only"): ("", "51.3"),
+    ("resnet56", "bn_only"): ("", "55.2"),
+    ("resnet110", "bn_only"): ("69.5", "65.2"),
+    ("resnet218", "bn_only"): ("", "70.1"),
+    ("resnet434", "bn_only"): ("", "73.7"),
+    ("resnet866", "bn_only"): ("82", "77.8"),
+    ("resnet14", "all"): ("about 91", ""),
+    ("resnet110", "all"): ("about 93.3", ""),
+    ("resnet866", "all"): ("about 93", ""),
+}
+PARAMS = {  # trained by bn_only and by all, of the paper's networks
+    **{14: (1120, 175258), 32: (2464, 466906), 56: (4256, 855770), 110: (8288, 1730714)},
+    **{218: (16352, 3480602), 434: (32480, 6980378), 866: (64736, 13979930)},
+}
+
+
+class Table(NamedTuple):
+    """Rows under named columns. A cell is a text, a number, a Mean or None; `digits` come after the point."""
+
+    name: str
+    title: str
+    columns: list[str]  # with units
+    rows: list[list]
+    digits: int = 2
+    says_n: bool = False  # beside each mean, where no column does
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def accuracy_table(series: list[Series], cifar10: bool) -> Table:
+    """FACTS' table with ours beside it: one row per architecture, mode and variant."""
+    columns = ["architecture", "mode", "other options", "test accuracy (%)", "best epoch (%)", "diverged"]
+    columns += ["paper (%)", "TensorFlow port (%)"] if cifar10 else []
+    rows = []
+    for s in series:
+        diverged = f"{s.diverged} of {s.done + s.diverged} diverged" if s.diverged else ""
+        row = [s.arch, s.mode, s.variant, s.mean("final_test_acc"), s.mean("best_test_acc"), diverged]
+        rows.append(row + list(REPORTED.get((s.arch, s.mode), ("", "")) if cifar10 else ()))
+    return Table(
+        "accuracy", "Test accuracy after the last epoch, and of the best epoch", columns, rows, 2, True
+    )
+
+
+def parameter_table(found: list[Run]) -> Table:
+    """Document 001's table: all parameters, those of BatchNorm that train, and their share."""
+    columns = ["architecture", "shortcut", "mode", "parameters", "BatchNorm, trained", "trained (%)"]
+    rows = {}
+    for run in found:
+        mode, total = run.options["mode"], run.summary["params_total"]
+        if mode in ("bn_only", "bn_main") and total:
+            trained = run.summary["params_trained"]
+            row = [run.options["arch"], run.options["shortcut"], mode, total, trained, 100 * trained / total]
+            rows[tuple(row)] = row
+    return Table("parameters", "Parameters, and those of BatchNorm that train", columns, list(rows.values()))
+
+
+def time_table(series: list[Series]) -> Table:
+    """What a run takes: one row per architecture, mode, variant and machine."""
+    columns = ["architecture", "mode", "other options", "n", "training (s)", "start-up (s)", "images/s"]
+    columns += ["epoch (s)", "peak memory (MiB)", "device", "computed in", "torch"]
+    rows = []
+    for s in filter(lambda s: s.done, series):
+        peak = finished.mean_of([size / 2**20 for size in s.values["peak_memory_bytes"]])
+        means = [s.mean(name) for name in ("train_s", "startup_s", "images_per_s", "epoch_s")]
+        rows.append([s.arch, s.mode, s.variant, s.done, *means, peak, *s.machine])
+    return Table("time", "Time and memory of a run", columns, rows, 1)
+
+
+def runs_table(found: list[Run]) -> Table:
+    columns = ["run", "architecture", "mode", "seed", "other options", "status", "epochs done"]
+    columns += ["test accuracy (%)", "best epoch (%)"]
+    rows = []
+    for run in found:
+        o, s = run.options, run.summary
+        row = [
+            run.folder,
+            o["arch"],
+            o["mode"],
+            str(o["seed"]),
+            finished.variant_text(run.variant),
+            s["status"],
+        ]
+        rows.append([*row, s["epochs_done"], s["final_test_acc"], s["best_test_acc"]])
+    return Table("runs", "Every run", columns, rows)
+
+
+def not_finished_table(found: list[Run]) -> Table:
+    rows = []
+    for run in found:
+        if run.summary["status"] != "done":
+            epochs = f"{run.summary['epochs_done']} of {run.options['epochs']}"
+            rows.append([run.folder, run.summary["status"], epochs, run.summary["why"] or ""])
+    return Table("not-finished", "Not finished", ["run", "status", "epochs done", "why"], rows)
+
+
+def shown(cell: object, table: Table) -> str:
+    """A cell as people read it."""
+    if isinstance(cell, Mean):
+        text = f"{cell.mean:,.{table.digits}f}"
+        text += "" if cell.std is None else f" ± {cell.std:,.{table.digits}f}"
+        return f"{text} (n = {cell.n})" if table.says_n else text
+    if isinstance(cell, (int, float)):
+        return f"{cell:,}" if isinstance(cell, int) else f"{cell:,.{table.digits}f}"
+    return cell or ""
+
+
+def as_csv(table: Table) -> str:
+    """Full precision; a column of means becomes three: mean, std, n."""
+    means = [any(isinstance(row[i], Mean) for row in table.rows) for i in range(len(table.columns))]
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    header: list[str] = []
+    for name, is_mean in zip(table.columns, means, strict=True):
+        what, unit = re.fullmatch(r"(.*?)( \(.*\))?", name).groups()
+        unit = unit or ""
+        header += [f"{what} mean{unit}", f"{what} std{unit}", f"{what} n"] if is_mean else [name]
+    writer.writerow(header)
+    for row in table.rows:
+        cells: list[object] = []
+        for cell, is_mean in zip(row, means, strict=True):
+            cells += (cell or (None, None, 0)) if is_mean else [cell]
+        writer.writerow(cells)
+    return out.getvalue()
+
+
+def numeric(table: Table) -> list[bool]:
+    """Which columns hold numbers, and stand at the right."""
+    columns = range(len(table.columns))
+    return [any(isinstance(row[i], (int, float, Mean)) for row in table.rows) for i in columns]
+
+
+def as_markdown(table: Table) -> str:
+    def escape(text: str) -> str:
+        return re.sub(r"([\\`*_{}\[\]<>#|~$&])", r"\\\1", text)
+
+    rules = ["---:" if right else "---" for right in numeric(table)]
+    rows = [[escape(shown(cell, table)) for cell in row] for row in table.rows]
+    lines = [[escape(name) for name in table.columns], rules, *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def as_latex(table: Table) -> str:
+    """A tabular of the booktabs package."""
+    signs = {c: f"\\{c}" for c in "{}$&#_%"} | {"\\": r"\textbackslash{}", "^": r"\^{}", "~": r"\~{}"}
+    signs |= {"±": r"$\pm$", "×": r"$\times$", "<": r"\textless{}", ">": r"\textgreater{}"}
+
+    def line(cells: list[str]) -> str:
+        return " & ".join(cell.translate(str.maketrans(signs)) for cell in cells) + r" \\" + "\n"
+
+    columns = "".join("r" if right else "l" for right in numeric(table))
+    text = f"% \\usepackage{{booktabs}}\n\\begin{{tabular}}{{{columns}}}\n\\toprule\n"
+    text += line(table.columns) + "\\midrule\n"
+    text += "".join(line([shown(cell, table) for cell in row]) for row in table.rows)
+    return text + "\\bottomrule\n\\end{tabular}\n"
+
+
+def as_html(table: Table, note: str, links: str) -> str:
+    sides = [' class="n"' if right else "" for right in numeric(table)]
+
+    def line(cells: list[str], tag: str) -> str:
+        each = (f"<{tag}{side}>{e(cell)}</{tag}>" for cell, side in zip(cells, sides, strict=True))
+        return f"<tr>{''.join(each)}</tr>\n"
+
+    body = "".join(line([shown(cell, table) for cell in row], "td") for row in table.rows)
+    head = line(table.columns, "th")
+    text = f'<div class="wide"><table>\n<thead>{head}</thead>\n<tbody>{body}</tbody>\n</table></div>'
+    if len(table.rows) > 40:
+        text = f"<details><summary>{len(table.rows):,} rows</summary>{text}</details>"
+    return f'<h3>{e(table.title)}</h3>\n{text}\n<p class="note">{note} {links}</p>\n'
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The page
+
+
+def e(text: object) -> str:
+    return html.escape(str(text))
+
+
+def references(series: list[Series], by_params: bool) -> list[figures.Line]:
+    """What others report, at its depth or, of the paper's networks, its number of trained parameters."""
+    lines = []
+    modes = {s.mode for s in series if s.done}
+    for i, who in enumerate(("paper", "port")):
+        for mode in ("bn_only", "all"):
+            found = {
+                figures.cifar_depth(arch): both[i]
+                for (arch, m), both in REPORTED.items()
+                if m == mode and both[i]
+            }
+            x = [PARAMS[depth][mode == "all"] if by_params else depth for depth in found]
+            if found and mode in modes:
+                y = [float(value.split()[-1]) for value in found.values()]
+                lines.append(figures.Line(f"{mode}, {who}", mode, x, y, None, who))
+    return lines
+
+
+def drawings(series: list[Series], machines: list[Series], cifar10: bool) -> list[tuple]:
+    """(name, title, caption, figure and its series or None, what would give it): each figure of a setting."""
+    deviation = "Error bars are one sample standard deviation over seeds. "
+    final = "After the last epoch. " + deviation
+    band = "Mean over seeds, in a band of one sample standard deviation; dashed in training, solid in test. "
+    others = placed = ""
+    if cifar10:
+        others = (
+            "Hollow are values others report on the official CIFAR-10 after 160 epochs: squares the paper "
+        )
+        others += (
+            "(arXiv 2003.00152; those of everything trained are approximate), diamonds a TensorFlow port. "
+        )
+        placed = "They stand at the parameter counts of the paper's networks. "
+    zero = "After every gamma of a magnitude under the threshold is set to zero. " + deviation
+    gamma = "Mean over seeds. Above each panel is the share of gammas of a magnitude under 0.01. "
+    silent = "Mean over seeds. A ReLU is silent where it gives 0; above each panel is the share of channels "
+    silent += "that are silent at every position of every test image. "
+    size = "Bytes of the seed, trained tensors and BatchNorm statistics, beside those of every weight. "
+    shared = deviation + "Runs side by side in one process share its time and its memory. "
+
+    at_depths, at_params = (references(series, by_params) if cifar10 else [] for by_params in (False, True))
+    gammas = ("gamma", "share_under_0.01", "|γ| < 0.01", "learned γ", "share of γ per bin (%)")
+    relus = ("relu", "silent", "always silent", "(image, position) pairs silent (%)")
+    cifar, metrics = "python train.py --arch resnet14", "the runs' metrics.jsonl"
+    analyse, done = "python analysis.py RUNS", "runs that are done"
+    grid = "GRID={} bash sweep.sh".format
+    draw = figures
+    return [
+        ("depth", "Test accuracy against depth", final + others, draw.depth(series, at_depths), cifar),
+        (
+            *("trained", "Test accuracy against trained parameters", final + others + placed),
+            *(draw.trained(series, at_params), cifar),
+        ),
+        ("loss", "Loss per epoch", band, draw.curves(series, "loss"), metrics),
+        ("accuracy", "Accuracy per epoch", band, draw.curves(series, "acc"), metrics),
+        ("width", "Test accuracy against width", final, draw.width(series), grid("width")),
+        ("gamma", "Learned gammas", gamma, draw.histograms(series, *gammas), analyse),
+        ("pruned", "Small gammas set to zero", zero, draw.pruned(series), analyse),
+        ("relu", "Silent ReLUs", silent, draw.histograms(series, *relus, "channels (%)"), analyse),
+        ("checkpoint", "Seed checkpoint against all weights", size, draw.checkpoints(series), done),
+        ("cost", "Time and memory of a run", shared, draw.costs(machines), done),
+        ("parts", "Test accuracy by what trains", final, draw.parts(series), grid("parts")),
+        ("starts", "Test accuracy by initialisation", final, draw.starts(series), grid("init")),
+    ]
+
+
+def section(label: str, slug: str, members: list[Run], out: Path) -> str:
+    """One setting's part of the page; writes its figures and tables on the way."""
+    series, machines = finished.series_of(members), finished.series_of(members, by_machine=True)
+    cifar10 = label.startswith("CIFAR-10")
+    done = sum(run.summary["status"] == "done" for run in members)
+    ended = f"{done} run{'s' if done != 1 else ''} done"
+    ended += f", {len(members) - done} not finished" if done < len(members) else ""
+    parts = [f'<section id="{slug}">\n<h2>{e(label)}</h2>\n<p>{ended}.</p>\n']
+
+    def add(table: Table, note: str = "") -> None:
+        if table.rows:
+            links = []
+            for kind, form in (("csv", as_csv), ("md", as_markdown), ("tex", as_latex)):
+                file = f"tables/{slug}-{table.name}.{kind}"
+                runs.write_atomically(out / file, form(table).encode("utf-8"))
+                links.append(f'<a href="{file}">{kind}</a>')
+            parts.append(as_html(table, note, " ".join(links)))
+
+    note = "Mean ± sample standard deviation over seeds."
+    note += " Paper and port: the official CIFAR-10, 160 epochs." if cifar10 else ""
+    add(accuracy_table(series, cifar10), note)
+    missing = []
+    for name, title, caption, drawn, source in drawings(series, machines, cifar10):
+        if drawn is None:
+            missing.append(f"<li>{e(title)}: needs <code>{e(source)}</code></li>\n")
+            continue
+        figure, used = drawn
+        analysed = name in ("gamma", "pruned", "relu")
+        counts = sorted({len(s.analyses) if analysed else s.done for s in used})
+        caption += f"n = {counts[0]}" + (f" to {counts[-1]}" if counts[1:] else "") + " per mean."
+        files = figures.render(figure)
+        links = []
+        for kind in ("png", "pdf"):
+            file = f"figures/{slug}-{name}.{kind}"
+            runs.write_atomically(out / file, files[kind])
+            links.append(f'<a href="{file}">{kind}</a>')
+        source = f"data:image/png;base64,{base64.b64encode(files['png']).decode()}"
+        image = f'<img src="{source}" alt="{e(title)}" style="width:{figure.get_figwidth():.2f}in">'
+        text = f"<b>{e(title)}.</b> {e(caption)} {' '.join(links)}"
+        parts.append(f"<figure>{image}\n<figcaption>{text}</figcaption></figure>\n")
+    add(parameter_table(members))
+    add(
+        time_table(machines),
+        "Epoch and images/s: the median of a run's epochs; images/s is of training alone.",
+    )
+    add(not_finished_table(members))
+    add(runs_table(members))
+    if missing:
+        parts.append(f"<h3>Not shown, for want of data</h3>\n<ul>{''.join(missing)}</ul>\n")
+    return "".join(parts) + "</section>\n"
+
+
+def slugs(labels: list[str]) -> list[str]:
+    """A name for files and anchors per label, no two alike."""
+    made: list[str] = []
+    for label in labels:
+        slug = base = re.sub("[^a-z0-9]+", "-", label.lower()).strip("-")[:80] or "data"
+        for number in range(2, len(labels) + 2):
+            if slug in made:
+                slug = f"{base}-{number}"
+        made.append(slug)
+    return made
+
+
+def write_report(found: list[Run], out: Path) -> None:
+    """`index.html`, `figures/` and `tables/` of the runs, in the folder `out`."""
+    for folder in ("figures", "tables"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    settings = finished.by_setting(found)
+    names = slugs(list(settings))
+    contents = ""
+    if len(settings) > 1:
+        items = (
+            f'<li><a href="#{slug}">{e(label)}</a></li>' for slug, label in zip(names, settings, strict=True)
+        )
+        contents = f"<nav><ul>{''.join(items)}</ul></nav>\n"
+    body = [section(label, slug, settings[label], out) for slug, label in zip(names, settings, strict=True)]
+    made = Counter()
+    for run in found:
+        versions = [run.config["versions"].get(name) or "" for name in ("python", "torch", "cuda")]
+        made[(run.config["device_name"], *versions, run.config.get("git_commit") or "")] += 1
+    columns = ["device", "Python", "torch", "CUDA", "git commit", "runs"]
+    where = Table("machines", "Machines and versions", columns, [[*key, made[key]] for key in sorted(made)])
+    foot = as_html(where, "", "")
+    runs.write_atomically(
+        out / "index.html", PAGE.format(contents=contents, body="".join(body), foot=foot).encode()
+    )
+
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Training BatchNorm and only BatchNorm: results</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 66rem;
+  margin: 2rem auto; padding: 0 1rem; }}
+h1, h2, h3 {{ line-height: 1.25; overflow-wrap: anywhere; }}
+h2 {{ margin-top: 3rem; padding-top: 1rem; border-top: 2px solid #222; }}
+.wide {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; font-size: .85rem; border-top: 1.5px solid; border-bottom: 1.5px solid; }}
+th, td {{ padding: .2rem .7rem .2rem 0; text-align: left; vertical-align: top; white-space: nowrap; }}
+td {{ max-width: 32rem; overflow-wrap: anywhere; }}
+thead th {{ border-bottom: 1px solid; vertical-align: bottom; }}
+tbody tr + tr td {{ border-top: 1px solid #e8e8e8; }}
+.n {{ text-align: right; font-variant-numeric: tabular-nums; }}
+figure {{ margin: 2.5rem 0; }}
+img {{ max-width: 100%; height: auto; }}
+figcaption, .note {{ font-size: .85rem; color: #555; max-width: 45rem; }}
+a {{ color: #0060a0; }}
+@media print {{ body {{ font-size: 10pt; max-width: none; }} figure, tr {{ break-inside: avoid; }}
+  th, td {{ white-space: normal; }} }}
+</style>
+</head>
+<body>
+<h1>Training BatchNorm and only BatchNorm: results</h1>
+<p>Test accuracies are of the last epoch, in percent, averaged over seeds alone.</p>
+{contents}{body}<footer>
+{foot}</footer>
+</body>
+</html>
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+
+    def refuse(message: str) -> NoReturn:
+        raise finished.NoRuns(f"{message}; python report.py --help shows how")
+
+    parser.error = refuse
+    parser.add_argument("runs", nargs="+", metavar="RUNS", help="run folders, or folders that hold some")
+    parser.add_argument("--out", default="report", help="the folder to write [report]")
+    try:
+        options = parser.parse_args(argv)
+        write_report(finished.read_runs(options.runs), Path(options.out))
+    except finished.NoRuns as error:
+        finished.note(str(error))
+        return 2
+    except OSError as error:
+        why = f"{error.filename or 'it'} cannot be written ({error.strerror})"
+        finished.note(f"--out {options.out}: {why}; name a folder that can")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
