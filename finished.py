@@ -18,20 +18,10 @@ from typing import NamedTuple
 import numpy as np
 
 import runs
+from options import LOGISTIC, QUICK, Options
 
-# The published options, as options.py has them; importing those would cost seconds of start-up.
-DEFAULTS = {
-    **{"arch": "resnet32", "mode": "bn_only", "data": "cifar10", "data_dir": "data", "image_size": None},
-    **{"train_subset": None, "no_augment": False, "epochs": 160, "milestones": [80, 120], "gamma": 0.1},
-    **{"schedule": "step", "warmup_epochs": 0, "optimizer": "sgd", "lr": 0.1, "momentum": 0.9},
-    **{"weight_decay": 1e-4, "batch_size": 128, "label_smoothing": 0.0, "shortcut": "projection"},
-    **{"conv_init": "kaiming_normal", "bn_init": "uniform", "per_channel": 2, "init_from": None, "seed": 0},
-    **{"device": "auto", "dtype": None, "loader": None, "memory": "lean", "no_compile": False},
-    **{"eval_every": 1, "out": "runs", "resume": False, "overwrite": False, "quick": False},
-}
-QUICK_BATCH_SIZE = 64
+DEFAULTS = json.loads(json.dumps(dataclasses.asdict(Options())))  # as config.json has them
 COST_ONLY = ("loader", "memory", "no_compile")  # what changes time and memory, not accuracy
-LOGISTIC = {"data_dir", "device", "eval_every", "out", "resume", "overwrite", *COST_ONLY}
 OF_THE_SETTING = {"epochs", "milestones", "schedule", "quick", "train_subset", "image_size"}
 NOT_VARIANTS = {"arch", "mode", "data", "seed", "dtype", *LOGISTIC, *OF_THE_SETTING}
 
@@ -147,8 +137,11 @@ class Run(NamedTuple):
     @property
     def variant(self) -> tuple[tuple[str, object], ...]:
         """The options, with their values, that set it apart from the published run of its setting."""
-        published = DEFAULTS | ({"batch_size": QUICK_BATCH_SIZE} if self.options["quick"] else {})
+        published = DEFAULTS | ({"batch_size": QUICK.batch_size} if self.options["quick"] else {})
         differing = {k: v for k, v in self.options.items() if k not in NOT_VARIANTS and v != published.get(k)}
+        processes = self.config["recipe"].get("processes") or 1
+        if processes > 1 and not self.options["sync_bn"]:
+            differing["processes"] = processes  # each of which normalised its own part of a batch
         if differing.get("init_from"):
             differing["init_from"] = Path(differing["init_from"]).stem
         return tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in sorted(differing.items()))
@@ -320,6 +313,7 @@ def read_run(folder: Path, shown: str) -> Run:
     kinds |= {"data_title": (str, False), "device_name": (str, False), "git_commit": (str, True)}
     check(config, kinds, "config.json")
     recipe = {"fingerprint": (str, True), "dtype": (str, True), "image_size": (int, True, 1, 65536)}
+    recipe["processes"] = int, True, 1, 65536
     check(config["recipe"], recipe, "config.json, recipe")
     check(
         config["versions"],

@@ -2,7 +2,6 @@
 
 import base64
 import csv
-import dataclasses
 import json
 import re
 import statistics
@@ -14,7 +13,6 @@ import numpy as np
 import pytest
 
 import finished
-import options as train_options
 import report
 import runs
 
@@ -252,13 +250,6 @@ def test_other_options_make_other_series_and_logistics_do_not(tmp_path):
     found = read(tmp_path)
     assert {s.variant: s.done for s in finished.series_of(found)} == {"": 3, "lr 0.01": 1}
     assert len(finished.series_of(found, by_machine=True)) == 3  # stock memory costs otherwise
-
-
-def test_published_defaults_are_the_programs():
-    published = json.loads(json.dumps(dataclasses.asdict(train_options.Options())))
-    assert published == finished.DEFAULTS
-    assert train_options.LOGISTIC == finished.LOGISTIC
-    assert train_options.QUICK.batch_size == finished.QUICK_BATCH_SIZE
 
 
 def test_a_seed_counts_once(tmp_path, capsys):
