@@ -290,7 +290,7 @@ def main(argv: list[str]) -> int:
     finally:
         sweep.stop()
     if isinstance(ended_by, OutOfTime):
-        subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]])
+        subprocess.run(["scontrol", "requeue", f"{os.environ['SLURM_ARRAY_JOB_ID']}_{task}"])
     if ended_by:
         return 1
     sweep.overview.say(sweep.count())

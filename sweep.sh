@@ -15,7 +15,8 @@ set -euo pipefail
 
 script=${BASH_SOURCE[0]}
 if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then # Slurm runs a copy of this file; it knows where it came from
-  script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p')
+  task=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID # $SLURM_JOB_ID of the last task would mean the whole array
+  script=$(scontrol show job "$task" | sed -n 's/^ *Command=\(.*sweep\.sh\).*/\1/p')
 fi
 cd "$(dirname "$script")"
 exec bash run.sh python sweep.py "$@"
