@@ -152,6 +152,15 @@ def test_seeds_train_together_and_several_processes_at_once(small, tmp_path, mon
     assert all("--seed 0 1\n" in log.read_text() for log in logs)
 
 
+def test_every_visible_gpu_gets_its_processes(monkeypatch):
+    monkeypatch.setattr(sweep.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in sweep.places("auto", 2)] == ["0", "1", "0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-7a")
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in sweep.places("cuda", 1)] == ["5", "GPU-7a"]
+    assert sweep.places("cpu", 1) == [{}], "no GPU where none is wanted"
+
+
 def test_a_cell_that_fails_is_named_and_the_rest_go_on(small, tmp_path, monkeypatch):
     monkeypatch.setenv("MODES", "shortcut bn_only")
     monkeypatch.setenv("SEEDS", "0")
