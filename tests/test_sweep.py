@@ -25,7 +25,8 @@ def small(tiny_folder, tmp_path, monkeypatch):
     """Options of cells of a second, and the environment of a grid of four."""
     for name in ("GRID", "JOBS", "REPLICAS", "SLURM_ARRAY_TASK_ID"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in {"ARCHS": "resnet8", "MODES": "bn_only random", "SEEDS": "0 1"}.items():
+    chosen = {"ARCHS": "resnet8", "MODES": "bn_only random", "SEEDS": "0 1", "OMP_NUM_THREADS": "1"}
+    for name, value in chosen.items():
         monkeypatch.setenv(name, value)
     options = [
         "--data",
