@@ -48,7 +48,7 @@ TRAIN = (0, (3, 1.5))  # dashes
 OTHER_MODE = ("#666666", "d", (0, (4, 1.2, 1, 1.2)))
 VARIANT_MARKERS = ("", "*", "H", "8")  # of lines of one mode whose other options differ
 IMAGENET_DEPTHS = {18, 34, 50, 101, 152, 200}
-MAX_BARS, MAX_PANELS, MAX_MODES = 40, 9, 6
+MAX_BARS, MAX_PANELS, MAX_MODES = 40, 24, 6
 MODES_COMPARED = {"bn_only", "bn_main", "all", "random"}  # every other mode trains other parts
 
 
@@ -319,7 +319,7 @@ def _accuracy(drawn: list[Line], xlabel: str, ticks: dict[float, str] | None = N
 def panels_of(series: list[Series]) -> list[tuple[str, list[Series]]]:
     """A title and its series per architecture and variant, split evenly where there are too many modes."""
     groups: dict[tuple[str, str], list[Series]] = {}
-    for s in sorted(series, key=lambda s: bool(s.variant)):  # stable: published options first
+    for s in sorted(series, key=lambda s: (bool(s.variant), cifar_depth(s.arch) is None)):  # stable
         groups.setdefault((s.arch, s.variant), []).append(s)
     panels = []
     for (arch, variant), members in groups.items():
@@ -352,7 +352,10 @@ def curves(series: list[Series], what: str) -> Drawn:
 def histograms(series: list[Series], part: str, share: str, told: str, xlabel: str, ylabel: str) -> Drawn:
     """`part` (gamma or relu) of the analyses: a panel per architecture, `share` per mode in its title."""
     panels, used = [], []
-    for title, members in panels_of([s for s in series if s.analyses]):
+    having = [s for s in series if s.analyses]
+    if part == "gamma":  # in other modes it stays where it started
+        having = [s for s in having if s.mode == "all" or s.mode.startswith("bn")]
+    for title, members in panels_of(having):
         each, shares = [], []
         for s in members:
             found = [analysis[part] for analysis in s.analyses]
@@ -419,13 +422,13 @@ def costs(series: list[Series]) -> Drawn:
     for values, by in ((times, seconds), (peaks, 2**20)):
         scaled.append([v and Mean(v.mean / by, None if v.std is None else v.std / by, v.n) for v in values])
     texts = [
-        [f"{v.mean:,.4g}" if v.mean < 1000 else f"{v.mean:,.0f}" if v else "" for v in each]
+        ["" if v is None else f"{v.mean:,.4g}" if v.mean < 1000 else f"{v.mean:,.0f}" for v in each]
         for each in scaled
     ]
-    machines = dict.fromkeys(", ".join(s.machine[:2]) for s in used)
-    names = _names(used)
+    on = [f"{', '.join(s.machine[:2])}, torch {s.machine[2]}" for s in used]
+    machines, names = dict.fromkeys(on), _names(used)
     if len(machines) > 1:
-        names = [f"{name}; {', '.join(s.machine[:2])}" for name, s in zip(names, used, strict=True)]
+        names = [f"{name}; {machine}" for name, machine in zip(names, on, strict=True)]
     titles = [f"training time ({unit})", "peak memory (MiB)"]
     columns = [Column(*each) for each in zip(titles, scaled, texts, strict=True)]
     return bars(

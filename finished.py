@@ -150,6 +150,8 @@ class Run(NamedTuple):
     def machine(self) -> tuple[str, str, str]:
         """Device, number format and whatever else changes the cost, version of torch."""
         options = [f"{k} {show(self.options[k])}" for k in COST_ONLY if self.options[k] != DEFAULTS[k]]
+        processes = self.config["recipe"].get("processes") or 1
+        options += [f"{processes} processes"] if processes > 1 else []
         dtype = self.config["recipe"].get("dtype") or self.options["dtype"] or "unknown format"
         torch = self.config["versions"].get("torch") or "unknown"
         return self.config["device_name"], ", ".join([dtype, *options]), torch
@@ -259,7 +261,9 @@ def check_options(options: dict) -> None:
             raise Rubbish(f"option {name} is {str(value)[:40]}")
         if not all(-HUGE <= number <= HUGE for number in numbers):  # nor is NaN between any two numbers
             raise Rubbish(f"option {name} is {str(value)[:40]}, out of range")
-    check(options, {"epochs": (int, False, 1, 10**6)}, "options")
+    kinds = {"epochs": (int, False, 1, 10**6), "train_subset": (int, True, 1, 2**62)}
+    kinds |= {"image_size": (int, True, 1, 65536)}
+    check(options, kinds | dict.fromkeys(("init_from", "dtype", "loader"), (str, True)), "options")
     if not all(type(m) is int for m in options["milestones"]):
         raise Rubbish("option milestones are no epochs")
 
@@ -277,8 +281,21 @@ def read_epochs(folder: Path) -> list[dict]:
         check(row, EPOCH, f"metrics.jsonl, line {number}")
         if row["epoch"] != number:
             raise Rubbish(f"metrics.jsonl: line {number} is of epoch {row['epoch']}")
-        rows.append(row)
+        rows.append(dict.fromkeys(EPOCH) | row)
     return rows
+
+
+def read_analysis(folder: Path, frozen_sha256: str | None) -> dict | None:
+    """analysis.json; None, and a note, where there is none of this run's network."""
+    try:
+        if (analysis := content(folder, "analysis.json")) is not None:
+            check_analysis(analysis)
+            if analysis.get("frozen_sha256", frozen_sha256) != frozen_sha256:
+                raise Rubbish("analysis.json is of another network")
+        return analysis
+    except (Rubbish, runs.RunError, RecursionError) as error:
+        note(f"without its analysis, {folder}: {str(error) or type(error).__name__}; make it anew")
+        return None
 
 
 def check_analysis(analysis: dict) -> None:
@@ -324,15 +341,14 @@ def read_run(folder: Path, shown: str) -> Run:
     check_options(options)
     for name in {"arch", "mode", "seed"} - config["options"].keys():
         raise Rubbish(f"config.json: there is no option {name}")
-    epochs, analysis = read_epochs(folder), content(folder, "analysis.json")
-    if analysis is not None:
-        check_analysis(analysis)
+    epochs, analysis = read_epochs(folder), read_analysis(folder, (summary or {}).get("frozen_sha256"))
     if summary is None:
         why = "no summary.json: it is still running, or was killed; --resume goes on"
         summary = {"status": "not ended", "epochs_done": len(epochs), "why": why}
         summary = dict.fromkeys(SUMMARY) | summary
         return Run(shown, options, config, summary, epochs, analysis)
     check(summary, SUMMARY, "summary.json")
+    summary = dict.fromkeys(SUMMARY) | summary
     for name in options.keys() - LOGISTIC - {"data"}:
         if summary.get(name, options[name]) != options[name]:
             raise Rubbish(f"config.json and summary.json are of different runs: their {name} differs")
@@ -357,13 +373,13 @@ def read_runs(given: list[str]) -> list[Run]:
                 mine = *parts, [row["threshold"] for row in run.analysis["pruned"]]
                 signature = signature or mine
                 if mine != signature:
-                    raise Rubbish(
-                        "analysis.json has other edges or thresholds than the first; analyse all anew"
-                    )
+                    note(f"without its analysis, {folder}: it has other edges than the first; make it anew")
+                    run = run._replace(analysis=None)
         except (Rubbish, runs.RunError, OSError, ValueError, RecursionError) as error:
             note(f"left out {folder}: {str(error) or type(error).__name__}")
             continue
         key = run.setting, run.options["arch"], run.options["mode"], run.variant, run.options["seed"]
+        key += run.machine
         if key in kept:
             before, place = kept[key]
             better = run.summary["status"] == "done" != before.summary["status"]
@@ -397,7 +413,7 @@ def setting_label(setting: tuple) -> str:
 
 
 def by_setting(found: list[Run]) -> dict[str, list[Run]]:
-    """Runs by their setting's label, the setting of most runs first; every label is of one setting."""
+    """Runs by their setting's label, the longest training first; every label is of one setting."""
     settings: dict[tuple, list[Run]] = {}
     for run in found:
         settings.setdefault(run.setting, []).append(run)
@@ -408,20 +424,23 @@ def by_setting(found: list[Run]) -> dict[str, list[Run]]:
         while told in named:
             told += "'"
         named[told] = sorted(members, key=lambda run: (*_place(run), run.options["seed"], run.folder))
-    return dict(sorted(named.items(), key=lambda item: (-len(item[1]), item[0])))
+    first = {label: (runs[0].options["quick"], -runs[0].options["epochs"]) for label, runs in named.items()}
+    return dict(sorted(named.items(), key=lambda item: (*first[item[0]], -len(item[1]), item[0])))
 
 
 def series_of(members: list[Run], by_machine: bool = False) -> list[Series]:
     """The runs of one setting gathered over seeds: what is done, and how many diverged."""
-    groups: dict[tuple, list[Run]] = {}
+    groups: dict[tuple, dict[tuple, Run]] = {}
     for run in members:
         if run.summary["status"] in ("done", "diverged"):
             machine = run.machine if by_machine else ("", "", "")
-            groups.setdefault((run.options["arch"], run.options["mode"], run.variant, machine), []).append(
-                run
-            )
+            group = groups.setdefault((run.options["arch"], run.options["mode"], run.variant, machine), {})
+            before = group.get(run.options["seed"])  # which counts once, on however many machines it ran
+            if before is None or before.summary["status"] != "done":
+                group[run.options["seed"]] = run
     gathered = []
-    for key, each in groups.items():
+    for key, group in groups.items():
+        each = list(group.values())
         done = [run for run in each if run.summary["status"] == "done"]
         numbers = [name for name, (kind, *_) in SUMMARY.items() if kind is not str]
         values = {

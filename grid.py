@@ -1,5 +1,7 @@
 """The cells of a grid of runs: which there are, how far each is, and how long the rest will take."""
 
+import dataclasses
+import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -9,13 +11,13 @@ from typing import NamedTuple
 import runs
 import sources
 import train
-from options import OptionError, Options, parse_options
+from options import LOGISTIC, OptionError, Options, parse_options
 
 FOLDER = Path(__file__).parent
 DEPTHS = "resnet14 resnet32 resnet56 resnet110 resnet218 resnet434 resnet866"
 WIDTHS = "resnet14 resnet14_w2 resnet14_w4 resnet14_w8 resnet14_w16 resnet14_w32"
 PARTS = "output shortcut bn+output bn+shortcut bn+output+shortcut none"
-STARTS = ["", "--bn-init ones", "--bn-init one_one", "--bn-init signed_uniform"]
+STARTS = ["", "--bn-init ones", "--bn-init one_one", "--bn-init signed_uniform", "--bn-init he_normal"]
 STARTS += ["--conv-init kaiming_uniform", "--conv-init orthogonal", "--conv-init binary"]
 DEFAULT = {"ARCHS": "resnet32 resnet56 resnet110", "MODES": "all bn_only random", "SEEDS": "0 1 2"}
 GRIDS = {  # what differs from the default
@@ -95,7 +97,20 @@ def look(cell: Cell) -> State:
     except runs.RunError as error:
         summary = {"status": "failed", "why": str(error)}
     status = "running" if runs.in_use(cell.path) else summary.get("status", "to do")
+    if status == "done" and not holds(cell):
+        status = "failed"  # train.py will say so
     return State(status if status in STATUSES else "failed", rows, summary)
+
+
+def holds(cell: Cell) -> bool:
+    """Whether the run in a cell's folder, whose name does not tell all, has the cell's options."""
+    try:
+        options = (runs.Run(cell.path).config or {}).get("options") or {}
+        wanted = json.loads(json.dumps(dataclasses.asdict(cell.options)))
+        differing = {name for name, value in wanted.items() if options.get(name, value) != value}
+    except (runs.RunError, AttributeError):
+        return False
+    return not differing - LOGISTIC - {"data"}
 
 
 class Forecast:
@@ -121,9 +136,9 @@ class Forecast:
         for cell in cells:
             if self.states[cell].status != "done":
                 left.setdefault(cell.arguments, []).append(self.seconds(cell))
-        known = [sorted(filter(None, group), reverse=True)[::replicas] for group in left.values()]
+        known = [s for group in left.values() for s in sorted(filter(None, group), reverse=True)[::replicas]]
         unknown = sum(group.count(None) for group in left.values())
-        text = f"about {duration(sum(map(sum, known)) / at_once)} left" if any(known) else ""
+        text = f"about {duration(max(sum(known) / at_once, *known))} left" if known else ""
         if unknown and text:
             text += f" and {unknown} cells of unknown length"
         return text

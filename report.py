@@ -24,19 +24,23 @@ import finished
 import runs
 from finished import Mean, Run, Series
 
-# Test accuracy on CIFAR-10 in percent, of the paper (arXiv 2003.00152) and of the TensorFlow community port
+# Test accuracy on CIFAR-10 in percent: of the paper (arXiv 2003.00152; about, where everything trains), of
+# the TensorFlow community port, and of a Keras study (Adam, batches of 1024; without and with augmentation)
 REPORTED = {
-    ("resnet14", "bn_only"): ("48", "46.7"),
-    ("resnet32", "bn_only"): ("", "51.3"),
-    ("resnet56", "bn_only"): ("", "55.2"),
-    ("resnet110", "bn_only"): ("69.5", "65.2"),
-    ("resnet218", "bn_only"): ("", "70.1"),
-    ("resnet434", "bn_only"): ("", "73.7"),
-    ("resnet866", "bn_only"): ("82", "77.8"),
-    ("resnet14", "all"): ("about 91", ""),
-    ("resnet110", "all"): ("about 93.3", ""),
-    ("resnet866", "all"): ("about 93", ""),
+    ("resnet14", "bn_only"): ("48", "46.7", ""),
+    ("resnet32", "bn_only"): ("", "51.3", ""),
+    ("resnet56", "bn_only"): ("", "55.2", ""),
+    ("resnet110", "bn_only"): ("69.5", "65.2", ""),
+    ("resnet218", "bn_only"): ("", "70.1", ""),
+    ("resnet434", "bn_only"): ("", "73.7", ""),
+    ("resnet866", "bn_only"): ("82", "77.8", ""),
+    ("resnet50", "bn_only"): ("", "", "69 and 73"),
+    ("resnet14", "all"): ("about 91", "", ""),
+    ("resnet110", "all"): ("about 93.3", "", ""),
+    ("resnet866", "all"): ("about 93", "", ""),
+    ("resnet50", "all"): ("", "", "86"),
 }
+NOT_REPORTED = ("", "", "")
 PARAMS = {  # trained by bn_only and by all, of the paper's networks
     **{14: (1120, 175258), 32: (2464, 466906), 56: (4256, 855770), 110: (8288, 1730714)},
     **{218: (16352, 3480602), 434: (32480, 6980378), 866: (64736, 13979930)},
@@ -58,15 +62,20 @@ class Table(NamedTuple):
 # Tables
 
 
-def accuracy_table(series: list[Series], cifar10: bool) -> Table:
-    """FACTS' table with ours beside it: one row per architecture, mode and variant."""
+def accuracy_table(series: list[Series], cifar10: bool, others: bool) -> Table:
+    """Ours beside what others report: a row per architecture, mode, variant; `others`: also without ours."""
     columns = ["architecture", "mode", "other options", "test accuracy (%)", "best epoch (%)", "diverged"]
-    columns += ["paper (%)", "TensorFlow port (%)"] if cifar10 else []
+    columns += ["paper (%)", "TensorFlow port (%)", "Keras study (%)"] if cifar10 else []
     rows = []
     for s in series:
         diverged = f"{s.diverged} of {s.done + s.diverged} diverged" if s.diverged else ""
         row = [s.arch, s.mode, s.variant, s.mean("final_test_acc"), s.mean("best_test_acc"), diverged]
-        rows.append(row + list(REPORTED.get((s.arch, s.mode), ("", "")) if cifar10 else ()))
+        published = REPORTED.get((s.arch, s.mode), NOT_REPORTED) if not s.variant else NOT_REPORTED
+        rows.append(row + list(published if cifar10 else ()))
+    ours = {(s.arch, s.mode) for s in series if not s.variant}
+    for (arch, mode), published in REPORTED.items() if cifar10 and others else ():
+        if (arch, mode) not in ours:
+            rows.append([arch, mode, "", None, None, "", *published])
     return Table(
         "accuracy", "Test accuracy after the last epoch, and of the best epoch", columns, rows, 2, True
     )
@@ -88,12 +97,14 @@ def parameter_table(found: list[Run]) -> Table:
 def time_table(series: list[Series]) -> Table:
     """What a run takes: one row per architecture, mode, variant and machine."""
     columns = ["architecture", "mode", "other options", "n", "training (s)", "start-up (s)", "images/s"]
-    columns += ["epoch (s)", "peak memory (MiB)", "device", "computed in", "torch"]
+    columns += ["epoch (s)", "peak memory (MiB)", "checkpoint (bytes)", "all weights (bytes)"]
+    columns += ["device", "computed in", "torch"]
     rows = []
     for s in filter(lambda s: s.done, series):
         peak = finished.mean_of([size / 2**20 for size in s.values["peak_memory_bytes"]])
         means = [s.mean(name) for name in ("train_s", "startup_s", "images_per_s", "epoch_s")]
-        rows.append([s.arch, s.mode, s.variant, s.done, *means, peak, *s.machine])
+        sizes = [round(s.mean(name).mean) for name in ("checkpoint_bytes", "full_bytes")]
+        rows.append([s.arch, s.mode, s.variant, s.done, *means, peak, *sizes, *s.machine])
     return Table("time", "Time and memory of a run", columns, rows, 1)
 
 
@@ -173,7 +184,14 @@ def as_markdown(table: Table) -> str:
 def as_latex(table: Table) -> str:
     """A tabular of the booktabs package."""
     signs = {c: f"\\{c}" for c in "{}$&#_%"} | {"\\": r"\textbackslash{}", "^": r"\^{}", "~": r"\~{}"}
-    signs |= {"±": r"$\pm$", "×": r"$\times$", "<": r"\textless{}", ">": r"\textgreater{}"}
+    signs |= {
+        "[": "{[}",
+        "*": "{*}",
+        "±": r"$\pm$",
+        "×": r"$\times$",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+    }
 
     def line(cells: list[str]) -> str:
         return " & ".join(cell.translate(str.maketrans(signs)) for cell in cells) + r" \\" + "\n"
@@ -241,7 +259,8 @@ def drawings(series: list[Series], machines: list[Series], cifar10: bool) -> lis
         )
         placed = "They stand at the parameter counts of the paper's networks. "
     zero = "After every gamma of a magnitude under the threshold is set to zero. " + deviation
-    gamma = "Mean over seeds. Above each panel is the share of gammas of a magnitude under 0.01. "
+    gamma = "Mean over seeds, of modes that train gamma; the outermost bins hold what lies beyond. Above "
+    gamma += "each panel is the share of gammas of a magnitude under 0.01. "
     silent = "Mean over seeds. A ReLU is silent where it gives 0; above each panel is the share of channels "
     silent += "that are silent at every position of every test image. "
     size = "Bytes of the seed, trained tensors and BatchNorm statistics, beside those of every weight. "
@@ -276,7 +295,9 @@ def drawings(series: list[Series], machines: list[Series], cifar10: bool) -> lis
 def section(label: str, slug: str, members: list[Run], out: Path) -> str:
     """One setting's part of the page; writes its figures and tables on the way."""
     series, machines = finished.series_of(members), finished.series_of(members, by_machine=True)
-    cifar10 = label.startswith("CIFAR-10")
+    o, data_title = members[0].options, members[0].config["data_title"]
+    cifar10 = re.fullmatch(r"CIFAR-10( \(not the official bytes\))?", data_title) is not None
+    as_published = cifar10 and o["epochs"] == 160 and not o["train_subset"]
     done = sum(run.summary["status"] == "done" for run in members)
     ended = f"{done} run{'s' if done != 1 else ''} done"
     ended += f", {len(members) - done} not finished" if done < len(members) else ""
@@ -292,8 +313,10 @@ def section(label: str, slug: str, members: list[Run], out: Path) -> str:
             parts.append(as_html(table, note, " ".join(links)))
 
     note = "Mean ± sample standard deviation over seeds."
+    note += " The best epoch is chosen on the test set, of those that were tested: not a result."
+    note += " Device and number format are not told apart; a seed counts once."
     note += " Paper and port: the official CIFAR-10, 160 epochs." if cifar10 else ""
-    add(accuracy_table(series, cifar10), note)
+    add(accuracy_table(series, cifar10, as_published), note)
     missing = []
     for name, title, caption, drawn, source in drawings(series, machines, cifar10):
         if drawn is None:
@@ -301,8 +324,13 @@ def section(label: str, slug: str, members: list[Run], out: Path) -> str:
             continue
         figure, used = drawn
         analysed = name in ("gamma", "pruned", "relu")
-        counts = sorted({len(s.analyses) if analysed else s.done for s in used})
+        counted = [len(s.analyses) if analysed else s.done for s in used]
+        if name in ("loss", "accuracy"):
+            counted = [len(s.curves["train_loss"]) for s in used]
+        counts = sorted(set(counted))
         caption += f"n = {counts[0]}" + (f" to {counts[-1]}" if counts[1:] else "") + " per mean."
+        left_out = sum(s.diverged for s in used)
+        caption += f" {left_out} diverged runs are left out." if left_out else ""
         files = figures.render(figure)
         links = []
         for kind in ("png", "pdf"):
@@ -316,7 +344,8 @@ def section(label: str, slug: str, members: list[Run], out: Path) -> str:
     add(parameter_table(members))
     add(
         time_table(machines),
-        "Epoch and images/s: the median of a run's epochs; images/s is of training alone.",
+        "Epoch and images/s: the median of a run's epochs; images/s is of training alone. "
+        "Runs side by side in one process share its time and its memory.",
     )
     add(not_finished_table(members))
     add(runs_table(members))

@@ -9,11 +9,12 @@ Every file is written beside its name and renamed onto it: a run killed at any m
     summary.json        status and results, written last
 """
 
+import fcntl
 import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -79,13 +80,15 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def in_use(path: Path) -> bool:
-    """Whether a process has this run folder open."""
-    lock = path / ".lock"
+    """Whether a process has this run folder open; lookers need no right to write, nor see each other."""
     try:
-        with FileLock(lock, timeout=0) if lock.exists() else nullcontext():
-            return False
-    except Timeout:
+        with open(path / ".lock", "rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
         return True
+    except OSError:  # no such folder, or none of ours
+        return False
+    return False
 
 
 class Run:

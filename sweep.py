@@ -35,10 +35,6 @@ from options import OptionError
 LOOK_AGAIN_S = 2.0  # at cells that another sweep has
 
 
-class OutOfTime(KeyboardInterrupt):
-    """Slurm is about to end this job: stop as when interrupted, and be queued again."""
-
-
 @dataclass
 class Job:
     """A process that trains cells, on the GPU (or CPUs) that `place` gives it."""
@@ -53,8 +49,9 @@ def places(device: str, jobs: int) -> list[dict[str, str]]:
     """For each process at once, the environment that says where: a GPU `jobs` times, or the CPUs."""
     count = torch.cuda.device_count() if device != "cpu" else 0
     if count:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
-        return [{"CUDA_VISIBLE_DEVICES": gpu} for _ in range(jobs) for gpu in visible.split(",")[:count]]
+        gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))).split(",")
+        gpus = gpus if gpus[0].startswith("MIG-") else gpus[:count]  # of MIG's parts CUDA counts but one
+        return [{"CUDA_VISIBLE_DEVICES": gpu} for _ in range(jobs) for gpu in gpus]
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)  # more than there are cores wait for each other
     threads = os.environ.get("OMP_NUM_THREADS", str(threads))
     return [{} if jobs == 1 else {"OMP_NUM_THREADS": threads}] * jobs
@@ -93,6 +90,7 @@ class Sweep:
         self.states = {cell: look(cell) for cell in cells}
         self.jobs: list[Job] = []
         self.tried: dict[Cell, Path] = {}  # with its log
+        self.alone: set[Cell] = set()  # which failed beside other seeds, and may not by themselves
         self.overview = Overview(self)
 
     def run(self) -> None:
@@ -101,7 +99,7 @@ class Sweep:
             self.overview.say(f"{self.count()}; logs in {self.cells[0].path.parent / 'logs'}")
             told = False
             while True:
-                self.states |= {cell: look(cell) for cell in self.cells if self.states[cell].status != "done"}
+                self.look()
                 while self.free and (cells := self.next()):
                     job = start(cells, self.free.pop(0))
                     self.jobs.append(job)
@@ -114,14 +112,26 @@ class Sweep:
                     told = True
                 self.wait(LOOK_AGAIN_S if self.free and self.waiting() else None)
 
+    def look(self) -> None:
+        self.states |= {cell: look(cell) for cell in self.unsettled()}
+
+    def unsettled(self) -> list[Cell]:
+        """Neither done, nor tried in vain."""
+        running = {cell for job in self.jobs for cell in job.cells}
+        left = [cell for cell in self.cells if self.states[cell].status != "done"]
+        return [cell for cell in left if cell in running or cell not in self.tried]
+
     def waiting(self) -> list[Cell]:
-        """Neither done nor tried by us."""
-        return [c for c in self.cells if c not in self.tried and self.states[c].status != "done"]
+        """Neither done, nor tried by us."""
+        return [cell for cell in self.unsettled() if cell not in self.tried]
 
     def next(self) -> list[Cell]:
-        """Up to `replicas` seeds of the first cell that nobody trains."""
+        """The first cell that nobody trains, and further seeds of it where every free place has enough."""
         free = [cell for cell in self.waiting() if self.states[cell].status != "running"]
-        return [cell for cell in free if cell.arguments == free[0].arguments][: self.replicas]
+        if not free or free[0] in self.alone:
+            return free[:1]
+        same = [cell for cell in free if cell.arguments == free[0].arguments and cell not in self.alone]
+        return same[: min(self.replicas, -(-len(free) // len(self.free)))]
 
     def wait(self, at_most_s: float | None) -> None:
         """Until a process ends."""
@@ -139,19 +149,21 @@ class Sweep:
         now = {cell: look(cell) for cell in job.cells}
         self.states |= now
         refused = job.process.returncode == 2
-        if refused and any(state.status == "running" for state in now.values()):
-            for cell in job.cells:  # another sweep was quicker with one of them
-                del self.tried[cell]
-            return
+        taken = {cell for cell, state in now.items() if state.status == "running"}
         for cell, (status, rows, summary) in now.items():
             if status == "done":
                 took = duration(sum(row["epoch_s"] for row in rows))
                 self.overview.say(f"done {cell.path.name}: {accuracy(summary)} in {took}; {self.count()}")
-                continue
-            if refused or status == "to do":  # the summary, if any, is of an earlier attempt
-                status, summary = "failed", {"why": last_note(job.log)}
-            self.states[cell] = State(status, rows, summary)
-            self.overview.say(f"{status} {cell.path.name}: {summary['why']}")
+            elif cell in taken or (refused and taken):  # another sweep was quicker
+                del self.tried[cell]
+            elif len(job.cells) > 1 and status not in ("diverged", "interrupted"):
+                self.alone.add(cell)
+                del self.tried[cell]
+            else:
+                if refused or status == "to do":  # the summary, if any, is of an earlier attempt
+                    status, summary = "failed", {"why": why_ended(job)}
+                self.states[cell] = State(status, rows, summary)
+                self.overview.say(f"{status} {cell.path.name}: {summary.get('why')}")
 
     def stop(self) -> None:
         """Ask every process to stop, and wait until it has; it keeps its last epoch."""
@@ -170,16 +182,19 @@ class Sweep:
 
     def count(self) -> str:
         done = sum(state.status == "done" for state in self.states.values())
-        texts = [f"{done} of {len(self.cells)} cells done"]
-        forecast = Forecast(self.cells, self.states)
-        return "; ".join(filter(None, [*texts, forecast.text(self.cells, self.replicas, self.at_once)]))
+        forecast = Forecast(self.cells, self.states).text(self.unsettled(), self.replicas, self.at_once)
+        return "; ".join(filter(None, [f"{done} of {len(self.cells)} cells done", forecast]))
 
 
-def last_note(log: Path) -> str:
-    """What train.py last had to say, or the end of its traceback."""
-    lines = log.read_text(errors="replace").strip().splitlines()
+def why_ended(job: Job) -> str:
+    """What train.py last had to say, or the end of its traceback, or the signal that killed it."""
+    if (signal_number := -job.process.returncode) > 0:
+        return f"killed by {signal.Signals(signal_number).name}"
+    lines = job.log.read_text(errors="replace").strip().splitlines()
+    lines = lines[max(i for i, line in enumerate(lines) if line.startswith("$ ")) :]  # of this attempt
     noted = [i for i, line in enumerate(lines) if line.startswith("train.py: ")]
-    return " ".join(lines[noted[-1] if noted else -1 :]).removeprefix("train.py: ")
+    told = not any(line.startswith("Traceback ") for line in lines) and noted
+    return " ".join(lines[noted[-1] if told else -1 :]).removeprefix("train.py: ")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -208,23 +223,23 @@ class Overview:
             return
         self.shown = time.monotonic()
         sweep = self.sweep
-        for job in sweep.jobs:
-            sweep.states |= {cell: look(cell) for cell in job.cells}
+        sweep.look()
         forecast = Forecast(sweep.cells, sweep.states)
         table = Table("run", title=sweep.count(), title_justify="left")
         for column in ("epoch", "", "test", "images/s", "left"):
             table.add_column(column, justify="right")
-        for job in sweep.jobs:
-            cell = max(job.cells, key=lambda cell: forecast.seconds(cell) or 0)  # the last to end
+        elsewhere = [[cell] for cell in sweep.waiting() if sweep.states[cell].status == "running"]
+        for cells in [*(job.cells for job in sweep.jobs), *elsewhere]:
+            cell = max(cells, key=lambda cell: forecast.seconds(cell) or 0)  # the last to end
             rows, epochs = sweep.states[cell].rows, cell.options.epochs
             last = rows[-1] if rows else {}
             seconds, test_acc, rate = forecast.seconds(cell), last.get("test_acc"), last.get("images_per_s")
             table.add_row(
-                escape(title(job.cells)),
+                escape(title(cells) + (", by another sweep" if cells in elsewhere else "")),
                 f"{len(rows)}/{epochs}",
                 ProgressBar(total=epochs, completed=len(rows), width=20),
                 f"{test_acc:.2f} %" if test_acc is not None else "",
-                f"{rate * len(job.cells):,.0f}" if rate else "",
+                f"{rate * len(cells):,.0f}" if rate else "",
                 duration(seconds) if seconds is not None else "",
             )
         self.live.update(table, refresh=True)
@@ -248,8 +263,12 @@ def whole_number(name: str, default: int) -> int:
     return int(text)
 
 
-def out_of_time(*_: object) -> None:
-    raise OutOfTime
+def requeue(task: str) -> None:
+    """Have Slurm run this task again, unless it ends because it was cancelled, or is requeued already."""
+    job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{task}"  # the last task's $SLURM_JOB_ID would mean the array
+    shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True).stdout
+    if "JobState=RUNNING" in shown:
+        subprocess.run(["scontrol", "requeue", job])
 
 
 def main(argv: list[str]) -> int:
@@ -267,31 +286,29 @@ def main(argv: list[str]) -> int:
         if task is not None:
             if not task.isdecimal() or int(task) >= len(cells):
                 raise OptionError(f"there is no cell {task} in the grid: give --array=0-{len(cells) - 1}")
-            signal.signal(signal.SIGUSR1, out_of_time)
             cells = [cells[int(task)]]
-        if not prepare(options):
-            return 2
-        sweep = Sweep(cells, where, replicas)
+            signal.signal(signal.SIGUSR1, train.interrupt)  # Slurm's word that time runs out
     except (OptionError, FreezeError, models.ModelError) as error:
         note(str(error))
         return 2
     except KeyboardInterrupt:
-        note("interrupted before the first run")
         return 1
-    ended_by = None
+    sweep, interrupted = Sweep(cells, where, replicas), False
     try:
+        if not prepare(options):
+            return 2
         sweep.run()
-    except KeyboardInterrupt as interrupt:
+    except KeyboardInterrupt:
         note(f"stopping {len(sweep.jobs)} runs; the next call goes on at their last epochs")
-        ended_by = interrupt
+        interrupted = True
     except OSError as error:
         note(str(error))
-        ended_by = error
+        return 1
     finally:
         sweep.stop()
-    if isinstance(ended_by, OutOfTime):
-        subprocess.run(["scontrol", "requeue", f"{os.environ['SLURM_ARRAY_JOB_ID']}_{task}"])
-    if ended_by:
+    if interrupted and task is not None:
+        requeue(task)
+    if interrupted:
         return 1
     sweep.overview.say(sweep.count())
     if sweep.failed():

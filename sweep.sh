@@ -14,9 +14,10 @@
 set -euo pipefail
 
 script=${BASH_SOURCE[0]}
-if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then # Slurm runs a copy of this file; it knows where it came from
-  task=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID # $SLURM_JOB_ID of the last task would mean the whole array
-  script=$(scontrol show job "$task" | sed -n 's/^ *Command=\(.*sweep\.sh\).*/\1/p')
+if [[ -n ${SLURM_JOB_ID:-} && ! -f $(dirname "$script")/run.sh ]]; then # Slurm's copy; it knows where it came from
+  job=$SLURM_JOB_ID
+  [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID # the last one's id is the array's
+  script=$(scontrol show job "$job" | sed -n 's/^ *Command=\(.*sweep\.sh\).*/\1/p')
 fi
 cd "$(dirname "$script")"
 exec bash run.sh python sweep.py "$@"

@@ -221,6 +221,10 @@ def train(
             note(f"continuing {run.path} after epoch {at['epoch']}")
         elif options.resume:
             note(f"no epoch of {run.path} is there to resume from: starting it")
+        if int(group.sum(torch.tensor(at["epoch"]))) != at["epoch"] * group.count:
+            raise runs.RunError(
+                f"--out {options.out}: not every process finds the same epochs there; share it"
+            )
         at["started"] = False
         yield  # nothing is written before every run is known to be in order
         run.start(config)

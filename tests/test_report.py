@@ -261,6 +261,45 @@ def test_a_seed_counts_once(tmp_path, capsys):
     ]
 
 
+def test_a_seed_on_two_machines_is_one_of_the_mean_and_a_row_of_each(tmp_path):
+    write_run(tmp_path / "a", device_name="one")
+    write_run(tmp_path / "b", device_name="another")
+    found = read(tmp_path)
+    assert [s.done for s in finished.series_of(found)] == [1]
+    assert [s.done for s in finished.series_of(found, by_machine=True)] == [1, 1]
+
+
+def without(name: str, key: str):
+    def apply(folder: Path) -> None:
+        lines = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+        kept = [{k: v for k, v in line.items() if k != key} for line in lines]
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    return apply
+
+
+@pytest.mark.parametrize("key", ["peak_memory_bytes", "why", "images_per_s", "test_acc"])
+def test_what_may_be_missing_is_not_missed(tmp_path, key):
+    run = write_run(tmp_path / "runs")
+    without("summary.json" if key in ("peak_memory_bytes", "why") else "metrics.jsonl", key)(run)
+    assert render(tmp_path / "runs", out=tmp_path / "out")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        *({"gamma": bad} for bad in (None, {}, {"count": 1, "edges": [1, 0], "counts": [1]})),
+        *({"pruned": bad} for bad in ([], [{}], [{"threshold": 0, "zeroed": 0, "test_acc": "x"}])),
+        {"frozen_sha256": "f" * 64},
+    ],
+)
+def test_an_analysis_that_is_not_the_runs_costs_it_no_more_than_that(tmp_path, capsys, values):
+    change("analysis.json", **values)(write_run(tmp_path))
+    [run] = read(tmp_path)
+    assert run.analysis is None and run.summary["status"] == "done"
+    assert capsys.readouterr().err.startswith("report.py: without its analysis, ")
+
+
 def change(name: str, **values):
     def apply(folder: Path) -> None:
         content = json.loads((folder / name).read_text())
@@ -292,10 +331,10 @@ RUBBISH = {
         *({key: bad} for key in ("options", "recipe", "data_title") for bad in (None, 7, [])),
         {"options": {"arch": "resnet14", "mode": "bn_only", "seed": 0, "epochs": -1}},
         {"options": {"arch": ["a"], "mode": "bn_only", "seed": 0}},
-    ],
-    "analysis.json": [
-        *({"gamma": bad} for bad in (None, {}, {"count": 1, "edges": [1, 0], "counts": [1]})),
-        *({"pruned": bad} for bad in ([], [{}], [{"threshold": 0, "zeroed": 0, "test_acc": "x"}])),
+        *(
+            {"options": {"arch": "vgg11", "mode": "all", "seed": 0, key: 0.5}}
+            for key in ("train_subset", "loader")
+        ),
     ],
 }
 

@@ -169,6 +169,7 @@ def test_an_array_job_runs_a_cell_per_task_and_goes_on_when_requeued(cluster, ti
         (folder,) = out.glob(f"*-{mode}-s{seed}-*")
         assert runs.Run(folder).status == "done"
         restarted = task in (0, 3)
+        assert field(task, "Restarts") == str(int(restarted))
         started = re.findall(r"^started (\S+)$", output, re.MULTILINE)
         assert started == [folder.name] * (1 + restarted), "a task runs its own cell, and no other"
         log = (out / "logs" / f"{folder.name}.log").read_text()

@@ -70,7 +70,7 @@ def test_the_named_grids_are_those_of_the_paper(monkeypatch):
     for name in ("ARCHS", "MODES", "SEEDS"):
         monkeypatch.delenv(name, raising=False)
     counts = {name: len(make_grid({"GRID": name}, [])) for name in ("", *grid.GRIDS)}
-    assert counts == {"": 27, "depth": 63, "width": 54, "vgg": 36, "parts": 54, "init": 63}
+    assert counts == {"": 27, "depth": 63, "width": 54, "vgg": 36, "parts": 54, "init": 72}
     assert [cell.path.name for cell in make_grid({"SEEDS": "0 1"}, [])[:3]] == [
         "cifar10-resnet32-all-s0",
         "cifar10-resnet32-all-s1",
@@ -87,6 +87,7 @@ def test_the_list_shows_how_far_every_cell_is(small, tmp_path, capsys):
     )
     for path in (done, running, failed, begun):
         path.mkdir(parents=True)
+        (path / "config.json").write_text('{"options": {"lr": 0.1}}')
     row = json.dumps({"epoch": 1, "epoch_s": 60.0}) + "\n"
     (done / "metrics.jsonl").write_text(EPOCHS * row)
     (done / "summary.json").write_text('{"status": "done", "final_test_acc": 51.234}')
@@ -104,7 +105,12 @@ def test_the_list_shows_how_far_every_cell_is(small, tmp_path, capsys):
     assert lines[0].endswith("51.23 %")
     assert lines[1].endswith("12 min left") and lines[3].endswith("to do     2 of 12 epochs  10 min left")
     assert lines[4] == "4 cells: 1 done, 1 running, 1 diverged, 1 to do; about 34 min left"
-    assert sorted(path.name for path in running.iterdir()) == [".lock"], "looking leaves nothing behind"
+    assert sorted(path.name for path in running.iterdir()) == [".lock", "config.json"], (
+        "looking leaves nothing"
+    )
+    (done / "config.json").write_text('{"options": {"lr": 0.2}}')
+    assert sweep.main([*small, "--list"]) == 0
+    assert capsys.readouterr().out.split()[2] == "failed", "another run, that is done, is not this one"
 
 
 def test_killed_twice_a_sweep_ends_with_every_cell_trained_once(small, tmp_path):
@@ -160,6 +166,22 @@ def test_every_visible_gpu_gets_its_processes(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-7a")
     assert [place["CUDA_VISIBLE_DEVICES"] for place in sweep.places("cuda", 1)] == ["5", "GPU-7a"]
     assert sweep.places("cpu", 1) == [{}], "no GPU where none is wanted"
+    monkeypatch.setattr(sweep.torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-a,MIG-b")
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in sweep.places("auto", 1)] == ["MIG-a", "MIG-b"]
+
+
+def test_seeds_spread_over_free_places_before_they_share_one(small, monkeypatch):
+    monkeypatch.setenv("SEEDS", "0 1 2")
+    cells = make_grid(os.environ, small)
+    at_work = sweep.Sweep(cells, 4 * [{}], 3)
+    assert len(at_work.next()) == 2, "six cells, four places"
+    at_work.free = [{}]
+    assert [cell.options.seed for cell in at_work.next()] == [0, 1, 2]
+    at_work.alone = {cells[0]}
+    assert at_work.next() == cells[:1], "what failed beside others is tried by itself"
+    at_work.alone = {cells[1]}
+    assert at_work.next() == [cells[0], cells[2]]
 
 
 def test_a_cell_that_fails_is_named_and_the_rest_go_on(small, tmp_path, monkeypatch):
