@@ -48,7 +48,7 @@ TRAIN = (0, (3, 1.5))  # dashes
 OTHER_MODE = ("#666666", "d", (0, (4, 1.2, 1, 1.2)))
 VARIANT_MARKERS = ("", "*", "H", "8")  # of lines of one mode whose other options differ
 IMAGENET_DEPTHS = {18, 34, 50, 101, 152, 200}
-MAX_BARS, MAX_PANELS, MAX_MODES = 40, 24, 6
+MAX_BARS, MAX_PANELS, MAX_MODES = 40, 12, 6
 MODES_COMPARED = {"bn_only", "bn_main", "all", "random"}  # every other mode trains other parts
 
 

@@ -70,7 +70,10 @@ def make_grid(environment: Mapping[str, str], argv: Sequence[str]) -> list[Cell]
         )
     argv = [argument for argument in argv if argument != "--resume"]
     if each[0].quick and "data" not in given:
-        argv += ["--data", "cifar10" if prepare(each[0]) else "synthetic"]
+        found = prepare(each[0])
+        argv += ["--data", "cifar10" if found else "synthetic"]
+        if not found:
+            print("sweep.py: --quick takes synthetic images, for want of CIFAR-10", file=sys.stderr)
     cells = {}
     for start in grid.get("STARTS", [""]):
         for arch in archs:

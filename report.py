@@ -10,9 +10,12 @@ would not have left is named on stderr and left out. Exit status: 0 done, 2 no u
 
 import argparse
 import base64
+import concurrent.futures
 import csv
 import html
 import io
+import itertools
+import os
 import re
 import sys
 from collections import Counter
@@ -378,7 +381,9 @@ def write_report(found: list[Run], out: Path) -> None:
             f'<li><a href="#{slug}">{e(label)}</a></li>' for slug, label in zip(names, settings, strict=True)
         )
         contents = f"<nav><ul>{''.join(items)}</ul></nav>\n"
-    body = [section(label, slug, settings[label], out) for slug, label in zip(names, settings, strict=True)]
+    with concurrent.futures.ProcessPoolExecutor(min(len(settings), os.cpu_count() or 1)) as pool:
+        apart = pool.map if len(settings) > 1 else map  # drawing takes most of the time
+        body = list(apart(section, settings, names, settings.values(), itertools.repeat(out)))
     made = Counter()
     for run in found:
         versions = [run.config["versions"].get(name) or "" for name in ("python", "torch", "cuda")]
