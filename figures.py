@@ -49,6 +49,7 @@ OTHER_MODE = ("#666666", "d", (0, (4, 1.2, 1, 1.2)))
 VARIANT_MARKERS = ("", "*", "H", "8")  # of lines of one mode whose other options differ
 IMAGENET_DEPTHS = {18, 34, 50, 101, 152, 200}
 MAX_BARS, MAX_PANELS, MAX_MODES = 40, 12, 6
+STARTS = {"conv_init", "bn_init"}
 MODES_COMPARED = {"bn_only", "bn_main", "all", "random"}  # every other mode trains other parts
 
 
@@ -264,6 +265,9 @@ def across(series: list[Series], x_of: Callable[[Series], float | None]) -> tupl
     spans: dict[str, set] = {}
     for x, s in placed:
         spans.setdefault(s.variant, set()).add(x)
+    if "" in spans:  # other starts than the published have a figure of their own
+        for s in (s for _, s in placed if s.options and {name for name, _ in s.options} <= STARTS):
+            spans.pop(s.variant, None)
     longest = sorted(spans, key=lambda variant: (-len(spans[variant]), variant))
     kept = [v for v in longest if not v or len(spans[v]) > 1][:4] or longest[:4]
     drawn, used = [], []
@@ -455,7 +459,7 @@ def starts(series: list[Series]) -> Drawn:
     groups: dict[tuple, list[Series]] = {}
     for s in series:
         if s.done:
-            others = tuple(option for option in s.options if option[0] not in ("conv_init", "bn_init"))
+            others = tuple(option for option in s.options if option[0] not in STARTS)
             groups.setdefault((s.arch, s.mode, others), []).append(s)
     used = [s for group in groups.values() if len(group) > 1 for s in group]
     names = [

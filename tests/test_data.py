@@ -244,6 +244,14 @@ def test_class_subset_takes_as_many_of_every_class():
             data.class_subset(labels, count, stream(0)("subset"))
 
 
+def test_the_command_prepares_a_set_or_says_why_not(tiny_folder, tmp_path, capsys):
+    assert data.main([str(tiny_folder), "--data-dir", str(tmp_path)]) == 0
+    assert "96 + 20 images of 16 pixels: ready" in capsys.readouterr().err
+    assert list(tmp_path.glob("beton/*.beton"))
+    assert data.main([str(tmp_path / "nowhere")]) == 2
+    assert "no such folder" in capsys.readouterr().err
+
+
 # ---- real images ----
 
 
