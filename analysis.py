@@ -11,9 +11,8 @@ Exit status 0: done, 1: some could not be analysed, 2: unusable options, or no r
 import argparse
 import dataclasses
 import gc
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -185,21 +184,6 @@ def analyse_run(run: runs.Run, data_dir: str | None, device: torch.device, opene
     return content
 
 
-def find_runs(paths: Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
-    """Run folders among the paths and right inside them, each once; and the paths that gave none."""
-    found, others = {}, []
-    for path in map(Path, paths):
-        of_path = [path] if _is_run(path) else list(filter(_is_run, sorted(path.glob("*"))))
-        others += [] if of_path else [path]
-        for folder in of_path:
-            found.setdefault(folder.resolve(), folder)
-    return list(found.values()), others
-
-
-def _is_run(path: Path) -> bool:
-    return any(os.path.isfile(path / name) for name in ("config.json", "summary.json", "model.safetensors"))
-
-
 def in_a_line(content: dict) -> str:
     gamma, silent = content["gamma"]["share_under_0.01"], content["relu"]["silent"]
     shares = f"{100 * gamma:.1f} % of gammas under 0.01, {100 * silent:.1f} % of channels silent"
@@ -225,17 +209,21 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         steps.keep_freed_memory()
-    found, others = find_runs(options.runs)
-    for path in others:
-        note(f"{path}: neither a run's folder nor one that holds any; name what train.py --out made")
+    found, failed = {}, 0
+    for path in options.runs:
+        folders = [folder for folder, _ in runs.run_folders([path], note)] if Path(path).is_dir() else []
+        found |= {folder.resolve(): folder for folder in folders}
+        if not folders:
+            note(f"{path}: neither a run's folder nor one that holds any; name what train.py --out made")
+            failed += 1
     if not found:
         return 2
-    failed, opened, bars = len(others), {}, display.Bars(alone=True)
+    opened, bars = {}, display.Bars(alone=True)
     usual = AnalysisError, freeze.FreezeError, models.ModelError, data.DataError, runs.RunError, OSError
     try:
         with bars.bars:
             bar = bars.bars.add_task("runs", total=len(found), text="")
-            for path in found:
+            for path in found.values():
                 bars.bars.update(bar, text=path.name)
                 try:
                     run = runs.Run(path)

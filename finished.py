@@ -1,21 +1,14 @@
-"""Finished runs: read from their folders, checked, and gathered into series over seeds.
+"""Finished runs, read from their folders and checked.
 
-A folder is taken for a run's if it has config.json or summary.json. One that train.py would not have left is
-named and left out; no code from any file is run.
+One that train.py would not have left is named and left out; no code from any file is run.
 """
 
 import dataclasses
 import json
-import os
-import re
 import stat
-import statistics
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
-
-import numpy as np
 
 import runs
 from options import LOGISTIC, QUICK, Options
@@ -70,44 +63,6 @@ class Rubbish(ValueError):
     """A run folder that train.py would not have left; the message says what is wrong."""
 
 
-class Mean(NamedTuple):
-    """A mean, its sample standard deviation (None where n is 1), and of how many."""
-
-    mean: float
-    std: float | None
-    n: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Series:
-    """Runs that differ in their seed alone: of one architecture and mode, with the same other options.
-
-    values: per name of a summary's field, one number per run. curves: per name of an epoch's field, an array
-    [runs, epochs], NaN where there was no test. analyses: what analysis.json held, of the runs that have one.
-    """
-
-    arch: str
-    mode: str
-    options: tuple[tuple[str, object], ...]  # those that differ from the published, and their values
-    machine: tuple[str, str, str]  # device, how it computed, torch; empty texts where they do not matter
-    done: int
-    diverged: int
-    values: dict[str, list[float]]
-    curves: dict[str, np.ndarray]
-    analyses: list[dict]
-
-    @property
-    def variant(self) -> str:
-        return variant_text(self.options)
-
-    @property
-    def label(self) -> str:
-        return ", ".join(filter(None, (self.mode, self.variant)))
-
-    def mean(self, name: str) -> Mean | None:
-        return mean_of(self.values[name])
-
-
 class Run(NamedTuple):
     """A run folder, read and checked."""
 
@@ -157,13 +112,6 @@ class Run(NamedTuple):
         return self.config["device_name"], ", ".join([dtype, *options]), torch
 
 
-def mean_of(values: list[float]) -> Mean | None:
-    """Mean and sample standard deviation; None of nothing."""
-    if not values:
-        return None
-    return Mean(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
-
-
 def variant_text(options: tuple[tuple[str, object], ...]) -> str:
     return ", ".join(f"{name} {show(value)}" for name, value in options)
 
@@ -193,27 +141,6 @@ def printable(value: object) -> object:
     if isinstance(value, dict):
         return {printable(key): printable(one) for key, one in value.items()}
     return [printable(one) for one in value] if isinstance(value, list) else value
-
-
-def run_folders(given: list[str]) -> Iterator[tuple[Path, str]]:
-    """Every run folder in or under `given`, once, and its name as shown. Links are not followed."""
-    seen = set()
-    for top in map(Path, given):
-        if not top.is_dir():
-            raise NoRuns(f"{top}: there is no such folder; name run folders, or a folder that holds some")
-        for path, folders, files in os.walk(
-            top, onerror=lambda error: note(f"left out {error.filename}: {error.strerror}")
-        ):
-            here = Path(path)
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            for link in (here / name for name in folders if (here / name).is_symlink()):
-                if any((link / name).exists() for name in ("config.json", "summary.json")):
-                    note(f"left out {link}: it is a link; name it on the command line to have it")
-            if {"config.json", "summary.json"} & set(files):
-                folders.clear()
-                if here.resolve() not in seen:
-                    seen.add(here.resolve())
-                    yield here, str(here.relative_to(top)) if here != top else here.resolve().name
 
 
 def content(folder: Path, name: str) -> dict | None:
@@ -365,7 +292,7 @@ def read_runs(given: list[str]) -> list[Run]:
     """Every usable run under `given`, each seed of a series once; what is left out is named on stderr."""
     kept: dict[tuple, tuple[Run, Path]] = {}
     signature = None
-    for folder, shown in run_folders(given):
+    for folder, shown in runs.run_folders(given, note):
         try:
             run = read_run(folder, printable(shown))
             if run.analysis:
@@ -391,78 +318,3 @@ def read_runs(given: list[str]) -> list[Run]:
     if not kept:
         raise NoRuns(f"no usable run in {' '.join(given)}; name folders that train.py wrote, such as runs")
     return [run for run, _ in kept.values()]
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Gathering
-
-
-def setting_label(setting: tuple) -> str:
-    """`CIFAR-10, 4 epochs, lr steps at 2, 3, --quick, 3,000 training images`; the fingerprint is left out."""
-    title, epochs, schedule, steps, quick, subset, size, _ = setting
-    parts = [title, f"{epochs} epoch{'s' if epochs > 1 else ''}"]
-    if schedule != "step":
-        parts.append(f"{schedule} lr")
-    elif (epochs, steps) != (DEFAULTS["epochs"], tuple(DEFAULTS["milestones"])):
-        at = "s at " if steps[1:] else " at "
-        parts.append(f"lr step{at}{', '.join(map(str, steps))}" if steps else "no lr step")
-    parts += ["--quick"] if quick else []
-    parts += [f"{subset:,} training images"] if subset else []
-    parts += [f"{size}x{size} pixels"] if size not in (None, 32) else []
-    return ", ".join(parts)
-
-
-def by_setting(found: list[Run]) -> dict[str, list[Run]]:
-    """Runs by their setting's label, the longest training first; every label is of one setting."""
-    settings: dict[tuple, list[Run]] = {}
-    for run in found:
-        settings.setdefault(run.setting, []).append(run)
-    labels = [setting_label(setting) for setting in settings]
-    named = {}
-    for label, (setting, members) in zip(labels, settings.items(), strict=True):
-        told = f"{label}, data {setting[-1] or 'without a fingerprint'}" if labels.count(label) > 1 else label
-        while told in named:
-            told += "'"
-        named[told] = sorted(members, key=lambda run: (*_place(run), run.options["seed"], run.folder))
-    first = {label: (runs[0].options["quick"], -runs[0].options["epochs"]) for label, runs in named.items()}
-    return dict(sorted(named.items(), key=lambda item: (*first[item[0]], -len(item[1]), item[0])))
-
-
-def series_of(members: list[Run], by_machine: bool = False) -> list[Series]:
-    """The runs of one setting gathered over seeds: what is done, and how many diverged."""
-    groups: dict[tuple, dict[tuple, Run]] = {}
-    for run in members:
-        if run.summary["status"] in ("done", "diverged"):
-            machine = run.machine if by_machine else ("", "", "")
-            group = groups.setdefault((run.options["arch"], run.options["mode"], run.variant, machine), {})
-            before = group.get(run.options["seed"])  # which counts once, on however many machines it ran
-            if before is None or before.summary["status"] != "done":
-                group[run.options["seed"]] = run
-    gathered = []
-    for key, group in groups.items():
-        each = list(group.values())
-        done = [run for run in each if run.summary["status"] == "done"]
-        numbers = [name for name, (kind, *_) in SUMMARY.items() if kind is not str]
-        values = {
-            name: [run.summary[name] for run in done if run.summary[name] is not None] for name in numbers
-        }
-        having = [run.epochs for run in done if run.epochs]
-        for name in ("epoch_s", "images_per_s"):  # of a typical epoch: the first ones may wait or compile
-            rows = [[row[name] for row in epochs if row[name] is not None] for epochs in having]
-            values[name] = [statistics.median(one) for one in rows if one]
-        curves = {}
-        for name in ("train_loss", "train_acc", "test_loss", "test_acc") if having else ():
-            curves[name] = np.array([[row[name] for row in epochs] for epochs in having], float)
-        analyses = [run.analysis for run in done if run.analysis]
-        gathered.append(Series(*key, len(done), len(each) - len(done), values, curves, analyses))
-    return gathered
-
-
-def _place(run: Run) -> tuple:
-    """Where a run stands among others: depths and widths as numbers, the modes most compared first."""
-    first = ("all", "bn_only", "bn_main", "random")
-    mode = run.options["mode"]
-    rank = first.index(mode) if mode in first else len(first)
-    arch = re.split("([0-9]{1,9})", run.options["arch"])
-    arch[1::2] = map(int, arch[1::2])
-    return arch, rank, mode, len(run.variant), str(run.variant)

@@ -11,225 +11,31 @@ would not have left is named on stderr and left out. Exit status: 0 done, 2 no u
 import argparse
 import base64
 import concurrent.futures
-import csv
-import html
-import io
 import itertools
 import os
 import re
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 import figures
 import finished
+import gather
 import runs
-from finished import Mean, Run, Series
+import tables
+from drawing import Line, render
+from finished import Run
+from gather import Series
+from tables import REPORTED, Table, as_csv, as_html, as_latex, as_markdown, e
 
-# Test accuracy on CIFAR-10 in percent: of the paper (arXiv 2003.00152; about, where everything trains), of
-# the TensorFlow community port, and of a Keras study (Adam, batches of 1024; without and with augmentation)
-REPORTED = {
-    ("resnet14", "bn_only"): ("48", "46.7", ""),
-    ("resnet32", "bn_only"): ("", "51.3", ""),
-    ("resnet56", "bn_only"): ("", "55.2", ""),
-    ("resnet110", "bn_only"): ("69.5", "65.2", ""),
-    ("resnet218", "bn_only"): ("", "70.1", ""),
-    ("resnet434", "bn_only"): ("", "73.7", ""),
-    ("resnet866", "bn_only"): ("82", "77.8", ""),
-    ("resnet50", "bn_only"): ("", "", "69 and 73"),
-    ("resnet14", "all"): ("about 91", "", ""),
-    ("resnet110", "all"): ("about 93.3", "", ""),
-    ("resnet866", "all"): ("about 93", "", ""),
-    ("resnet50", "all"): ("", "", "86"),
-}
-NOT_REPORTED = ("", "", "")
 PARAMS = {  # trained by bn_only and by all, of the paper's networks
     **{14: (1120, 175258), 32: (2464, 466906), 56: (4256, 855770), 110: (8288, 1730714)},
     **{218: (16352, 3480602), 434: (32480, 6980378), 866: (64736, 13979930)},
 }
 
 
-class Table(NamedTuple):
-    """Rows under named columns. A cell is a text, a number, a Mean or None; `digits` come after the point."""
-
-    name: str
-    title: str
-    columns: list[str]  # with units
-    rows: list[list]
-    digits: int = 2
-    says_n: bool = False  # beside each mean, where no column does
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Tables
-
-
-def accuracy_table(series: list[Series], cifar10: bool, others: bool) -> Table:
-    """Ours beside what others report: a row per architecture, mode, variant; `others`: also without ours."""
-    columns = ["architecture", "mode", "other options", "test accuracy (%)", "best epoch (%)", "diverged"]
-    columns += ["paper (%)", "TensorFlow port (%)", "Keras study (%)"] if cifar10 else []
-    rows = []
-    for s in series:
-        diverged = f"{s.diverged} of {s.done + s.diverged} diverged" if s.diverged else ""
-        row = [s.arch, s.mode, s.variant, s.mean("final_test_acc"), s.mean("best_test_acc"), diverged]
-        published = REPORTED.get((s.arch, s.mode), NOT_REPORTED) if not s.variant else NOT_REPORTED
-        rows.append(row + list(published if cifar10 else ()))
-    ours = {(s.arch, s.mode) for s in series if not s.variant}
-    for (arch, mode), published in REPORTED.items() if cifar10 and others else ():
-        if (arch, mode) not in ours:
-            rows.append([arch, mode, "", None, None, "", *published])
-    return Table(
-        "accuracy", "Test accuracy after the last epoch, and of the best epoch", columns, rows, 2, True
-    )
-
-
-def parameter_table(found: list[Run]) -> Table:
-    """Document 001's table: all parameters, those of BatchNorm that train, and their share."""
-    columns = ["architecture", "shortcut", "mode", "parameters", "BatchNorm, trained", "trained (%)"]
-    rows = {}
-    for run in found:
-        mode, total = run.options["mode"], run.summary["params_total"]
-        if mode in ("bn_only", "bn_main") and total:
-            trained = run.summary["params_trained"]
-            row = [run.options["arch"], run.options["shortcut"], mode, total, trained, 100 * trained / total]
-            rows[tuple(row)] = row
-    return Table("parameters", "Parameters, and those of BatchNorm that train", columns, list(rows.values()))
-
-
-def time_table(series: list[Series]) -> Table:
-    """What a run takes: one row per architecture, mode, variant and machine."""
-    columns = ["architecture", "mode", "other options", "n", "training (s)", "start-up (s)", "images/s"]
-    columns += ["epoch (s)", "peak memory (MiB)", "checkpoint (bytes)", "all weights (bytes)"]
-    columns += ["device", "computed in", "torch"]
-    rows = []
-    for s in filter(lambda s: s.done, series):
-        peak = finished.mean_of([size / 2**20 for size in s.values["peak_memory_bytes"]])
-        means = [s.mean(name) for name in ("train_s", "startup_s", "images_per_s", "epoch_s")]
-        sizes = [round(s.mean(name).mean) for name in ("checkpoint_bytes", "full_bytes")]
-        rows.append([s.arch, s.mode, s.variant, s.done, *means, peak, *sizes, *s.machine])
-    return Table("time", "Time and memory of a run", columns, rows, 1)
-
-
-def runs_table(found: list[Run]) -> Table:
-    columns = ["run", "architecture", "mode", "seed", "other options", "status", "epochs done"]
-    columns += ["test accuracy (%)", "best epoch (%)"]
-    rows = []
-    for run in found:
-        o, s = run.options, run.summary
-        row = [
-            run.folder,
-            o["arch"],
-            o["mode"],
-            str(o["seed"]),
-            finished.variant_text(run.variant),
-            s["status"],
-        ]
-        rows.append([*row, s["epochs_done"], s["final_test_acc"], s["best_test_acc"]])
-    return Table("runs", "Every run", columns, rows)
-
-
-def not_finished_table(found: list[Run]) -> Table:
-    rows = []
-    for run in found:
-        if run.summary["status"] != "done":
-            epochs = f"{run.summary['epochs_done']} of {run.options['epochs']}"
-            rows.append([run.folder, run.summary["status"], epochs, run.summary["why"] or ""])
-    return Table("not-finished", "Not finished", ["run", "status", "epochs done", "why"], rows)
-
-
-def shown(cell: object, table: Table) -> str:
-    """A cell as people read it."""
-    if isinstance(cell, Mean):
-        text = f"{cell.mean:,.{table.digits}f}"
-        text += "" if cell.std is None else f" ± {cell.std:,.{table.digits}f}"
-        return f"{text} (n = {cell.n})" if table.says_n else text
-    if isinstance(cell, (int, float)):
-        return f"{cell:,}" if isinstance(cell, int) else f"{cell:,.{table.digits}f}"
-    return cell or ""
-
-
-def as_csv(table: Table) -> str:
-    """Full precision; a column of means becomes three: mean, std, n."""
-    means = [any(isinstance(row[i], Mean) for row in table.rows) for i in range(len(table.columns))]
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    header: list[str] = []
-    for name, is_mean in zip(table.columns, means, strict=True):
-        what, unit = re.fullmatch(r"(.*?)( \(.*\))?", name).groups()
-        unit = unit or ""
-        header += [f"{what} mean{unit}", f"{what} std{unit}", f"{what} n"] if is_mean else [name]
-    writer.writerow(header)
-    for row in table.rows:
-        cells: list[object] = []
-        for cell, is_mean in zip(row, means, strict=True):
-            cells += (cell or (None, None, 0)) if is_mean else [cell]
-        writer.writerow(cells)
-    return out.getvalue()
-
-
-def numeric(table: Table) -> list[bool]:
-    """Which columns hold numbers, and stand at the right."""
-    columns = range(len(table.columns))
-    return [any(isinstance(row[i], (int, float, Mean)) for row in table.rows) for i in columns]
-
-
-def as_markdown(table: Table) -> str:
-    def escape(text: str) -> str:
-        return re.sub(r"([\\`*_{}\[\]<>#|~$&])", r"\\\1", text)
-
-    rules = ["---:" if right else "---" for right in numeric(table)]
-    rows = [[escape(shown(cell, table)) for cell in row] for row in table.rows]
-    lines = [[escape(name) for name in table.columns], rules, *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def as_latex(table: Table) -> str:
-    """A tabular of the booktabs package."""
-    signs = {c: f"\\{c}" for c in "{}$&#_%"} | {"\\": r"\textbackslash{}", "^": r"\^{}", "~": r"\~{}"}
-    signs |= {
-        "[": "{[}",
-        "*": "{*}",
-        "±": r"$\pm$",
-        "×": r"$\times$",
-        "<": r"\textless{}",
-        ">": r"\textgreater{}",
-    }
-
-    def line(cells: list[str]) -> str:
-        return " & ".join(cell.translate(str.maketrans(signs)) for cell in cells) + r" \\" + "\n"
-
-    columns = "".join("r" if right else "l" for right in numeric(table))
-    text = f"% \\usepackage{{booktabs}}\n\\begin{{tabular}}{{{columns}}}\n\\toprule\n"
-    text += line(table.columns) + "\\midrule\n"
-    text += "".join(line([shown(cell, table) for cell in row]) for row in table.rows)
-    return text + "\\bottomrule\n\\end{tabular}\n"
-
-
-def as_html(table: Table, note: str, links: str) -> str:
-    sides = [' class="n"' if right else "" for right in numeric(table)]
-
-    def line(cells: list[str], tag: str) -> str:
-        each = (f"<{tag}{side}>{e(cell)}</{tag}>" for cell, side in zip(cells, sides, strict=True))
-        return f"<tr>{''.join(each)}</tr>\n"
-
-    body = "".join(line([shown(cell, table) for cell in row], "td") for row in table.rows)
-    head = line(table.columns, "th")
-    text = f'<div class="wide"><table>\n<thead>{head}</thead>\n<tbody>{body}</tbody>\n</table></div>'
-    if len(table.rows) > 40:
-        text = f"<details><summary>{len(table.rows):,} rows</summary>{text}</details>"
-    return f'<h3>{e(table.title)}</h3>\n{text}\n<p class="note">{note} {links}</p>\n'
-
-
-# ----------------------------------------------------------------------------------------------------------
-# The page
-
-
-def e(text: object) -> str:
-    return html.escape(str(text))
-
-
-def references(series: list[Series], by_params: bool) -> list[figures.Line]:
+def references(series: list[Series], by_params: bool) -> list[Line]:
     """What others report, at its depth or, of the paper's networks, its number of trained parameters."""
     lines = []
     modes = {s.mode for s in series if s.done}
@@ -243,7 +49,7 @@ def references(series: list[Series], by_params: bool) -> list[figures.Line]:
             x = [PARAMS[depth][mode == "all"] if by_params else depth for depth in found]
             if found and mode in modes:
                 y = [float(value.split()[-1]) for value in found.values()]
-                lines.append(figures.Line(f"{mode}, {who}", mode, x, y, None, who))
+                lines.append(Line(f"{mode}, {who}", mode, x, y, None, who))
     return lines
 
 
@@ -297,7 +103,7 @@ def drawings(series: list[Series], machines: list[Series], cifar10: bool) -> lis
 
 def section(label: str, slug: str, members: list[Run], out: Path) -> str:
     """One setting's part of the page; writes its figures and tables on the way."""
-    series, machines = finished.series_of(members), finished.series_of(members, by_machine=True)
+    series, machines = gather.series_of(members), gather.series_of(members, by_machine=True)
     o, data_title = members[0].options, members[0].config["data_title"]
     cifar10 = re.fullmatch(r"CIFAR-10( \(not the official bytes\))?", data_title) is not None
     as_published = cifar10 and o["epochs"] == 160 and not o["train_subset"]
@@ -319,7 +125,7 @@ def section(label: str, slug: str, members: list[Run], out: Path) -> str:
     note += " The best epoch is chosen on the test set, of those that were tested: not a result."
     note += " Device and number format are not told apart; a seed counts once."
     note += " Paper and port: the official CIFAR-10, 160 epochs." if cifar10 else ""
-    add(accuracy_table(series, cifar10, as_published), note)
+    add(tables.accuracy_table(series, cifar10, as_published), note)
     missing = []
     for name, title, caption, drawn, source in drawings(series, machines, cifar10):
         if drawn is None:
@@ -334,7 +140,7 @@ def section(label: str, slug: str, members: list[Run], out: Path) -> str:
         caption += f"n = {counts[0]}" + (f" to {counts[-1]}" if counts[1:] else "") + " per mean."
         left_out = sum(s.diverged for s in used)
         caption += f" {left_out} diverged runs are left out." if left_out else ""
-        files = figures.render(figure)
+        files = render(figure)
         links = []
         for kind in ("png", "pdf"):
             file = f"figures/{slug}-{name}.{kind}"
@@ -344,14 +150,14 @@ def section(label: str, slug: str, members: list[Run], out: Path) -> str:
         image = f'<img src="{source}" alt="{e(title)}" style="width:{figure.get_figwidth():.2f}in">'
         text = f"<b>{e(title)}.</b> {e(caption)} {' '.join(links)}"
         parts.append(f"<figure>{image}\n<figcaption>{text}</figcaption></figure>\n")
-    add(parameter_table(members))
+    add(tables.parameter_table(members))
     add(
-        time_table(machines),
+        tables.time_table(machines),
         "Epoch and images/s: the median of a run's epochs; images/s is of training alone. "
         "Runs side by side in one process share its time and its memory.",
     )
-    add(not_finished_table(members))
-    add(runs_table(members))
+    add(tables.not_finished_table(members))
+    add(tables.runs_table(members))
     if missing:
         parts.append(f"<h3>Not shown, for want of data</h3>\n<ul>{''.join(missing)}</ul>\n")
     return "".join(parts) + "</section>\n"
@@ -373,7 +179,7 @@ def write_report(found: list[Run], out: Path) -> None:
     """`index.html`, `figures/` and `tables/` of the runs, in the folder `out`."""
     for folder in ("figures", "tables"):
         (out / folder).mkdir(parents=True, exist_ok=True)
-    settings = finished.by_setting(found)
+    settings = gather.by_setting(found)
     names = slugs(list(settings))
     contents = ""
     if len(settings) > 1:
@@ -446,7 +252,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         options = parser.parse_args(argv)
         write_report(finished.read_runs(options.runs), Path(options.out))
-    except finished.NoRuns as error:
+    except (finished.NoRuns, runs.RunError) as error:
         finished.note(str(error))
         return 2
     except OSError as error:

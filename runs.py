@@ -13,7 +13,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -65,6 +65,31 @@ def read_json(path: Path) -> dict | None:
     if not isinstance(content, dict):
         raise RunError(f"{path} holds no JSON object; delete it, or start again with --overwrite")
     return content
+
+
+def run_folders(given: Sequence[str | Path], say: Callable[[str], None]) -> Iterator[tuple[Path, str]]:
+    """Every run folder in or under `given`, once, and its name as shown; what is left out is told to `say`.
+
+    A folder is taken for a run's if it has config.json or summary.json; links are not followed. RunError
+    where there is no such folder.
+    """
+    seen = set()
+    for top in map(Path, given):
+        if not top.is_dir():
+            raise RunError(f"{top}: there is no such folder; name run folders, or a folder that holds some")
+        for path, folders, files in os.walk(
+            top, onerror=lambda error: say(f"left out {error.filename}: {error.strerror}")
+        ):
+            here = Path(path)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for link in (here / name for name in folders if (here / name).is_symlink()):
+                if any((link / name).exists() for name in ("config.json", "summary.json")):
+                    say(f"left out {link}: it is a link; name it on the command line to have it")
+            if {"config.json", "summary.json"} & set(files):
+                folders.clear()
+                if here.resolve() not in seen:
+                    seen.add(here.resolve())
+                    yield here, str(here.relative_to(top)) if here != top else here.resolve().name
 
 
 def read_rows(path: Path) -> list[dict]:

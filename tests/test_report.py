@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import finished
+import gather
 import report
 import runs
 
@@ -239,7 +240,7 @@ def read(*given: Path) -> list[finished.Run]:
 def test_settings_are_never_mixed(tmp_path, other):
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", seed=1, **other)
-    settings = finished.by_setting(read(tmp_path))
+    settings = gather.by_setting(read(tmp_path))
     assert sorted(len(members) for members in settings.values()) == [1, 1]
     assert len(set(report.slugs(list(settings)))) == 2
 
@@ -248,8 +249,8 @@ def test_other_options_make_other_series_and_logistics_do_not(tmp_path):
     for seed, more in enumerate(({}, {"out": "x", "memory": "stock"}, {"lr": 0.01}, {"dtype": "fp32"})):
         write_run(tmp_path, seed=seed, **more)
     found = read(tmp_path)
-    assert {s.variant: s.done for s in finished.series_of(found)} == {"": 3, "lr 0.01": 1}
-    assert len(finished.series_of(found, by_machine=True)) == 3  # stock memory costs otherwise
+    assert {s.variant: s.done for s in gather.series_of(found)} == {"": 3, "lr 0.01": 1}
+    assert len(gather.series_of(found, by_machine=True)) == 3  # stock memory costs otherwise
 
 
 def test_a_seed_counts_once(tmp_path, capsys):
@@ -265,8 +266,8 @@ def test_a_seed_on_two_machines_is_one_of_the_mean_and_a_row_of_each(tmp_path):
     write_run(tmp_path / "a", device_name="one")
     write_run(tmp_path / "b", device_name="another")
     found = read(tmp_path)
-    assert [s.done for s in finished.series_of(found)] == [1]
-    assert [s.done for s in finished.series_of(found, by_machine=True)] == [1, 1]
+    assert [s.done for s in gather.series_of(found)] == [1]
+    assert [s.done for s in gather.series_of(found, by_machine=True)] == [1, 1]
 
 
 def without(name: str, key: str):

@@ -1,0 +1,126 @@
+"""Runs gathered: into settings, which are never mixed, and in each into series over seeds."""
+
+import dataclasses
+import re
+import statistics
+from typing import NamedTuple
+
+import numpy as np
+
+from finished import DEFAULTS, SUMMARY, Run, variant_text
+
+
+class Mean(NamedTuple):
+    """A mean, its sample standard deviation (None where n is 1), and of how many."""
+
+    mean: float
+    std: float | None
+    n: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Series:
+    """Runs that differ in their seed alone: of one architecture and mode, with the same other options.
+
+    values: per name of a summary's field, one number per run. curves: per name of an epoch's field, an array
+    [runs, epochs], NaN where there was no test. analyses: what analysis.json held, of the runs that have one.
+    """
+
+    arch: str
+    mode: str
+    options: tuple[tuple[str, object], ...]  # those that differ from the published, and their values
+    machine: tuple[str, str, str]  # device, how it computed, torch; empty texts where they do not matter
+    done: int
+    diverged: int
+    values: dict[str, list[float]]
+    curves: dict[str, np.ndarray]
+    analyses: list[dict]
+
+    @property
+    def variant(self) -> str:
+        return variant_text(self.options)
+
+    @property
+    def label(self) -> str:
+        return ", ".join(filter(None, (self.mode, self.variant)))
+
+    def mean(self, name: str) -> Mean | None:
+        return mean_of(self.values[name])
+
+
+def mean_of(values: list[float]) -> Mean | None:
+    """Mean and sample standard deviation; None of nothing."""
+    if not values:
+        return None
+    return Mean(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+
+
+def setting_label(setting: tuple) -> str:
+    """`CIFAR-10, 4 epochs, lr steps at 2, 3, --quick, 3,000 training images`; the fingerprint is left out."""
+    title, epochs, schedule, steps, quick, subset, size, _ = setting
+    parts = [title, f"{epochs} epoch{'s' if epochs > 1 else ''}"]
+    if schedule != "step":
+        parts.append(f"{schedule} lr")
+    elif (epochs, steps) != (DEFAULTS["epochs"], tuple(DEFAULTS["milestones"])):
+        at = "s at " if steps[1:] else " at "
+        parts.append(f"lr step{at}{', '.join(map(str, steps))}" if steps else "no lr step")
+    parts += ["--quick"] if quick else []
+    parts += [f"{subset:,} training images"] if subset else []
+    parts += [f"{size}x{size} pixels"] if size not in (None, 32) else []
+    return ", ".join(parts)
+
+
+def by_setting(found: list[Run]) -> dict[str, list[Run]]:
+    """Runs by their setting's label, the longest training first; every label is of one setting."""
+    settings: dict[tuple, list[Run]] = {}
+    for run in found:
+        settings.setdefault(run.setting, []).append(run)
+    labels = [setting_label(setting) for setting in settings]
+    named = {}
+    for label, (setting, members) in zip(labels, settings.items(), strict=True):
+        told = f"{label}, data {setting[-1] or 'without a fingerprint'}" if labels.count(label) > 1 else label
+        while told in named:
+            told += "'"
+        named[told] = sorted(members, key=lambda run: (*_place(run), run.options["seed"], run.folder))
+    first = {label: (runs[0].options["quick"], -runs[0].options["epochs"]) for label, runs in named.items()}
+    return dict(sorted(named.items(), key=lambda item: (*first[item[0]], -len(item[1]), item[0])))
+
+
+def series_of(members: list[Run], by_machine: bool = False) -> list[Series]:
+    """The runs of one setting gathered over seeds: what is done, and how many diverged."""
+    groups: dict[tuple, dict[tuple, Run]] = {}
+    for run in members:
+        if run.summary["status"] in ("done", "diverged"):
+            machine = run.machine if by_machine else ("", "", "")
+            group = groups.setdefault((run.options["arch"], run.options["mode"], run.variant, machine), {})
+            before = group.get(run.options["seed"])  # which counts once, on however many machines it ran
+            if before is None or before.summary["status"] != "done":
+                group[run.options["seed"]] = run
+    gathered = []
+    for key, group in groups.items():
+        each = list(group.values())
+        done = [run for run in each if run.summary["status"] == "done"]
+        numbers = [name for name, (kind, *_) in SUMMARY.items() if kind is not str]
+        values = {
+            name: [run.summary[name] for run in done if run.summary[name] is not None] for name in numbers
+        }
+        having = [run.epochs for run in done if run.epochs]
+        for name in ("epoch_s", "images_per_s"):  # of a typical epoch: the first ones may wait or compile
+            rows = [[row[name] for row in epochs if row[name] is not None] for epochs in having]
+            values[name] = [statistics.median(one) for one in rows if one]
+        curves = {}
+        for name in ("train_loss", "train_acc", "test_loss", "test_acc") if having else ():
+            curves[name] = np.array([[row[name] for row in epochs] for epochs in having], float)
+        analyses = [run.analysis for run in done if run.analysis]
+        gathered.append(Series(*key, len(done), len(each) - len(done), values, curves, analyses))
+    return gathered
+
+
+def _place(run: Run) -> tuple:
+    """Where a run stands among others: depths and widths as numbers, the modes most compared first."""
+    first = ("all", "bn_only", "bn_main", "random")
+    mode = run.options["mode"]
+    rank = first.index(mode) if mode in first else len(first)
+    arch = re.split("([0-9]{1,9})", run.options["arch"])
+    arch[1::2] = map(int, arch[1::2])
+    return arch, rank, mode, len(run.variant), str(run.variant)
