@@ -86,7 +86,7 @@ class CudaPasses(TorchPasses):
             if config is None:
                 return TorchPasses.convolve(self, x, norm, weight, conv, bn)
             shape = _shape(x.shape, weight, conv)
-            z = _empty_image(x, (len(x), shape["C_OUT"], shape["H_OUT"], shape["W_OUT"]))
+            z = empty_image(x, (len(x), shape["C_OUT"], shape["H_OUT"], shape["W_OUT"]))
             positions, programs = _grid(z, config.block)
             partial = None if bn is None else _partial(z, programs)
             shape |= {"BLOCK": config.block, "BLOCK_IN": max(16, shape["C_IN"])}
@@ -114,7 +114,7 @@ class CudaPasses(TorchPasses):
             if config is None:
                 rest = weight, conv, x_shape, below, add, dz
                 return TorchPasses.convolve_backward(self, g, z, norm, sums, *rest)
-            dx = _empty_image(g, x_shape)
+            dx = empty_image(g, x_shape)
             positions, programs = _grid(dx, config.block)
             partial = None if below is None else _partial(dx, programs)
             tensors = g, z, norm, sums, weight, add, z_below, norm_below, dx, partial
@@ -154,7 +154,7 @@ class CudaPasses(TorchPasses):
     def activate(self, z, norm, shortcut=None, relu=True, want_signs=False):
         if not _covers([z, shortcut], [norm]):
             return super().activate(z, norm, shortcut, relu, want_signs)
-        y, (grid, positions, tile) = _empty_image(z, z.shape), _tiles(z)
+        y, (grid, positions, tile) = empty_image(z, z.shape), _tiles(z)
         signs = z.new_empty(z.numel() // 8, dtype=torch.uint8) if want_signs else None
         self.launch(kernels.activate, grid, z, norm, shortcut, y, signs, positions, RELU=relu, **tile)
         return y, signs
@@ -163,7 +163,7 @@ class CudaPasses(TorchPasses):
         if not _covers([dy, z], [norm]):
             return super().mask_and_sum(dy, z, norm, signs, relu)
         masked = relu or signs is not None
-        g, (grid, positions, tile) = _empty_image(dy, dy.shape) if masked else None, _tiles(z)
+        g, (grid, positions, tile) = empty_image(dy, dy.shape) if masked else None, _tiles(z)
         partial = _partial(z, grid[0])
         self.launch(kernels.mask_and_sum, grid, dy, z, norm, signs, g, partial, positions, **tile)
         return g if masked else dy, self.finish_sums(partial, z, norm)
@@ -171,7 +171,7 @@ class CudaPasses(TorchPasses):
     def gradient(self, g, z, norm, sums):
         if not _covers([g, z], [norm, sums]):
             return super().gradient(g, z, norm, sums)
-        dz, (grid, positions, tile) = _empty_image(z, z.shape), _tiles(z)
+        dz, (grid, positions, tile) = empty_image(z, z.shape), _tiles(z)
         self.launch(kernels.gradient, grid, g, z, norm, sums, dz, positions, **tile)
         return dz
 
@@ -234,7 +234,7 @@ def _partial(image: torch.Tensor, programs: int) -> torch.Tensor:
     return image.new_empty(2, image.shape[1], programs, dtype=torch.float32)
 
 
-def _empty_image(like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+def empty_image(like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     return torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 

@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import nn
 
-from kernels_cuda import CONFIGS, DTYPES, ELEMENTWISE, Config, CudaPasses, _empty_image
+from kernels_cuda import CONFIGS, DTYPES, ELEMENTWISE, Config, CudaPasses, empty_image
 from kernels_torch import Conv
 
 HOPPER, BYTES_PER_S, FLOP_PER_S, LAUNCH_S = ("cuda", 90, 32), 4.3e12, 790e12, 2e-6  # H200, as measured
@@ -106,7 +106,7 @@ def block(
 def resnet32(passes: CudaPasses, batch: int, repeats: int = 5) -> None:
     """The passes of one step in which BatchNorm alone is trained."""
     x = torch.empty(batch, 3, 32, 32, dtype=torch.bfloat16, device="meta")
-    x = block(passes, _empty_image(x, x.shape), [(16, 3, 1)], shortcut=False, first=True)
+    x = block(passes, empty_image(x, x.shape), [(16, 3, 1)], shortcut=False, first=True)
     for channels in (16, 32, 64):
         for _ in range(repeats):
             stride = 1 if x.shape[1] == channels else 2

@@ -350,7 +350,7 @@ def test_the_kernels_compile_for_hopper_to_its_own_matrix_instructions_without_s
     program = """if True:
         import torch, kernels_cuda, kernels_sm90
         like = torch.empty(0, dtype=torch.bfloat16, device="meta")
-        x = kernels_cuda._empty_image(like, (128, 64, 8, 8))
+        x = kernels_cuda.empty_image(like, (128, 64, 8, 8))
         kernels_sm90.block(kernels_sm90.Forecast(kernels_cuda.CONFIGS[0], set()), x, [(64, 3, 1)])
     """
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
