@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -101,16 +101,46 @@ def open_dataset(
     return dataset
 
 
-def class_subset(labels: np.ndarray, count: int, rng: np.random.RandomState) -> np.ndarray:
+def share_out(
+    labels: np.ndarray,
+    rng: Callable[[str, int], np.random.RandomState],
+    validation: int | None = None,
+    training: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted positions, int64, of the images to train on and of those to validate on, which are other ones.
+
+    `labels` are the training split's. `validation` images, 0 or a number of every class, are drawn first, so
+    they do not depend on `training`, of which the same holds; None is all others. `rng(stream, 0)` gives the
+    generators. Raises DataError as `class_subset` does.
+    """
+    every, held_out = np.arange(len(labels)), np.empty(0, np.int64)
+    if validation:
+        held_out = class_subset(labels, validation, rng("validation", 0), "--val-split", spare=1)
+        every = np.setdiff1d(every, held_out)
+    if training:
+        every = every[class_subset(labels[every], training, rng("subset", 0))]
+    return every, held_out
+
+
+def tenth(labels: np.ndarray) -> int:
+    """As many images as a tenth of the smallest class, and at least one, of every class."""
+    sizes = np.unique(labels, return_counts=True)[1]
+    return len(sizes) * max(1, int(sizes.min()) // 10)
+
+
+def class_subset(
+    labels: np.ndarray, count: int, rng: np.random.RandomState, option: str = "--train-subset", spare: int = 0
+) -> np.ndarray:
     """Sorted positions, int64 [count], of images chosen at random, the same number of every class.
 
-    Raises DataError if `count` is not a multiple of the number of classes, or more than the smallest allows.
+    Raises DataError, which names `option`, if `count` is not a multiple of the number of classes, or leaves
+    fewer than `spare` of one.
     """
     classes, sizes = np.unique(labels, return_counts=True)
     each, rest = divmod(count, len(classes))
-    if rest or not 1 <= each <= sizes.min():
-        most = sizes.min() * len(classes)
-        raise DataError(f"--train-subset {count}: give a multiple of {len(classes)} (classes), up to {most}")
+    if rest or not 1 <= each <= sizes.min() - spare:
+        most = (sizes.min() - spare) * len(classes)
+        raise DataError(f"{option} {count}: give a multiple of {len(classes)} (classes), up to {most}")
     return np.sort(np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:each] for c in classes]))
 
 

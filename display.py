@@ -65,8 +65,9 @@ class Display:
 
     def end_epoch(self, row: dict) -> None:
         text = f"train {row['train_loss']:.3f} {row['train_acc']:5.2f} %"
-        if row["test_acc"] is not None:
-            text += f"  test {row['test_loss']:.3f} {row['test_acc']:5.2f} %"
+        for name in ("val", "test"):
+            if row.get(f"{name}_acc") is not None:
+                text += f"  {name} {row[f'{name}_loss']:.3f} {row[f'{name}_acc']:5.2f} %"
         self.bars.update(self.run_bar, text=text)
         if not self.live:
             rate = f"{row['images_per_s']:,.0f} images/s" if row["images_per_s"] else ""
@@ -76,14 +77,21 @@ class Display:
 
 def show_results(folder: str, result: dict) -> None:
     """The table at the end of a run, from its summary. KeyError or TypeError for one that is not whole."""
-    size, epochs = result["checkpoint_bytes"], result["epochs"]
+    size, epochs = result["checkpoint_bytes"], result["epochs_done"]
     table = Table(title=f"{result['arch']}, {result['mode']}, seed {result['seed']}", show_header=False)
     table.add_column()
     table.add_column(overflow="fold")
     data = f"{result['data_title']}, {epochs} epoch{'s' if epochs > 1 else ''}"
+    data += f", of {result['epochs']}: {result['why']}" if result["why"] else ""
+    accuracy = f"{result['final_test_acc']:.2f} %  (best epoch {result['best_test_acc']:.2f} %)"
+    if "chosen_epoch" in result:
+        chosen = f"{result['chosen_test_acc']:.2f} %, epoch {result['chosen_epoch']}"
+        accuracy += f"; where validation was best: {chosen}"
+    if "final_test_top5_acc" in result:
+        accuracy += f"; top 5 {result['final_test_top5_acc']:.2f} %"
     for name, value in {
         "data": f"{data}, --quick" if result["quick"] else data,
-        "test accuracy": f"{result['final_test_acc']:.2f} %  (best epoch {result['best_test_acc']:.2f} %)",
+        "test accuracy": accuracy,
         "parameters trained": f"{result['params_trained']:,} of {result['params_total']:,}",
         "time": f"{result['train_s']:,.1f} s, after {result['startup_s']:.1f} s of start-up",
         "seed checkpoint": f"{size:,} bytes, {100 * size / result['full_bytes']:.2f} % of all weights",

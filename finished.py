@@ -11,11 +11,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import runs
-from options import LOGISTIC, QUICK, Options
+from options import LOGISTIC, RECIPES, Options, defaults
 
-DEFAULTS = json.loads(json.dumps(dataclasses.asdict(Options())))  # as config.json has them
+
+def as_json(options: Options) -> dict:
+    """As config.json has them."""
+    return json.loads(json.dumps(dataclasses.asdict(options)))
+
+
+DEFAULTS = as_json(Options())
 COST_ONLY = ("loader", "memory", "no_compile")  # what changes time and memory, not accuracy
-OF_THE_SETTING = {"epochs", "milestones", "schedule", "quick", "train_subset", "image_size"}
+OF_THE_SETTING = {"epochs", "milestones", "schedule", "quick", "train_subset", "val_split", "image_size"}
 NOT_VARIANTS = {"arch", "mode", "data", "seed", "dtype", *LOGISTIC, *OF_THE_SETTING}
 
 HUGE = 1e100  # more than any number of a run, and its square is still finite
@@ -26,6 +32,10 @@ SUMMARY = {  # kind, may be null, least, most
     "params_trained": (int, False, 0, 2**62),
     "final_test_acc": (float, True, 0, 100),
     "best_test_acc": (float, True, 0, 100),
+    "final_test_top5_acc": (float, True, 0, 100),
+    "chosen_epoch": (int, True, 1, 10**6),
+    "chosen_test_acc": (float, True, 0, 100),
+    "best_val_acc": (float, True, 0, 100),
     "epochs_done": (int, False, 0, 10**6),
     "train_s": (float, False, 0, HUGE),
     "startup_s": (float, False, 0, HUGE),
@@ -40,8 +50,19 @@ EPOCH = {
     "train_acc": (float, False, 0, 100),
     "test_loss": (float, True, -HUGE, HUGE),
     "test_acc": (float, True, 0, 100),
+    "test_top5_acc": (float, True, 0, 100),
+    "val_loss": (float, True, -HUGE, HUGE),
+    "val_acc": (float, True, 0, 100),
     "epoch_s": (float, False, 0, HUGE),
     "images_per_s": (float, True, 0, HUGE),
+}
+STARTED_FROM = {
+    "run": (str, False),
+    "mode": (str, False),
+    "epochs": (int, False, 0, 10**6),
+    "epoch_s": (float, False, 0, HUGE),
+    "test_acc": (float, True, 0, 100),
+    "started_from": (dict, True),
 }
 COUNTS = {"count": (int, False, 1, 2**62), "edges": (list, False), "counts": (list, False)}
 ANALYSIS = {
@@ -76,29 +97,36 @@ class Run(NamedTuple):
     @property
     def setting(self) -> tuple:
         """What two runs must share to stand on one page section."""
-        o, recipe = self.options, self.config["recipe"]
-        steps = tuple(m for m in o["milestones"] if m < o["epochs"]) if o["schedule"] == "step" else ()
-        size = recipe.get("image_size") or o["image_size"]
-        course = o["epochs"], o["schedule"], steps
-        return (
-            self.config["data_title"],
-            *course,
-            o["quick"],
-            o["train_subset"],
-            size,
-            recipe.get("fingerprint"),
+        o, recipe, before = self.options, self.config["recipe"], self.before[0]
+        steps = (
+            tuple(m + before for m in o["milestones"] if m < o["epochs"]) if o["schedule"] == "step" else ()
         )
+        size = recipe.get("image_size") or o["image_size"]
+        course = before + o["epochs"], o["schedule"], steps
+        images = o["quick"], o["train_subset"], recipe.get("val_images") or 0
+        return self.config["data_title"], *course, *images, size, recipe.get("fingerprint")
+
+    @property
+    def before(self) -> tuple[int, float]:
+        """Epochs of the runs that this one started from, and their seconds, were each its median one."""
+        epochs, seconds, run = 0, 0.0, self.config["started_from"]
+        while run:
+            epochs, seconds = epochs + run["epochs"], seconds + run["epochs"] * run["epoch_s"]
+            run = run.get("started_from")
+        return epochs, seconds
 
     @property
     def variant(self) -> tuple[tuple[str, object], ...]:
         """The options, with their values, that set it apart from the published run of its setting."""
-        published = DEFAULTS | ({"batch_size": QUICK.batch_size} if self.options["quick"] else {})
+        recipe = self.options["recipe"] if self.options["recipe"] in RECIPES else None
+        published = as_json(defaults(recipe, self.options["quick"])) | {"recipe": None}
         differing = {k: v for k, v in self.options.items() if k not in NOT_VARIANTS and v != published.get(k)}
         processes = self.config["recipe"].get("processes") or 1
         if processes > 1 and not self.options["sync_bn"]:
             differing["processes"] = processes  # each of which normalised its own part of a batch
         if differing.get("init_from"):
-            differing["init_from"] = Path(differing["init_from"]).stem
+            start, before = Path(differing["init_from"]).name, self.config["started_from"]
+            differing["init_from"] = f"{before['epochs']} epochs of {before['mode']}" if before else start
         return tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in sorted(differing.items()))
 
     @property
@@ -189,8 +217,9 @@ def check_options(options: dict) -> None:
         if not all(-HUGE <= number <= HUGE for number in numbers):  # nor is NaN between any two numbers
             raise Rubbish(f"option {name} is {str(value)[:40]}, out of range")
     kinds = {"epochs": (int, False, 1, 10**6), "train_subset": (int, True, 1, 2**62)}
-    kinds |= {"image_size": (int, True, 1, 65536)}
-    check(options, kinds | dict.fromkeys(("init_from", "dtype", "loader"), (str, True)), "options")
+    kinds |= {"image_size": (int, True, 1, 65536), "early_stop": (int, True, 1, 10**6)}
+    kinds |= {"val_split": (int, True, 0, 2**62)}
+    check(options, kinds | dict.fromkeys(("init_from", "dtype", "loader", "recipe"), (str, True)), "options")
     if not all(type(m) is int for m in options["milestones"]):
         raise Rubbish("option milestones are no epochs")
 
@@ -252,12 +281,16 @@ def read_run(folder: Path, shown: str) -> Run:
     if config is None:  # a summary has the options too
         options = {key: value for key, value in summary.items() if key not in results}
         config = {"options": options, "data_title": summary.get("data_title")}
-    config = {"recipe": {}, "versions": {}, "device_name": "unknown device"} | config
+    config = {"recipe": {}, "versions": {}, "device_name": "unknown device", "started_from": None} | config
     kinds = {"options": (dict, False), "recipe": (dict, False), "versions": (dict, False)}
     kinds |= {"data_title": (str, False), "device_name": (str, False), "git_commit": (str, True)}
-    check(config, kinds, "config.json")
+    check(config, kinds | {"started_from": (dict, True)}, "config.json")
+    start = config["started_from"]
+    while start:
+        check(start, STARTED_FROM, "config.json, started_from")
+        start = start.get("started_from")
     recipe = {"fingerprint": (str, True), "dtype": (str, True), "image_size": (int, True, 1, 65536)}
-    recipe["processes"] = int, True, 1, 65536
+    recipe |= {"processes": (int, True, 1, 65536), "val_images": (int, True, 0, 2**62)}
     check(config["recipe"], recipe, "config.json, recipe")
     check(
         config["versions"],
@@ -265,6 +298,8 @@ def read_run(folder: Path, shown: str) -> Run:
         "config.json, versions",
     )
     options = DEFAULTS | config["options"]
+    if options.pop("no_augment", False):  # as it was before there were several
+        options["augment"] = "none"
     check_options(options)
     for name in {"arch", "mode", "seed"} - config["options"].keys():
         raise Rubbish(f"config.json: there is no option {name}")
@@ -283,8 +318,8 @@ def read_run(folder: Path, shown: str) -> Run:
         needed = ("final_test_acc", "best_test_acc", "checkpoint_bytes")
         for name in [name for name in needed if summary[name] is None]:
             raise Rubbish(f"summary.json: it is done, and has no {name}")
-        if epochs and len(epochs) != options["epochs"]:
-            raise Rubbish(f"metrics.jsonl has {len(epochs)} of {options['epochs']} epochs")
+        if epochs and len(epochs) != summary["epochs_done"]:
+            raise Rubbish(f"metrics.jsonl has {len(epochs)} of {summary['epochs_done']} epochs")
     return Run(shown, options, config, summary, epochs, analysis)
 
 

@@ -6,6 +6,7 @@ python freeze.py evaluate RUN_OR_FILE [--data ...]    # test accuracy of a run, 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -38,7 +39,7 @@ RECIPE = {
     **dict.fromkeys(("data", "fingerprint", "dtype", "device"), str),
     **dict.fromkeys(("seed", "per_channel", "image_size", "batch_size"), int),
     **dict.fromkeys(("classes", "mean", "std"), list),
-    **{"init_from": (str, type(None)), "compile": bool},
+    **{"init_from": (str, type(None)), "reset_bn": bool, "compile": bool},
 }
 
 
@@ -183,7 +184,9 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata() or {}
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, not a dict
-        check_recipe(json.loads(metadata["recipe"]))
+        check_recipe(
+            {"reset_bn": False} | json.loads(metadata["recipe"])
+        )  # which the first runs did not have
         if not 0 <= int(metadata["steps"]) < 2**63 or len(metadata["full_sha256"]) != 64:
             raise ValueError("steps or full_sha256 are out of range")
     except FileNotFoundError:
@@ -207,15 +210,32 @@ def check_recipe(recipe: dict) -> None:
 
 def create(recipe: dict, say: Callable[[str], None] = lambda line: None) -> nn.Module:
     """The network of `recipe` at its initial weights, frozen as its mode says; on the CPU."""
+    start = read_start(recipe["init_from"]) if recipe["init_from"] else None
     with torch.device("meta"):  # no draw of torch's own that ours would replace
         model = models.build(recipe["arch"], len(recipe["classes"]), recipe["shortcut"])
     model.to_empty(device="cpu")
     models.initialise(model, recipe["seed"], recipe["conv_init"], recipe["bn_init"])
-    if recipe["init_from"]:
-        for name in models.load_weights(model, recipe["init_from"]):
+    if start is not None:
+        for name in models.load_weights(model, start, recipe["init_from"]):
             say(f"{name} is drawn anew: {recipe['init_from']} has another number of classes")
+        if recipe["reset_bn"]:
+            models.initialise_batchnorm(model, recipe["seed"], recipe["bn_init"])
     freeze(model, recipe["mode"], recipe["per_channel"], recipe["seed"])
     return model
+
+
+def read_start(path: str | Path) -> dict[str, torch.Tensor]:
+    """Every weight of a run folder, a seed checkpoint, or a file of weights (models.read_weights)."""
+    metadata = {}
+    if Path(path).suffix == ".safetensors":
+        with contextlib.suppress(SafetensorError, OSError), safe_open(path, "pt") as opened:
+            metadata = opened.metadata() or {}
+    if not Path(path).is_dir() and "frozen_sha256" not in metadata:
+        return models.read_weights(path)
+    try:
+        return full_state(restore(path)[0])
+    except RecursionError:
+        raise FreezeError(f"--init-from {path}: this run starts, by whatever others, from itself") from None
 
 
 def restore(path: str | Path, init_from: str | None = None) -> tuple[nn.Module, dict]:
@@ -225,7 +245,7 @@ def restore(path: str | Path, init_from: str | None = None) -> tuple[nn.Module, 
     weights of a run with `--init-from` lie now.
     """
     tensors, metadata = read_checkpoint(path)
-    recipe = json.loads(metadata["recipe"])
+    recipe = {"reset_bn": False} | json.loads(metadata["recipe"])
     rebuilt_before = "frozen_sha256" not in metadata
     if rebuilt_before:
         with torch.device("meta"):

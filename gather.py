@@ -9,6 +9,8 @@ import numpy as np
 
 from finished import DEFAULTS, SUMMARY, Run, variant_text
 
+CURVES = ("train_loss", "train_acc", "test_loss", "test_acc", "val_acc")
+
 
 class Mean(NamedTuple):
     """A mean, its sample standard deviation (None where n is 1), and of how many."""
@@ -22,8 +24,10 @@ class Mean(NamedTuple):
 class Series:
     """Runs that differ in their seed alone: of one architecture and mode, with the same other options.
 
-    values: per name of a summary's field, one number per run. curves: per name of an epoch's field, an array
-    [runs, epochs], NaN where there was no test. analyses: what analysis.json held, of the runs that have one.
+    values: per name of a summary's field, one number per run. curves: per name of CURVES, an array [runs,
+    epochs] from the first epoch of what they started from, NaN where there was no test, or no epoch of their
+    own; `seconds`: the time until then, were all epochs the run's median one. analyses: what analysis.json
+    held, of the runs that have one.
     """
 
     arch: str
@@ -57,7 +61,7 @@ def mean_of(values: list[float]) -> Mean | None:
 
 def setting_label(setting: tuple) -> str:
     """`CIFAR-10, 4 epochs, lr steps at 2, 3, --quick, 3,000 training images`; the fingerprint is left out."""
-    title, epochs, schedule, steps, quick, subset, size, _ = setting
+    title, epochs, schedule, steps, quick, subset, held_out, size, _ = setting
     parts = [title, f"{epochs} epoch{'s' if epochs > 1 else ''}"]
     if schedule != "step":
         parts.append(f"{schedule} lr")
@@ -66,6 +70,7 @@ def setting_label(setting: tuple) -> str:
         parts.append(f"lr step{at}{', '.join(map(str, steps))}" if steps else "no lr step")
     parts += ["--quick"] if quick else []
     parts += [f"{subset:,} training images"] if subset else []
+    parts += [f"{held_out:,} for validation"] if held_out else []
     parts += [f"{size}x{size} pixels"] if size not in (None, 32) else []
     return ", ".join(parts)
 
@@ -104,16 +109,27 @@ def series_of(members: list[Run], by_machine: bool = False) -> list[Series]:
         values = {
             name: [run.summary[name] for run in done if run.summary[name] is not None] for name in numbers
         }
-        having = [run.epochs for run in done if run.epochs]
+        having = [run for run in done if run.epochs]
         for name in ("epoch_s", "images_per_s"):  # of a typical epoch: the first ones may wait or compile
-            rows = [[row[name] for row in epochs if row[name] is not None] for epochs in having]
+            rows = [[row[name] for row in run.epochs if row[name] is not None] for run in having]
             values[name] = [statistics.median(one) for one in rows if one]
-        curves = {}
-        for name in ("train_loss", "train_acc", "test_loss", "test_acc") if having else ():
-            curves[name] = np.array([[row[name] for row in epochs] for epochs in having], float)
+        curves = {name: curve(having, name) for name in CURVES if having}
+        if having:
+            epoch_s = curve(having, "epoch_s")
+            number, typical = np.arange(epoch_s.shape[1]) + 1, np.nanmedian(epoch_s, axis=1, keepdims=True)
+            before, seconds = np.array([run.before for run in having]).T[..., None]
+            curves["seconds"] = np.where(np.isnan(epoch_s), np.nan, seconds + (number - before) * typical)
         analyses = [run.analysis for run in done if run.analysis]
         gathered.append(Series(*key, len(done), len(each) - len(done), values, curves, analyses))
     return gathered
+
+
+def curve(each: list[Run], name: str) -> np.ndarray:
+    """`name` per run and epoch, [runs, epochs], NaN where there is none."""
+    found = np.full((len(each), max(run.before[0] + len(run.epochs) for run in each)), np.nan)
+    for row, run in zip(found, each, strict=True):
+        row[run.before[0] :][: len(run.epochs)] = [epoch[name] for epoch in run.epochs]
+    return found
 
 
 def _place(run: Run) -> tuple:

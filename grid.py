@@ -4,13 +4,13 @@ import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import provenance
 import runs
 import sources
-import train
 from options import LOGISTIC, OptionError, Options, parse_options
 
 FOLDER = Path(__file__).parent
@@ -19,6 +19,14 @@ WIDTHS = "resnet14 resnet14_w2 resnet14_w4 resnet14_w8 resnet14_w16 resnet14_w32
 PARTS = "output shortcut bn+output bn+shortcut bn+output+shortcut none"
 STARTS = ["", "--bn-init ones", "--bn-init one_one", "--bn-init signed_uniform", "--bn-init he_normal"]
 STARTS += ["--conv-init kaiming_uniform", "--conv-init orthogonal", "--conv-init binary"]
+TRIALS = """
+--lr 0.03, --lr 0.3, --lr 1, --weight-decay 0, --weight-decay 0.001, --batch-size 32, --batch-size 64,
+--batch-size 256, --label-smoothing 0.1, --schedule cosine, --bn-init ones, --bn-init signed_uniform,
+--bn-init he_normal, --conv-init orthogonal, --optimizer adam --lr 0.01 --weight-decay 0,
+--optimizer adam --lr 0.001 --weight-decay 0, --optimizer adam --lr 0.03 --weight-decay 0
+"""
+TRIALS = [f"--val-split 5000 {trial.strip()}" for trial in ["", *TRIALS.split(",")]]
+FIRST_PARTS = (5, 10, 20, 40)  # of 160 epochs, in which BatchNorm alone trains before everything does
 DEFAULT = {"ARCHS": "resnet32 resnet56 resnet110", "MODES": "all bn_only random", "SEEDS": "0 1 2"}
 GRIDS = {  # what differs from the default
     "depth": {"ARCHS": DEPTHS},
@@ -26,17 +34,24 @@ GRIDS = {  # what differs from the default
     "vgg": {"ARCHS": "vgg11 vgg13 vgg16 vgg19"},
     "parts": {"MODES": PARTS},
     "init": {"MODES": "bn_only", "STARTS": STARTS},
+    "recipe": {"ARCHS": "resnet14", "MODES": "bn_only", "SEEDS": "0", "STARTS": TRIALS},
+    "warmstart": {"ARCHS": "resnet32", "MODES": "all"},
+    "retrain": {"ARCHS": "resnet32", "MODES": "all"},
 }
 STATUSES = ("done", "running", "interrupted", "diverged", "failed", "to do")
 
 
 class Cell(NamedTuple):
-    """One run of train.py, with its place in the grid, its arguments but for the seed, and its folder."""
+    """One run of train.py, with its place in the grid, its arguments but for the seed, and its folder.
+
+    `start` is the folder of the cell that it starts from, if any.
+    """
 
     number: int
     arguments: tuple[str, ...]
     options: Options
     path: Path
+    start: Path | None
 
 
 class State(NamedTuple):
@@ -74,15 +89,59 @@ def make_grid(environment: Mapping[str, str], argv: Sequence[str]) -> list[Cell]
         argv += ["--data", "cifar10" if found else "synthetic"]
         if not found:
             print("sweep.py: --quick takes synthetic images, for want of CIFAR-10", file=sys.stderr)
-    cells = {}
-    for start in grid.get("STARTS", [""]):
+    cells: dict[Path, Cell] = {}
+
+    def add(*more: str, start: str | None = None) -> str:
+        """Cells of all seeds; returns what --init-from takes to start from them. `start` is such a value."""
+        arguments = (*argv, *more, *(("--init-from", start) if start else ()))
+        for options in parse_options([*arguments, "--seed", *seeds], __doc__)[0]:
+            path = folder(options)
+            begins = Path(start.replace("{seed}", str(options.seed))) if start else None
+            cells.setdefault(path, Cell(len(cells), arguments, options, path, begins))
+        mode = f"-{options.mode}-s"
+        name = path.name.replace(f"{mode}{options.seed}", mode + "{seed}", 1)
+        return str(path.with_name(name))
+
+    for trial in grid.get("STARTS", [""]):
         for arch in archs:
             for mode in modes:
-                arguments = ("--arch", arch, "--mode", mode, *start.split(), *argv)
-                for options in parse_options([*arguments, "--seed", *seeds], __doc__)[0]:
-                    path = Path(options.out) / train.cell_name(options, sources.short_name(options.data))
-                    cells.setdefault(path, Cell(len(cells), arguments, options, path))
+                base = ["--arch", arch, "--mode", mode, *trial.split()]
+                done = add(*base)
+                if name == "warmstart":
+                    add_warm_starts(add, base, each[0])
+                elif name == "retrain":
+                    add_retraining(add, base, done, each[0])
     return list(cells.values())
+
+
+def add_warm_starts(add: Callable[..., str], base: list[str], options: Options) -> None:
+    """Runs as long as `base` that train BatchNorm alone first, at the first rate, and then what it does."""
+    for share in FIRST_PARTS:
+        first = max(1, round(share * options.epochs / 160))
+        left = [str(m - first) for m in options.milestones if m > first]
+        only = ["--mode", "bn_only", "--epochs", str(first), "--schedule", "constant"]
+        start = add(*base, *only)
+        add(*base, "--epochs", str(options.epochs - first), "--milestones", *left, start=start)
+
+
+def add_retraining(add: Callable[..., str], base: list[str], done: str, options: Options) -> None:
+    """An eighth as many epochs on top of the run `done`: of BatchNorm alone, kept or drawn anew, and of
+    everything, to compare; each at the first rate and at a tenth of it."""
+    more = max(2, options.epochs // 8)
+    course = ["--epochs", str(more), "--milestones", str(more // 2), *([str(3 * more // 4)] * (more > 3))]
+    for lr in (options.lr, options.lr / 10):
+        for what in (["--mode", "bn_only"], ["--mode", "bn_only", "--reset-bn"], []):
+            add(*base, *course, "--lr", f"{lr:g}", *what, start=done)
+
+
+def folder(options: Options) -> Path:
+    return Path(options.out) / provenance.cell_name(options, sources.short_name(options.data))
+
+
+def with_starts(cell: Cell, cells: Sequence[Cell]) -> list[Cell]:
+    """The cell after those, of `cells`, that it starts from."""
+    before = [other for other in cells if other.path == cell.start]
+    return [*(each for other in before for each in with_starts(other, cells)), cell]
 
 
 def prepare(options: Options) -> bool:

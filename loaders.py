@@ -1,6 +1,6 @@
-"""Batches on the device: which image comes when, how it is cropped and flipped, and how it gets there.
+"""Batches on the device: which image comes when, how it is normalised, and how it gets there.
 
-train = make_loader(dataset, "train", batch_size=128, device=device, dtype=dtype, rng=rng, augment=True)
+train = make_loader(dataset, "train", batch_size=128, device=device, dtype=dtype, rng=rng, augmented="paper")
 for images, labels in train.epoch(0): ...
 """
 
@@ -13,47 +13,31 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import augment
 from data import DataError, Dataset, import_ffcv
 
-PAD = 4  # pixels of black around an image before a random crop (He et al. 2016, section 4.2)
-
-
-def augment(images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-    """Crop each image out of its zero-padded self and flip it left to right, or not.
-
-    `images` uint8 [N, H, W, 3]; `draws` int64 [N, 3]: row and column of the crop in the image padded by 4
-    pixels on every side (0..8), and 1 for a flip. Returns uint8 [N, H, W, 3]. No shape depends on a value and
-    nothing waits for the device, so it can be captured in a CUDA graph.
-    """
-    count, height, width, _ = images.shape
-    padded = torch.nn.functional.pad(images, (0, 0, PAD, PAD, PAD, PAD))
-    first_rows = torch.arange(count, device=images.device)[:, None] * (height + 2 * PAD) + draws[:, :1]
-    rows = first_rows + torch.arange(height, device=images.device)
-    columns = torch.arange(width, device=images.device).expand(count, width)
-    columns = torch.where(draws[:, 2:] > 0, width - 1 - columns, columns) + draws[:, 1:2]
-    pixels = rows[:, :, None] * (width + 2 * PAD) + columns[:, None, :]
-    return padded.view(-1, 3).index_select(0, pixels.view(-1)).view(images.shape)
+SPLITS = {"train": "train", "validation": "train", "test": "test"}  # where each one's images lie
 
 
 def normalise(
     pixels: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """(pixels - mean) / std, uint8 [N, H, W, 3] to `dtype` [N, 3, H, W], channels_last; mean, std [3]."""
+    """(pixels - mean) / std: [N, H, W, 3], uint8 or written to, as `dtype` [N, 3, H, W]; mean, std [3]."""
     normal = pixels.float().sub_(mean).div_(std)  # in place, because fresh memory costs more than arithmetic
     return normal.to(dtype).permute(0, 3, 1, 2)  # which is channels_last without a copy
 
 
 class _Loader:
-    """What both loaders share: which image comes when, how it is cropped, and what a batch looks like."""
+    """What both loaders share: which image comes when, how it is changed, and what a batch looks like."""
 
     def __init__(self, dataset, split, batch_size, device, dtype, rng, augmented, subset, share):
-        self.source, self.train = getattr(dataset, split), split == "train"
+        self.source, self.train = getattr(dataset, SPLITS[split]), split == "train"
         every = np.arange(len(self.source.labels))
         self.positions = every if subset is None else np.asarray(subset, np.int64)
         self.num_images, self.image_size = len(self.positions), dataset.image_size
         self.rank, self.processes = share
         self.batch_size = batch_size // self.processes  # this process's part
-        self.rng, self.augmented = rng, augmented and self.train
+        self.rng, self.parts = rng, augment.parts_of(augmented) if self.train else set()
         self.device, self.dtype = torch.device(device), dtype
         self.mean, self.std = (torch.tensor(x, device=self.device) for x in (dataset.mean, dataset.std))
 
@@ -62,7 +46,7 @@ class _Loader:
         return whole if self.train else whole + (rest > 0)
 
     def drawn(self, epoch: int) -> tuple[np.ndarray, torch.Tensor | None]:
-        """Positions in the split, int64, in the epoch's order; and `augment`'s draws for them.
+        """Positions in the split, int64, in the epoch's order; and augmentation's draws for them.
 
         All are drawn at once, so they depend on the seed and the epoch alone; of each batch, a process then
         takes its own part.
@@ -71,11 +55,9 @@ class _Loader:
         if self.train:
             shuffled = self.rng("order", epoch).permutation(self.num_images)
             order = order[shuffled[: len(self) * self.batch_size * self.processes]]
-        if self.augmented:
-            rng = self.rng("augment", epoch)
-            offsets = rng.randint(0, 2 * PAD + 1, (self.num_images, 2), dtype=np.int64)
-            flips = rng.randint(0, 2, (self.num_images, 1), dtype=np.int64)
-            draws = torch.from_numpy(self.part(np.concatenate([offsets, flips], 1)[: len(order)]))
+        if self.parts:
+            drawn = augment.draw(self.parts, self.rng, epoch, self.num_images)
+            draws = torch.from_numpy(self.part(drawn[: len(order)]))
         return self.part(order), draws
 
     def part(self, drawn: np.ndarray) -> np.ndarray:
@@ -87,7 +69,7 @@ class _Loader:
 
     def prepare(self, images: torch.Tensor, draws: torch.Tensor | None) -> torch.Tensor:
         if draws is not None:
-            images = augment(images, draws)
+            images = augment.augment(images, draws, self.parts)
         return normalise(images, self.mean, self.std, self.dtype)
 
     def epoch(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -124,7 +106,7 @@ class _ResidentLoader(_Loader):
         index = self.order.index_select(0, position)[0]
         draws = self.draws
         if draws is not None:
-            draws = draws.view(len(self), -1, 3).index_select(0, position)[0]
+            draws = draws.view(len(self), -1, augment.DRAWS).index_select(0, position)[0]
         # Not index_select, which shares out every image among the threads, and waits for them each time.
         return self.prepare(self.images[index], draws), self.labels[index]
 
@@ -208,22 +190,24 @@ def make_loader(
     device: torch.device | str,
     dtype: torch.dtype,
     rng: Callable[[str, int], np.random.RandomState] | None = None,
-    augment: bool = False,
+    augmented: str = "none",
     subset: np.ndarray | None = None,
     compiled: bool = False,
     share: tuple[int, int] = (0, 1),
 ) -> _Loader:
-    """A loader of "train" (shuffled, last partial batch dropped) or "test" (in file order, every image once).
+    """A loader of "train" (shuffled, augmented, last partial batch dropped), or of "test" or "validation"
+    (training images, of which `subset` says which): in file order, as they are, every image once.
 
     `loader.epoch(e)` yields `len(loader)` batches. `rng(stream, epoch)` gives the generators of order and
-    augmentation. `subset`: positions in the split. `kind`: "resident", "ffcv", or None for resident if both
-    splits take at most half of the device's free memory. `compiled`: on a GPU, prepare batches by
-    torch.compile. `share`: (r, n) for the r-th of n equal parts of every batch, to train on; the batches are
-    those of (0, 1), cut. Raises DataError: too few images, or no FFCV.
+    augmentation, `augmented` is its name in augment.py. `subset`: positions in the split. `kind`: "resident",
+    "ffcv", or None for resident if both splits take at most half of the device's free memory. `compiled`: on
+    a GPU, prepare batches by torch.compile. `share`: (r, n) for the r-th of n equal parts of every batch, to
+    train on; the batches are those of (0, 1), cut. Raises DataError: too few images, or no FFCV.
     """
-    if split not in ("train", "test") or kind not in ("resident", "ffcv", None):
-        raise ValueError(f"split {split!r}, kind {kind!r}: give train or test, and resident, ffcv or None")
-    count = len(getattr(dataset, split).labels) if subset is None else len(subset)
+    if split not in SPLITS or kind not in ("resident", "ffcv", None):
+        known = "train, validation or test, and resident, ffcv or None"
+        raise ValueError(f"split {split!r}, kind {kind!r}: give {known}")
+    count = len(getattr(dataset, SPLITS[split]).labels) if subset is None else len(subset)
     if batch_size < 1 or (split == "train" and count < batch_size):
         raise DataError(f"--batch-size {batch_size}: give 1 to {count}, the number of images to train on")
     if kind is None:
@@ -231,7 +215,7 @@ def make_loader(
         fits = dataset.train.beton is None or size <= _free_bytes(torch.device(device)) // 2
         kind = "resident" if fits else "ffcv"
     make = _ResidentLoader if kind == "resident" else _FfcvLoader
-    return make(dataset, split, batch_size, device, dtype, rng, augment, subset, share, compiled=compiled)
+    return make(dataset, split, batch_size, device, dtype, rng, augmented, subset, share, compiled=compiled)
 
 
 def _free_bytes(device: torch.device) -> int:

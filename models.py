@@ -268,9 +268,8 @@ def initialise(
     one_one 1, 1; signed_uniform U[-1, 1], 0; he_normal: Keras's (a normal truncated at two deviations,
     variance 2/C), 0.
     """
-    for init, known in ((conv_init, CONV_INITS), (bn_init, BN_INITS)):
-        if init not in known:
-            raise ModelError(f"the initialisation {init} is not known; choose from {', '.join(known)}")
+    if conv_init not in CONV_INITS:
+        raise ModelError(f"the initialisation {conv_init} is not known; choose from {', '.join(CONV_INITS)}")
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
             draw = _CONV_DRAWS[conv_init](stream(seed, f"weights/{name}"), tuple(module.weight.shape))
@@ -279,7 +278,16 @@ def initialise(
             draw = _kaiming_normal(stream(seed, f"weights/{name}"), tuple(module.weight.shape))
             module.weight.copy_(torch.from_numpy(draw.astype(np.float32)))
             module.bias.zero_()
-        elif isinstance(module, nn.BatchNorm2d):
+    initialise_batchnorm(model, seed, bn_init)
+
+
+@torch.no_grad()
+def initialise_batchnorm(model: nn.Module, seed: int, bn_init: str = "uniform") -> None:
+    """Draw gamma and beta as `initialise` does, and forget the running statistics."""
+    if bn_init not in BN_INITS:
+        raise ModelError(f"the initialisation {bn_init} is not known; choose from {', '.join(BN_INITS)}")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
             gamma = _GAMMA_DRAWS[bn_init](stream(seed, f"batchnorm/{name}"), module.num_features)
             module.weight.copy_(torch.from_numpy(np.asarray(gamma, np.float32)))
             module.bias.fill_(1.0 if bn_init == "one_one" else 0.0)
@@ -348,12 +356,10 @@ _GAMMA_DRAWS: dict[str, Callable] = {
 }
 
 
-def load_weights(model: nn.Module, path: str | Path) -> list[str]:
-    """Load a `.safetensors` file or a state dict saved by `torch.save` into `model`, by name.
+def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of a `.safetensors` file, or of a state dict saved by `torch.save`, by name.
 
-    The output layer keeps its draw where the file's has another number of classes; returns the names so
-    left. Raises ModelError for a file that cannot be read without running code, or whose names or shapes do
-    not fit.
+    Raises ModelError for a file that cannot be read without running code.
     """
     path = Path(path)
     try:
@@ -364,7 +370,7 @@ def load_weights(model: nn.Module, path: str | Path) -> list[str]:
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise ModelError(f"--init-from {path}: there is no such file") from None
+        raise ModelError(f"--init-from {path}: there is no such file or run") from None
     except Exception as error:  # the readers' own errors for rubbish are of many kinds
         reason = str(error).splitlines()[0]
         raise ModelError(
@@ -373,10 +379,20 @@ def load_weights(model: nn.Module, path: str | Path) -> list[str]:
         ) from None
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise ModelError(f"--init-from {path}: holds no state dict (names to tensors)")
+    return tensors
 
+
+def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], path: str | Path) -> list[str]:
+    """Load `tensors`, which are from `path`, into `model`, by name.
+
+    The output layer keeps its draw where theirs has another number of classes; returns the names so left.
+    Raises ModelError where names or shapes do not fit.
+    """
     own = {name: t for name, t in model.state_dict().items() if not name.endswith("num_batches_tracked")}
     given = {name: t for name, t in tensors.items() if not name.endswith("num_batches_tracked")}
-    other_head = [n for n in ("fc.weight", "fc.bias") if n in given and len(given[n]) != len(own[n])]
+    other_head = [
+        n for n in ("fc.weight", "fc.bias") if n in given and given[n].shape[:1] != own[n].shape[:1]
+    ]
     for name in other_head:
         given[name] = own[name]
     wrong = [f"{n} (missing)" for n in own if n not in given]

@@ -3,16 +3,28 @@
 import argparse
 import dataclasses
 import functools
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
+import augment as augmentation
 import freeze
 import kernels
 import models
 import step as steps
 from processes import ALONE, Group
+
+# What --recipe stands for. 000-1 to 000-3 are the experiments of a Keras study of ResNet-50, made honest:
+# what it chose on test images is chosen on validation images.
+KERAS = {
+    **{"arch": "resnet50", "optimizer": "adam", "lr": 0.01, "weight_decay": 0.0, "bn_init": "he_normal"},
+    **{"schedule": "plateau", "min_lr": 1e-5, "early_stop": 20, "epochs": 500, "batch_size": 1024},
+}
+RECIPES = {
+    "000-1": {**KERAS, "augment": "none"},
+    "000-2": {**KERAS, "augment": "flip+brightness+rotation"},
+    "000-3": {**KERAS, "augment": "photo", "data": "imagenette", "image_size": 128, "batch_size": 128},
+}
 
 
 def option(default: Any, help: str, **argparse_arguments: Any) -> Any:
@@ -39,7 +51,17 @@ class Options:
         type=int,
     )
     train_subset: int | None = option(None, "train on N images, the same number of each class", type=int)
-    no_augment: bool = option(False, "no random crops and flips")
+    val_split: int | None = option(
+        None,
+        "set N training images apart, the same number of each class, to choose by; default: none, and a "
+        "tenth where plateau or --early-stop choose",
+        type=int,
+    )
+    augment: str = option(
+        "paper",
+        "of training images: paper (crop+flip), photo (all but crop), none, or a sum of "
+        f"{', '.join(augmentation.PARTS)} with +",
+    )
     epochs: int = option(160, "passes over the training images", type=int)
     milestones: tuple = option(
         (80, 120), "epochs after which lr is multiplied by --gamma", type=int, nargs="*"
@@ -48,6 +70,11 @@ class Options:
     schedule: str = option(
         "step", "the learning rate's course", choices=("step", "cosine", "plateau", "constant")
     )
+    min_lr: float = option(0.0, "where cosine and plateau end", type=float)
+    patience: int = option(
+        10, "epochs without a better validation accuracy before plateau cuts the rate", type=int
+    )
+    early_stop: int | None = option(None, "end after N epochs without a better validation accuracy", type=int)
     warmup_epochs: int = option(0, "epochs of linear rise to --lr", type=int)
     optimizer: str = option("sgd", "of the trained tensors", choices=("sgd", "adam"))
     lr: float = option(0.1, "learning rate", type=float)
@@ -59,7 +86,12 @@ class Options:
     conv_init: str = option("kaiming_normal", "of convolutions", choices=models.CONV_INITS)
     bn_init: str = option("uniform", "of gamma and beta", choices=models.BN_INITS)
     per_channel: int = option(2, "weights of every filter that --mode random trains", type=int)
-    init_from: str | None = option(None, "start from these weights (.safetensors or .pt), then freeze")
+    init_from: str | None = option(
+        None,
+        "start from these weights, then freeze: a run folder, .safetensors, .pth or .pt; {seed} in the name "
+        "is the run's",
+    )
+    reset_bn: bool = option(False, "draw BatchNorm anew after --init-from")
     seed: int = option(
         0, "of everything random, 0 to 2**64 - 1; several train side by side", type=int, nargs="+"
     )
@@ -78,6 +110,9 @@ class Options:
     sync_bn: bool = option(False, "under torchrun, BatchNorm over the whole batch, not each process's part")
     no_compile: bool = option(False, "only PyTorch's own kernels, and no CUDA graph")
     eval_every: int = option(1, "epochs between evaluations; the last epoch always has one", type=int)
+    recipe: str | None = option(
+        None, f"other defaults, all at once: {', '.join(RECIPES)}", choices=tuple(RECIPES)
+    )
     out: str = option("runs", "the folder of run folders")
     resume: bool = option(False, "continue the run where it stopped")
     overwrite: bool = option(False, "start the run again")
@@ -87,7 +122,10 @@ class Options:
     )
 
 
-QUICK = Options(quick=True, train_subset=3000, epochs=8, milestones=(4, 6), batch_size=64, eval_every=2)
+QUICK = {
+    **{"quick": True, "train_subset": 3000, "epochs": 8, "milestones": (4, 6), "batch_size": 64},
+    "eval_every": 2,
+}
 # Options that change where or how fast a run goes, not what it computes: no part of its name.
 LOGISTIC = {"data_dir", "device", "loader", "memory", "no_compile", "eval_every"}
 LOGISTIC |= {"out", "resume", "overwrite"}
@@ -100,7 +138,10 @@ class OptionError(ValueError):
 def parse_options(
     argv: list[str] | None, description: str, group: Group = ALONE
 ) -> tuple[list[Options], set[str]]:
-    """The options of each seed, and the names of those given. OptionError for the first that is unusable."""
+    """The options of each seed, and the names of those given.
+
+    OptionError, or what canonical names raise, for the first that is unusable.
+    """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -117,11 +158,12 @@ def parse_options(
             shown = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
             arguments["help"] += f" [{shown}]"
         parser.add_argument(f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, **arguments)
+    none = {"action": "store_const", "const": "none", "default": argparse.SUPPRESS}
+    parser.add_argument("--no-augment", dest="augment", help="--augment none", **none)
     given = vars(parser.parse_args(argv))
-    options = dataclasses.replace(QUICK if "quick" in given else Options(), **given)
-    options = dataclasses.replace(
-        options, milestones=tuple(options.milestones), mode=freeze.canonical_mode(options.mode)
-    )
+    options = dataclasses.replace(defaults(given.get("recipe"), "quick" in given), **given)
+    canonical = {"milestones": tuple(options.milestones), "mode": freeze.canonical_mode(options.mode)}
+    options = dataclasses.replace(options, **canonical, augment=augmentation.canonical(options.augment))
     seeds = given.get("seed", [options.seed])
     if len(set(seeds)) < len(seeds):
         raise OptionError(f"--seed {' '.join(map(str, seeds))}: give each seed once")
@@ -132,6 +174,12 @@ def parse_options(
     if len(each) > 1 and group.count > 1:
         raise OptionError(f"--seed {' '.join(map(str, seeds))}: torchrun trains one model; give one seed")
     return each, set(given)
+
+
+def defaults(recipe: str | None = None, quick: bool = False) -> Options:
+    """What a run with --recipe or --quick, and nothing else, does."""
+    chosen = (RECIPES[recipe] if recipe else {}) | (QUICK if quick else {})
+    return Options(**chosen, recipe=recipe)
 
 
 @functools.cache
@@ -150,10 +198,11 @@ def check_ranges(options: Options) -> None:
             shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
             raise OptionError(f"--{name.replace('_', '-')} {shown}: must be {what}")
 
-    for name in ("epochs", "batch_size", "eval_every", "per_channel", "train_subset", "image_size", "lr"):
+    counts = ("epochs", "batch_size", "eval_every", "per_channel", "train_subset", "image_size")
+    for name in (*counts, "lr", "patience", "early_stop"):
         value = getattr(options, name)
         need(value is None or 0 < value < float("inf"), name, "greater than 0")
-    for name in ("warmup_epochs", "momentum", "weight_decay", "gamma"):
+    for name in ("warmup_epochs", "momentum", "weight_decay", "gamma", "min_lr"):
         need(0 <= getattr(options, name) < float("inf"), name, "0 or more")
     for name in ("arch", "data", "data_dir", "out", "init_from"):
         need(getattr(options, name) != "", name, "a name, not nothing")
@@ -168,8 +217,17 @@ def check_ranges(options: Options) -> None:
         "cpu or auto: there is no CUDA GPU here",
     )
     check_arch(options.arch, options.shortcut)  # before any download
-    if options.init_from and not Path(options.init_from).is_file():
-        raise OptionError(f"--init-from {options.init_from}: there is no such file")
+    chooses = [f"--early-stop {options.early_stop}"] if options.early_stop else []
+    chooses += ["--schedule plateau"] if options.schedule == "plateau" else []
+    if options.val_split is not None:
+        need(
+            options.val_split > 0 or not chooses,
+            "val_split",
+            f"above 0: {' and '.join(chooses)} choose by it",
+        )
+        need(options.val_split >= 0, "val_split", "0 or more")
+    if options.reset_bn and not options.init_from:
+        raise OptionError("--reset-bn: there is nothing to draw anew; it goes with --init-from")
     if options.resume and options.overwrite:
         raise OptionError("--resume and --overwrite contradict each other; give one of them")
 

@@ -53,6 +53,10 @@ class Group:
             for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
                 tensor.copy_(part.view_as(tensor))
 
+    def agree(self, number: float) -> float:
+        """Its average, for what all must decide alike."""
+        return float(self.average(torch.tensor(number, dtype=torch.float64)))
+
     def wait(self) -> None:
         """Until every process is here. From now on Ctrl-C and SIGTERM are remembered for `stop_together`: a
         process that left in the middle of a step would leave the others waiting for its gradient."""

@@ -23,6 +23,7 @@ from PIL import Image, ImageOps
 from torch import nn
 from torch.nn import functional as F
 
+import augment
 import data
 import freeze
 import kernels
@@ -37,7 +38,7 @@ OURS = {
     "recompute": ("recompute", True),
 }  # memory, compiled
 RECIPE = {"shortcut": "projection", "conv_init": "kaiming_normal", "bn_init": "uniform"}
-RECIPE |= {"seed": 0, "per_channel": 2, "init_from": None}
+RECIPE |= {"seed": 0, "per_channel": 2, "init_from": None, "reset_bn": False}
 LR = 0.1
 WORKERS, PREFETCH = 2, 2  # of torch's DataLoader: processes, and batches that each prepares ahead
 
@@ -53,8 +54,8 @@ class PerImage(torch.utils.data.Dataset):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        image = ImageOps.expand(Image.fromarray(self.images[index]), border=loaders.PAD, fill=0)
-        top, left = (torch.randint(0, 2 * loaders.PAD + 1, size=(1,)).item() for _ in range(2))
+        image = ImageOps.expand(Image.fromarray(self.images[index]), border=augment.PAD, fill=0)
+        top, left = (torch.randint(0, 2 * augment.PAD + 1, size=(1,)).item() for _ in range(2))
         image = image.crop((left, top, left + self.size, top + self.size))
         if torch.rand(1) < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -77,7 +78,7 @@ def stock_batches(dataset: data.Dataset, batch_size: int, device: torch.device) 
 def our_loader(dataset: data.Dataset, *, compiled: bool, kind: str = "resident", **settings):
     """`settings`: batch_size, device and dtype."""
     rng = functools.partial(models.stream, 0)
-    chosen = {"kind": kind, "compiled": compiled, "rng": rng, "augment": True}
+    chosen = {"kind": kind, "compiled": compiled, "rng": rng, "augmented": "paper"}
     return loaders.make_loader(dataset, "train", **chosen, **settings)
 
 

@@ -10,6 +10,7 @@ Every file is written beside its name and renamed onto it: a run killed at any m
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -36,7 +37,10 @@ def run_name(data: str, arch: str, mode: str, seed: int, differing: dict) -> str
     parts = [data, arch, mode, f"s{seed}"]
     for option, value in differing.items():
         parts.append(option if value is True else f"{option}{text(value)}")
-    return "-".join("".join(c if c.isalnum() or c in "._+" else "_" for c in part) for part in parts)
+    name = "-".join("".join(c if c.isalnum() or c in "._+" else "_" for c in part) for part in parts)
+    if len(name) > 200:  # file systems take 255 bytes, and a log's name is longer
+        name = f"{name[:190]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return name
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:

@@ -47,14 +47,13 @@ def keep_freed_memory() -> None:
 
 
 class Schedule:
-    """The learning rate of every step.
+    """The learning rate of every step, and whether there is to be another epoch.
 
-    "step": times `gamma` after each of the `milestones` (in epochs); "cosine": half a cosine to 0; "plateau":
-    times `gamma` when the training loss has not improved for 10 epochs; "constant". The first `warmup_epochs`
-    rise linearly (Goyal et al. 2017).
+    "step": times `gamma` after each of the `milestones` (in epochs); "cosine": half a cosine to `min_lr`;
+    "plateau": times `gamma`, down to `min_lr`, when the validation accuracy has not risen for `patience`
+    epochs (He et al. 2015, section 3.4); "constant". The first `warmup_epochs` rise linearly (Goyal et al.
+    2017). `stopped` is True once it has not risen for `early_stop` epochs.
     """
-
-    PATIENCE = 10
 
     def __init__(
         self,
@@ -65,11 +64,15 @@ class Schedule:
         milestones: Sequence[int] = (80, 120),
         gamma: float = 0.1,
         warmup_epochs: int = 0,
+        min_lr: float = 0.0,
+        patience: int = 10,
+        early_stop: int | None = None,
     ):
-        self.kind, self.base_lr, self.gamma = schedule, lr, gamma
+        self.kind, self.base_lr, self.gamma, self.min_lr = schedule, lr, gamma, min_lr
         self.epochs, self.steps_per_epoch = epochs, steps_per_epoch
         self.milestones, self.warmup_steps = milestones, warmup_epochs * steps_per_epoch
-        self.factor, self.best_loss, self.epochs_without_gain = 1.0, math.inf, 0
+        self.patience, self.early_stop = patience, early_stop
+        self.factor, self.best_acc, self.since_best, self.since_cut = 1.0, -math.inf, 0, 0
 
     def lr(self, step: int) -> float:
         """The rate of step `step`, counted from 0 over the whole run."""
@@ -81,19 +84,24 @@ class Schedule:
         if self.kind == "cosine":
             total = self.epochs * self.steps_per_epoch
             done = (step - self.warmup_steps) / max(1, total - self.warmup_steps)
-            return self.base_lr * 0.5 * (1 + math.cos(math.pi * done))
-        return self.base_lr * self.factor
+            return self.min_lr + (self.base_lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+        return max(self.base_lr * self.factor, min(self.min_lr, self.base_lr))
 
-    def epoch_ended(self, train_loss: float) -> None:
-        if train_loss < self.best_loss:
-            self.best_loss, self.epochs_without_gain = train_loss, 0
+    def epoch_ended(self, validation_acc: float) -> None:
+        """Take note of an epoch's validation accuracy; what is decided by accuracy is decided here."""
+        if validation_acc > self.best_acc:
+            self.best_acc, self.since_best, self.since_cut = validation_acc, 0, 0
             return
-        self.epochs_without_gain += 1
-        if self.kind == "plateau" and self.epochs_without_gain >= self.PATIENCE:
-            self.factor, self.epochs_without_gain = self.factor * self.gamma, 0
+        self.since_best, self.since_cut = self.since_best + 1, self.since_cut + 1
+        if self.kind == "plateau" and self.since_cut >= self.patience:
+            self.factor, self.since_cut = self.factor * self.gamma, 0
+
+    @property
+    def stopped(self) -> bool:
+        return self.early_stop is not None and self.since_best >= self.early_stop
 
     def state_dict(self) -> dict:
-        return {k: getattr(self, k) for k in ("factor", "best_loss", "epochs_without_gain")}
+        return {k: getattr(self, k) for k in ("factor", "best_acc", "since_best", "since_cut")}
 
     def load_state_dict(self, state: dict) -> None:
         vars(self).update(state)
@@ -324,7 +332,10 @@ def _record(
 
 
 class Evaluation:
-    """Call it: loss and accuracy (percent) of `model` over every image of `loader`, each counted once."""
+    """Call it: loss and accuracy (percent) of `model` over every image of `loader`, each counted once.
+
+    `top5_acc` is then the percentage whose class is among the five likeliest, None of ten classes or fewer.
+    """
 
     def __init__(self, model: nn.Module, loader, dtype: torch.dtype = torch.float32, compiled: bool = True):
         self.model, self.loader, self.dtype, self.compiled = model, loader, dtype, compiled
@@ -333,14 +344,16 @@ class Evaluation:
         if compiled and self.device.type == "cuda" and loader.resident:
             self.captured = Captured(self._batch_from_tensors, EAGER_STEPS)
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        self.correct = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.position = torch.zeros(1, dtype=torch.int64, device=self.device)
+        zero = {"dtype": torch.int64, "device": self.device}
+        self.correct, self.among_five = torch.zeros((), **zero), torch.zeros((), **zero)
+        self.position = torch.zeros(1, **zero)
+        self.top5_acc = None
 
     @torch.no_grad()
     def __call__(self) -> tuple[float, float]:
         self.model.eval()
         self.starting = False
-        for metric in (self.loss_sum, self.correct, self.position):
+        for metric in (self.loss_sum, self.correct, self.among_five, self.position):
             metric.zero_()
         if self.captured:
             self.loader.start(0)
@@ -349,7 +362,10 @@ class Evaluation:
         else:
             for images, labels in self.loader.epoch(0):
                 self._batch(images, labels, torch.ones_like(labels, dtype=torch.bool))
-        return float(self.loss_sum) / self.loader.num_images, 100 * int(self.correct) / self.loader.num_images
+        count = self.loader.num_images
+        if self.model.fc.out_features > 10:
+            self.top5_acc = 100 * int(self.among_five) / count
+        return float(self.loss_sum) / count, 100 * int(self.correct) / count
 
     def _batch_from_tensors(self) -> None:
         images, labels = self.loader.batch(self.position)
@@ -365,6 +381,9 @@ class Evaluation:
         losses = F.cross_entropy(logits, labels, reduction="none")
         self.loss_sum += torch.where(counted, losses, 0).double().sum()
         self.correct += (counted & (logits.argmax(1) == labels)).sum()
+        if self.model.fc.out_features > 10:
+            likeliest = logits.topk(5).indices == labels[:, None]
+            self.among_five += (counted & likeliest.any(1)).sum()
         self.position += 1
 
 

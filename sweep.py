@@ -1,7 +1,7 @@
 """The grid of runs, one after another or spread over the GPUs of this machine.
 
     bash sweep.sh [--list] [train.py options]    # ARCHS, MODES, SEEDS choose the grid; --list only shows it
-    GRID=width bash sweep.sh                     # a named grid: depth, width, vgg, parts, init
+    GRID=width bash sweep.sh                     # a named grid: depth, width, vgg, parts, init, recipe, ...
     JOBS=2 REPLICAS=1 bash sweep.sh              # processes per GPU [1], seeds per process [GPU: all, CPU: 1]
 
 A cell is one run of train.py. All that is known of it is in its folder, so any number of sweeps may share the
@@ -26,10 +26,21 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 import display
-import models
 import train
-from freeze import FreezeError
-from grid import FOLDER, Cell, Forecast, State, accuracy, duration, look, make_grid, prepare, show_list, title
+from grid import (
+    FOLDER,
+    Cell,
+    Forecast,
+    State,
+    accuracy,
+    duration,
+    look,
+    make_grid,
+    prepare,
+    show_list,
+    title,
+    with_starts,
+)
 from options import OptionError
 
 LOOK_AGAIN_S = 2.0  # at cells that another sweep has
@@ -100,6 +111,7 @@ class Sweep:
             told = False
             while True:
                 self.look()
+                self.give_up()
                 while self.free and (cells := self.next()):
                     job = start(cells, self.free.pop(0))
                     self.jobs.append(job)
@@ -115,6 +127,20 @@ class Sweep:
     def look(self) -> None:
         self.states |= {cell: look(cell) for cell in self.unsettled()}
 
+    def ready(self, cell: Cell) -> bool:
+        """Whether what it starts from, if that is a cell too, is done."""
+        return all(self.states[other].status == "done" for other in self.cells if other.path == cell.start)
+
+    def give_up(self) -> None:
+        """On cells that would start from one that failed."""
+        for cell in self.waiting():
+            for other in self.failed():
+                if other.path == cell.start:
+                    self.tried[cell] = self.tried[other]
+                    self.states[cell] = State(
+                        "failed", [], {"why": f"what it starts from failed: {other.path}"}
+                    )
+
     def unsettled(self) -> list[Cell]:
         """Neither done, nor tried in vain."""
         running = {cell for job in self.jobs for cell in job.cells}
@@ -127,7 +153,7 @@ class Sweep:
 
     def next(self) -> list[Cell]:
         """The first cell that nobody trains, and further seeds of it where every free place has enough."""
-        free = [cell for cell in self.waiting() if self.states[cell].status != "running"]
+        free = [cell for cell in self.waiting() if self.states[cell].status != "running" and self.ready(cell)]
         if not free or free[0] in self.alone:
             return free[:1]
         same = [cell for cell in free if cell.arguments == free[0].arguments and cell not in self.alone]
@@ -178,7 +204,9 @@ class Sweep:
                 job.process.wait()
 
     def failed(self) -> list[Cell]:
-        return [cell for cell in self.tried if self.states[cell].status != "done"]
+        """Tried, and not done."""
+        running = {cell for job in self.jobs for cell in job.cells}
+        return [cell for cell in self.tried if self.states[cell].status != "done" and cell not in running]
 
     def count(self) -> str:
         done = sum(state.status == "done" for state in self.states.values())
@@ -286,9 +314,9 @@ def main(argv: list[str]) -> int:
         if task is not None:
             if not task.isdecimal() or int(task) >= len(cells):
                 raise OptionError(f"there is no cell {task} in the grid: give --array=0-{len(cells) - 1}")
-            cells = [cells[int(task)]]
+            cells = with_starts(cells[int(task)], cells)
             signal.signal(signal.SIGUSR1, train.interrupt)  # Slurm's word that time runs out
-    except (OptionError, FreezeError, models.ModelError) as error:
+    except train.UNUSABLE as error:
         note(str(error))
         return 2
     except KeyboardInterrupt:

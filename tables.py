@@ -42,17 +42,22 @@ class Table(NamedTuple):
 def accuracy_table(series: list[Series], cifar10: bool, others: bool) -> Table:
     """Ours beside what others report: a row per architecture, mode, variant; `others`: also without ours."""
     columns = ["architecture", "mode", "other options", "test accuracy (%)", "best epoch (%)", "diverged"]
+    more = {"final_test_top5_acc": "top 5 (%)", "best_val_acc": "best on validation (%)"}
+    more |= {"chosen_test_acc": "test, at validation's best epoch (%)"}
+    more = {name: column for name, column in more.items() if any(s.values[name] for s in series)}
+    columns[4:4] = more.values()
     columns += ["paper (%)", "TensorFlow port (%)", "Keras study (%)"] if cifar10 else []
     rows = []
     for s in series:
         diverged = f"{s.diverged} of {s.done + s.diverged} diverged" if s.diverged else ""
-        row = [s.arch, s.mode, s.variant, s.mean("final_test_acc"), s.mean("best_test_acc"), diverged]
+        row = [s.arch, s.mode, s.variant, s.mean("final_test_acc"), *map(s.mean, more)]
+        row += [s.mean("best_test_acc"), diverged]
         published = REPORTED.get((s.arch, s.mode), NOT_REPORTED) if not s.variant else NOT_REPORTED
         rows.append(row + list(published if cifar10 else ()))
     ours = {(s.arch, s.mode) for s in series if not s.variant}
     for (arch, mode), published in REPORTED.items() if cifar10 and others else ():
         if (arch, mode) not in ours:
-            rows.append([arch, mode, "", None, None, "", *published])
+            rows.append([arch, mode, "", None, *[None] * len(more), None, "", *published])
     return Table(
         "accuracy", "Test accuracy after the last epoch, and of the best epoch", columns, rows, 2, True
     )

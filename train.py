@@ -18,14 +18,10 @@ STARTED = time.perf_counter()  # before the imports: start-up is what a user wai
 import contextlib
 import dataclasses
 import functools
-import importlib.metadata
 import math
-import platform
 import signal
-import subprocess
 import sys
 from collections.abc import Generator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,9 +32,11 @@ import freeze
 import loaders
 import models
 import processes
+import provenance
 import runs
 import step as steps
-from options import LOGISTIC, QUICK, OptionError, Options, parse_options
+from augment import AugmentError
+from options import LOGISTIC, OptionError, Options, parse_options
 
 
 def open_data(each: list[Options], given: set[str]) -> tuple[list[Options], data.Dataset]:
@@ -55,60 +53,6 @@ def open_data(each: list[Options], given: set[str]) -> tuple[list[Options], data
     return each, data.open_dataset("synthetic", **wanted)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# What a run is called, and what it was run on
-
-
-def cell_name(options: Options, data_name: str) -> str:
-    """The run folder's name: data, arch, mode, seed, then each option that differs from its default."""
-    defaults = QUICK if options.quick else Options()
-    named = {"data", "arch", "mode", "seed", "quick"} | LOGISTIC
-    differing = {"quick": True} if options.quick else {}
-    for name, value in dataclasses.asdict(options).items():
-        if name not in named and value != getattr(defaults, name):
-            differing[name] = Path(value).stem if name == "init_from" else value
-    return runs.run_name(data_name, options.arch, options.mode, options.seed, differing)
-
-
-def describe(
-    options: Options, recipe: dict, frozen_sha256: str, dataset: data.Dataset, device: torch.device
-) -> dict:
-    """The content of config.json: what was asked for, what it came to, and on what."""
-
-    def version(package: str) -> str | None:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
-    device_name = platform.machine()
-    if device.type == "cuda":
-        device_name = torch.cuda.get_device_name(device)
-    elif (cpu_info := Path("/proc/cpuinfo")).exists():
-        lines = [line for line in cpu_info.read_text().splitlines() if line.startswith("model name")]
-        device_name = (
-            f"{lines[0].split(': ')[1] if lines else device_name}, {torch.get_num_threads()} threads"
-        )
-    try:
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-        commit = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True
-        ).stdout.strip()
-    except OSError:
-        commit = ""
-    versions = {package: version(package) for package in ("torch", "triton", "ffcv", "numpy")}
-    return {
-        "options": dataclasses.asdict(options) | {"milestones": list(options.milestones)},
-        "recipe": recipe,
-        "frozen": {"sha256": frozen_sha256},
-        "data_title": dataset.title,
-        "device": device.type,
-        "device_name": device_name,
-        "versions": {"python": platform.python_version(), "cuda": torch.version.cuda, **versions},
-        "git_commit": commit or None,
-    }
-
-
 def note(line: str) -> None:
     if processes.rank() == 0:  # which speaks for all that torchrun started
         print(f"train.py: {line}", file=sys.stderr, flush=True)
@@ -116,6 +60,9 @@ def note(line: str) -> None:
 
 # ----------------------------------------------------------------------------------------------------------
 # The run
+
+
+UNUSABLE = OptionError, data.DataError, models.ModelError, freeze.FreezeError, runs.RunError, AugmentError
 
 
 class RunFailed(Exception):
@@ -175,6 +122,8 @@ def train(
     recipe |= {key: list(getattr(dataset, key)) for key in ("classes", "mean", "std")}
     recipe |= {"dtype": dtype_name, "device": device.type, "compile": compiled}
     recipe |= {"processes": group.count}
+    if options.init_from:
+        recipe["init_from"] = options.init_from.replace("{seed}", str(options.seed))
     own_batch = options.batch_size // group.count
     models.check_batches(options.arch, options.shortcut, own_batch, dataset.image_size)
 
@@ -185,37 +134,44 @@ def train(
 
     # Batches, whose order and augmentation come from the seed and the epoch alone
     rng = functools.partial(models.stream, options.seed)
-    subset = None
-    if options.train_subset:
-        subset = data.class_subset(dataset.train.labels, options.train_subset, rng("subset", 0))
+    val_split = options.val_split
+    if val_split is None and (options.schedule == "plateau" or options.early_stop):
+        val_split = data.tenth(dataset.train.labels)
+    train_on, validate_on = data.share_out(dataset.train.labels, rng, val_split, options.train_subset)
+    recipe |= {"train_images": len(train_on), "val_images": len(validate_on)}
     batches = {"kind": options.loader, "device": device, "dtype": dtype, "compiled": compiled}
-    drawn = {"rng": rng, "augment": not options.no_augment, "subset": subset}
+    drawn = {"rng": rng, "augmented": options.augment, "subset": train_on}
     drawn |= {"share": (group.rank, group.count)}
     train_loader = loaders.make_loader(dataset, "train", batch_size=options.batch_size, **batches, **drawn)
-    test_batch = steps.evaluation_batch_size(options.batch_size, dataset.image_size, device)
-    test_loader = loaders.make_loader(dataset, "test", batch_size=test_batch, **batches)
+    batches["batch_size"] = steps.evaluation_batch_size(options.batch_size, dataset.image_size, device)
 
-    # The step, the course of its learning rate, and the test
+    # The step, the course of its learning rate, and what it is tested on
     settings = ("optimizer", "momentum", "weight_decay", "label_smoothing", "memory", "sync_bn")
     settings = {key: getattr(options, key) for key in settings}
     step = steps.Step(model, dtype=dtype, compiled=compiled, group=group, **settings)
     settings = ("schedule", "lr", "epochs", "milestones", "gamma", "warmup_epochs")
+    settings += ("min_lr", "patience", "early_stop")
     schedule = steps.Schedule(len(train_loader), **{key: getattr(options, key) for key in settings})
-    evaluate = steps.Evaluation(model, test_loader, dtype, compiled)
+    tests = {
+        "test": steps.Evaluation(model, loaders.make_loader(dataset, "test", **batches), dtype, compiled)
+    }
+    if len(validate_on):
+        loader = loaders.make_loader(dataset, "validation", subset=validate_on, **batches)
+        tests["val"] = steps.Evaluation(model, loader, dtype, compiled)
     if options.schedule == "step" and min(options.milestones, default=0) >= options.epochs:
         note(f"all of --milestones lie past the last epoch: the learning rate stays {options.lr:g}")
 
-    folder = options.out, cell_name(options, dataset.name), options.resume, options.overwrite
+    folder = options.out, provenance.cell_name(options, dataset.name), options.resume, options.overwrite
     with runs.open_run(*folder, writes=group.leads) as run:
         group.wait()  # until the folder is open, or refused
 
         # Where the run stopped, if it was run before
-        config = describe(options, recipe, frozen_sha256, dataset, device)
+        config = provenance.describe(options, recipe, frozen_sha256, dataset, device)
         alike = {"data", "compile"} | ({"processes"} if options.sync_bn else set())
         run.refuse_another(config, ignoring=LOGISTIC | alike)
         if run.status == "done":
             return run
-        at = {"epoch": 0, "train_s": 0.0, "startup_s": 0.0, "best_test_acc": None}
+        at = {"epoch": 0, "train_s": 0.0, "startup_s": 0.0}
         if (state := run.load_last()) is not None:
             at = restore(run, state, model, step, schedule)
             note(f"continuing {run.path} after epoch {at['epoch']}")
@@ -237,31 +193,26 @@ def train(
         ending, checkpoint = {"status": "failed", "why": "an unforeseen error"}, b""
         try:
             for epoch in range(at["epoch"] + 1, options.epochs + 1):
+                if schedule.stopped:
+                    break
                 row = yield from train_epoch(epoch, step, schedule, train_loader, progress, at)
+                if "val" in tests:
+                    evaluate(tests["val"], "val", row, at)
+                    schedule.epoch_ended(group.agree(row["val_acc"]))
                 row |= {"test_loss": None, "test_acc": None}
-                best = at["best_test_acc"]
-                if epoch % options.eval_every == 0 or epoch == options.epochs:
-                    starting, began = evaluate.starting, time.perf_counter()
-                    row["test_loss"], row["test_acc"] = evaluate()
-                    # A GPU's first one compiles and captures: start-up, like the first steps.
-                    times, name = (at, "startup_s") if starting else (row, "epoch_s")
-                    times[name] += time.perf_counter() - began
-                    best = max(best or 0.0, row["test_acc"])
-                    if not math.isfinite(row["test_loss"]):
-                        raise FloatingPointError(
-                            f"the test loss is not finite after epoch {epoch}; try a lower --lr"
-                        )
-                schedule.epoch_ended(row["train_loss"])
-                after = {"epoch": epoch, "train_s": at["train_s"] + row["epoch_s"], "best_test_acc": best}
+                if epoch % options.eval_every == 0 or epoch == options.epochs or schedule.stopped:
+                    evaluate(tests["test"], "test", row, at)
+                after = {"epoch": epoch, "train_s": at["train_s"] + row["epoch_s"]}
                 state = {"model": freeze.trained_state(model), "step": step.state_dict()}
                 run.end_epoch(row, state | {"schedule": schedule.state_dict(), "at": at | after})
                 at |= after
                 progress.end_epoch(row)
             if freeze.frozen_sha256(model) != frozen_sha256:
                 raise AssertionError("frozen weights have changed")
-            checkpoint = freeze.seed_checkpoint(model, recipe, options.epochs * len(train_loader))
+            checkpoint = freeze.seed_checkpoint(model, recipe, at["epoch"] * len(train_loader))
             run.write("model.safetensors", checkpoint)
-            ending = {"status": "done", "why": None}
+            why = f"no better validation accuracy for {options.early_stop} epochs"
+            ending = {"status": "done", "why": why if schedule.stopped else None}
         except FloatingPointError as error:
             ending = {"status": "diverged", "why": str(error)}
         except ConnectionError as error:
@@ -278,9 +229,9 @@ def train(
         finally:  # what came of it, also where an unforeseen error is passing through
             total, trained = freeze.count(model)
             summary = ending | {"params_total": total, "params_trained": trained}
-            summary |= {"final_test_acc": run.rows[-1]["test_acc"] if ending["status"] == "done" else None}
+            summary |= results(run.rows, done=ending["status"] == "done")
             summary |= {"epochs_done": at["epoch"], "peak_memory_bytes": steps.peak_memory_bytes(device)}
-            summary |= {key: at[key] for key in ("best_test_acc", "train_s", "startup_s")}
+            summary |= {key: at[key] for key in ("train_s", "startup_s")}
             summary |= {"checkpoint_bytes": len(checkpoint) or None, "full_bytes": freeze.full_bytes(model)}
             summary |= {"data_title": dataset.title, "frozen_sha256": frozen_sha256}
             with contextlib.suppress(OSError if ending["status"] != "done" else ()):
@@ -290,6 +241,36 @@ def train(
         if ending["status"] != "done":
             raise RunFailed(f"{run.path}: {ending['why']}")
         return run
+
+
+def evaluate(evaluation: steps.Evaluation, name: str, row: dict, at: dict) -> None:
+    """Put loss and accuracies in an epoch's `row`. FloatingPointError at a loss that is not finite."""
+    starting, began = evaluation.starting, time.perf_counter()
+    row[f"{name}_loss"], row[f"{name}_acc"] = evaluation()
+    if evaluation.top5_acc is not None:
+        row[f"{name}_top5_acc"] = evaluation.top5_acc
+    # A GPU's first one compiles and captures: start-up, like the first steps.
+    times, of = (at, "startup_s") if starting else (row, "epoch_s")
+    times[of] += time.perf_counter() - began
+    if not math.isfinite(row[f"{name}_loss"]):
+        raise FloatingPointError(
+            f"the {name} loss is not finite after epoch {row['epoch']}; try a lower --lr"
+        )
+
+
+def results(rows: list[dict], done: bool) -> dict:
+    """The accuracies of a run's summary: after the last epoch, the best on test images, which is no result,
+    and where there are validation images, what they chose."""
+    tested = [row for row in rows if row["test_acc"] is not None]
+    found = {"final_test_acc": rows[-1]["test_acc"] if done else None}
+    found["best_test_acc"] = max((row["test_acc"] for row in tested), default=None)
+    if done and "test_top5_acc" in rows[-1]:
+        found["final_test_top5_acc"] = rows[-1]["test_top5_acc"]
+    if tested and "val_acc" in tested[0]:
+        chosen = max(tested, key=lambda row: row["val_acc"])  # the first, of equals
+        found |= {"chosen_epoch": chosen["epoch"], "chosen_test_acc": chosen["test_acc"]}
+        found["best_val_acc"] = max(row["val_acc"] for row in rows)
+    return found
 
 
 def train_side_by_side(each: list[Options], dataset: data.Dataset, group: processes.Group) -> None:
@@ -345,7 +326,7 @@ def restore(
         model.load_state_dict(state["model"], strict=False)
         step.load_state_dict(state["step"])
         schedule.load_state_dict(state["schedule"])
-        return {key: state["at"][key] for key in ("epoch", "train_s", "startup_s", "best_test_acc")}
+        return {key: state["at"][key] for key in ("epoch", "train_s", "startup_s")}
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise runs.RunError(
@@ -371,7 +352,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with processes.joined() as group:
             train_side_by_side(*open_data(*parse_options(argv, __doc__, group)), group)
-    except (OptionError, data.DataError, models.ModelError, freeze.FreezeError, runs.RunError) as error:
+    except UNUSABLE as error:
         note(str(error))
         return 2
     except (RunFailed, OSError) as error:

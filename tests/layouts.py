@@ -24,6 +24,14 @@ def stream(seed: int):
     return lambda name, index=0: np.random.RandomState([seed, index, *name.encode()])
 
 
+def naive_crop_and_flip(image: np.ndarray, dy: int, dx: int, flip: int) -> np.ndarray:
+    """torchvision's RandomCrop(32, padding=4), then RandomHorizontalFlip, with given draws."""
+    padded = np.pad(image, ((4, 4), (4, 4), (0, 0)))
+    height, width, _ = image.shape
+    crop = padded[dy : dy + height, dx : dx + width]
+    return crop[:, ::-1] if flip else crop
+
+
 def tiny_cifar10(seed: int = 0) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Planar pixels [ROWS, 3072] and labels of each of the six files, every class equally often."""
     rng = np.random.RandomState(seed)

@@ -20,6 +20,7 @@ RECIPE = {
     "bn_init": "uniform",
     "per_channel": 2,
     "init_from": None,
+    "reset_bn": False,
     "classes": list("abcdefghij"),
     "data": "synthetic",
     "fingerprint": "0" * 16,

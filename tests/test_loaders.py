@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from layouts import silent, stream, tiny_cifar10, write_python
+from layouts import naive_crop_and_flip, silent, stream, tiny_cifar10, write_python
 
 import data
 import loaders
@@ -45,12 +45,12 @@ def same_batches(first, second) -> bool:
     return bool(equal) and all(equal)
 
 
-def check_that_both_kinds_agree(cifar10, device: str) -> None:
+def check_that_both_kinds_agree(cifar10, device: str, augmented: str = "paper") -> None:
     dataset = data.open_dataset("cifar10", cifar10, say=silent)
     subset = data.class_subset(dataset.train.labels, 70, stream(3)("subset"))
     threads = torch.get_num_threads()
-    options = {"batch_size": 4, "device": device, "dtype": torch.bfloat16, "augment": True}
-    for split, part in (("train", subset), ("test", None)):
+    options = {"batch_size": 4, "device": device, "dtype": torch.bfloat16, "augmented": augmented}
+    for split, part in (("train", subset), ("validation", subset), ("test", None)):
         resident, ffcv = (
             loader_of(dataset, split, kind=kind, subset=part, **options) for kind in ("resident", "ffcv")
         )
@@ -67,47 +67,34 @@ def check_that_both_kinds_agree(cifar10, device: str) -> None:
     assert torch.get_num_threads() == threads
 
 
-def test_both_kinds_of_loader_give_the_same_batches_bit_for_bit(cifar10):
-    check_that_both_kinds_agree(cifar10, "cpu")
+@pytest.mark.parametrize("augmented", ["paper", "photo", "none"])
+def test_both_kinds_of_loader_give_the_same_batches_bit_for_bit(cifar10, augmented):
+    check_that_both_kinds_agree(cifar10, "cpu", augmented)
 
 
 @pytest.mark.gpu
 def test_on_the_gpu_too_and_as_on_the_cpu(cifar10):
     check_that_both_kinds_agree(cifar10, "cuda")
     dataset = data.open_dataset("cifar10", cifar10, say=silent)
-    cpu, gpu = (list(loader_of(dataset, augment=True, device=device).epoch(0)) for device in ("cpu", "cuda"))
-    for (here, _), (there, _) in zip(cpu, gpu, strict=True):
-        torch.testing.assert_close(here, there.cpu(), rtol=1e-6, atol=1e-6)
-
-
-def naive_augment(image: np.ndarray, dy: int, dx: int, flip: int) -> np.ndarray:
-    """torchvision's RandomCrop(32, padding=4), then RandomHorizontalFlip, with given draws."""
-    padded = np.pad(image, ((4, 4), (4, 4), (0, 0)))
-    height, width, _ = image.shape
-    crop = padded[dy : dy + height, dx : dx + width]
-    return crop[:, ::-1] if flip else crop
-
-
-def test_crops_and_flips_equal_a_plain_reference():
-    rng = np.random.RandomState(0)
-    images = rng.randint(1, 256, (200, 12, 16, 3), dtype=np.uint8)
-    draws = np.concatenate([rng.randint(0, 9, (200, 2)), rng.randint(0, 2, (200, 1))], axis=1)
-    draws[:4] = [(0, 0, 0), (8, 8, 1), (0, 8, 0), (4, 4, 0)]
-    out = loaders.augment(torch.from_numpy(images), torch.from_numpy(draws)).numpy()
-    np.testing.assert_array_equal(out, [naive_augment(i, *d) for i, d in zip(images, draws, strict=True)])
-    np.testing.assert_array_equal(out[3], images[3])
+    for augmented, tolerance in (("paper", 1e-6), ("photo", 1e-3)):
+        options = {"augmented": augmented, "batch_size": 16}
+        cpu, gpu = (list(loader_of(dataset, device=on, **options).epoch(0)) for on in ("cpu", "cuda"))
+        for (here, _), (there, _) in zip(cpu, gpu, strict=True):
+            torch.testing.assert_close(here, there.cpu(), rtol=tolerance, atol=tolerance)
 
 
 def test_a_batch_is_normalised_augmented_and_channels_last():
     dataset = numbered(64)
-    [(images, labels), *_] = loader_of(dataset, batch_size=64, augment=True, dtype=torch.float64).epoch(5)
+    [(images, labels), *_] = loader_of(dataset, batch_size=64, augmented="paper", dtype=torch.float64).epoch(
+        5
+    )
     order = stream(0)("order", 5).permutation(64)
     np.testing.assert_array_equal(labels, order)
     rng = stream(0)("augment", 5)
     offsets, flips = rng.randint(0, 9, (64, 2), dtype=np.int64), rng.randint(0, 2, (64, 1), dtype=np.int64)
     crops = np.stack(
         [
-            naive_augment(dataset.train.images[i], *o, f[0])
+            naive_crop_and_flip(dataset.train.images[i], *o, f[0])
             for i, o, f in zip(order, offsets, flips, strict=True)
         ]
     )
@@ -125,7 +112,7 @@ def test_every_image_has_its_own_crop_and_flip():
     dataset = in_memory(images, np.zeros(4096, np.int64))
     dataset = replace(dataset, mean=(0.0,) * 3, std=(1.0,) * 3)
     seen = []
-    for batch, _ in loader_of(dataset, batch_size=1024, augment=True).epoch(0):
+    for batch, _ in loader_of(dataset, batch_size=1024, augmented="paper").epoch(0):
         points = batch[:, 0].flatten(1)
         low, high = (points == 100).int().argmax(1), (points == 200).int().argmax(1)
         flip = (low > high).int()
@@ -140,15 +127,15 @@ def test_every_image_has_its_own_crop_and_flip():
 
 def test_order_and_crops_depend_on_seed_and_epoch_alone():
     dataset = numbered(100)
-    one, two = (loader_of(dataset, augment=True) for _ in range(2))
+    one, two = (loader_of(dataset, augmented="paper") for _ in range(2))
     for epoch in (0, 1, 2):
         list(one.epoch(epoch))
     assert same_batches(one.epoch(3), two.epoch(3)), "a resumed run sees the same batches"
     assert not same_batches(one.epoch(3), one.epoch(4))
-    assert not same_batches(one.epoch(3), loader_of(dataset, augment=True, rng=stream(1)).epoch(3))
+    assert not same_batches(one.epoch(3), loader_of(dataset, augmented="paper", rng=stream(1)).epoch(3))
     labels = [torch.cat([labels for _, labels in loader.epoch(2)]) for loader in (one, loader_of(dataset))]
     assert torch.equal(*labels), "augmentation shifts no draw of the order"
-    wide = torch.cat([images for images, _ in loader_of(dataset, augment=True, batch_size=48).epoch(3)])
+    wide = torch.cat([images for images, _ in loader_of(dataset, augmented="paper", batch_size=48).epoch(3)])
     narrow = torch.cat([images for images, _ in one.epoch(3)])
     assert torch.equal(wide, narrow[: len(wide)]), "the batch size shifts no draw"
 
@@ -163,13 +150,22 @@ def test_training_drops_the_last_partial_batch_and_repeats_no_image():
 
 def test_every_test_image_counts_once_in_file_order_and_is_left_as_it_is():
     dataset = numbered(100)
-    loader = loader_of(dataset, "test", augment=True, rng=None)
+    loader = loader_of(dataset, "test", augmented="paper", rng=None)
     batches = list(loader.epoch(0))
     assert [len(labels) for _, labels in batches] == [16] * 6 + [4] and len(loader) == 7
     assert torch.cat([labels for _, labels in batches]).tolist() == list(range(100))
     images = torch.cat([images for images, _ in batches]).permute(0, 2, 3, 1).numpy()
     expected = (dataset.test.images - np.array(dataset.mean)) / dataset.std
     np.testing.assert_allclose(images, expected, atol=1e-5)
+
+
+def test_validation_images_are_training_images_left_as_they_are():
+    dataset, chosen = numbered(100), np.array([7, 2, 50])
+    loader = loader_of(dataset, "validation", subset=chosen, augmented="photo", batch_size=2)
+    [(images, labels), (_, last)] = loader.epoch(0)
+    assert [*labels.tolist(), *last.tolist()] == [7, 2, 50]
+    expected = (dataset.train.images[[7, 2]] - np.array(dataset.mean)) / dataset.std
+    np.testing.assert_allclose(images.permute(0, 2, 3, 1).numpy(), expected, atol=1e-5)
 
 
 def test_a_subset_is_all_that_is_trained_on():
@@ -183,7 +179,7 @@ def test_a_subset_is_all_that_is_trained_on():
 def test_the_parts_of_a_batch_are_the_batch_bit_for_bit(cifar10, kind):
     dataset = data.open_dataset("cifar10", cifar10, say=silent)
     subset = data.class_subset(dataset.train.labels, 70, stream(3)("subset"))
-    options = {"kind": kind, "subset": subset, "batch_size": 12, "augment": True}
+    options = {"kind": kind, "subset": subset, "batch_size": 12, "augmented": "paper"}
     whole = loader_of(dataset, **options)
     for count in (2, 3):
         parts = [loader_of(dataset, **options, share=(rank, count)) for rank in range(count)]

@@ -132,7 +132,7 @@ def trained_in_halves(recipe: dict, images: Path) -> tuple[list[dict], torch.nn.
     dataset = data.open_dataset(str(images), images.parent / "prepared", say=lambda line: None)
     rng = functools.partial(models.stream, 0)
     settings = {"device": "cpu", "dtype": torch.float32, "batch_size": 32}
-    train_loader = loaders.make_loader(dataset, "train", **settings, rng=rng, augment=True)
+    train_loader = loaders.make_loader(dataset, "train", **settings, rng=rng, augmented="paper")
     test_loader = loaders.make_loader(dataset, "test", **settings)
     model = freeze.create(recipe).to(memory_format=torch.channels_last)
     copies, rows = (model, copy.deepcopy(model)), []

@@ -25,8 +25,9 @@ def write_run(root: Path, arch="resnet14", mode="bn_only", seed=0, epochs=4, ana
     """
     options = json.loads(json.dumps(finished.DEFAULTS)) | {"arch": arch, "mode": mode, "seed": seed}
     options |= {"epochs": epochs, "milestones": [epochs // 2, 3 * epochs // 4]}
-    options |= {key: value for key, value in more.items() if key in options}
-    differing = {key: value for key, value in more.items() if key in options}
+    # config.json has an option `recipe`, a text, and an object `recipe`
+    differing = {key: value for key, value in more.items() if key in options and not isinstance(value, dict)}
+    options |= differing
     folder = root / runs.run_name(options["data"], arch, mode, seed, differing)
     folder.mkdir(parents=True)
     rng = np.random.RandomState(zlib.crc32(folder.name.encode()))
@@ -60,7 +61,7 @@ def write_run(root: Path, arch="resnet14", mode="bn_only", seed=0, epochs=4, ana
         "full_bytes": 4 * total + 8 * bn,
     }
     for part in (config, summary):
-        part |= {key: value for key, value in more.items() if key in part and key not in options}
+        part |= {key: value for key, value in more.items() if key in part and key not in differing}
     summary |= {"data_title": config["data_title"], "frozen_sha256": "0" * 64} | options
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "summary.json").write_text(json.dumps(summary))

@@ -38,17 +38,34 @@ def test_cosine_ends_at_zero_and_warm_up_rises_linearly():
     assert Schedule(10, "constant", lr=0.3, milestones=(1,)).lr(999) == 0.3
 
 
-def test_plateau_cuts_after_ten_epochs_without_gain_and_survives_a_resume():
-    schedule = Schedule(1, "plateau", lr=1.0)
-    for loss in [2.0] + [2.0] * 9:
-        schedule.epoch_ended(loss)
-    assert schedule.lr(10) == 1.0
-    again = Schedule(1, "plateau", lr=1.0)
+def test_plateau_cuts_down_to_a_floor_and_survives_a_resume():
+    def plateau() -> Schedule:
+        return Schedule(1, "plateau", lr=1.0, min_lr=0.05, patience=3)
+
+    schedule = plateau()
+    for accuracy in (50.0, 50.0, 49.0):
+        schedule.epoch_ended(accuracy)
+    assert schedule.lr(3) == 1.0
+    again = plateau()
     again.load_state_dict(schedule.state_dict())
-    again.epoch_ended(2.5)
-    assert again.lr(11) == pytest.approx(0.1)
-    again.epoch_ended(1.0)
-    assert again.best_loss == 1.0
+    again.epoch_ended(50.0)
+    assert again.lr(4) == pytest.approx(0.1)
+    again.epoch_ended(60.0)
+    for _ in range(3):
+        assert again.lr(5) == pytest.approx(0.1), "a gain starts the count anew"
+        again.epoch_ended(60.0)
+    assert again.lr(8) == 0.05 and not again.stopped
+    assert Schedule(1, "cosine", lr=1.0, min_lr=0.1, epochs=10).lr(10) == pytest.approx(0.1)
+
+
+def test_early_stopping_counts_from_the_best_epoch_whatever_the_rate_does():
+    schedule = Schedule(1, "plateau", lr=1.0, patience=2, early_stop=4)
+    ends = []
+    for accuracy in (10.0, 20.0, 19.0, 20.0, 21.0, 21.0, 20.0, 21.0, 20.0):
+        schedule.epoch_ended(accuracy)
+        ends.append(schedule.stopped)
+    assert ends == [False] * 8 + [True]
+    assert schedule.lr(9) == pytest.approx(1e-3), "cut after epochs 4, 7 and 9"
 
 
 def test_a_step_is_sgd_with_momentum_and_weight_decay():

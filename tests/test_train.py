@@ -12,15 +12,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from layouts import write_images
 from PIL import Image
 
 import data
 import freeze
+import loaders
 import models
 import runs
 import sources
 import step as steps
 import train
+from options import RECIPES
 
 ROOT = Path(train.__file__).parent
 SMALL = ["--arch", "resnet8", "--batch-size", "32", "--epochs", "3", "--milestones", "1", "2"]
@@ -124,7 +127,12 @@ def test_eval_every_skips_evaluations_but_not_the_last(small):
     assert [row["test_acc"] is None for row in metrics(only_run())] == [True, False, False]
 
 
-@pytest.mark.parametrize("settings", [["--mode", "random"], ["--optimizer", "adam", "--dtype", "fp16"]])
+PLATEAU = ["--optimizer", "adam", "--schedule", "plateau", "--patience", "1", "--augment", "photo"]
+
+
+@pytest.mark.parametrize(
+    "settings", [["--mode", "random"], ["--optimizer", "adam", "--dtype", "fp16"], PLATEAU], ids=" ".join
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(small, monkeypatch, settings):
     assert train.main([*small, *settings, "--out", "whole"]) == 0
     end_epoch = runs.Run.end_epoch
@@ -169,6 +177,150 @@ def test_a_killed_run_resumes(small, kill, status):
     assert summary(folder)["status"] == "done" and not (folder / "last.pt").exists()
     assert [row["epoch"] for row in metrics(folder)] == list(range(1, 13))
     freeze.restore(folder)
+
+
+def test_what_is_chosen_is_chosen_on_validation_images(small):
+    options = ["--mode", "all", "--epochs", "12", "--early-stop", "2", "--val-split", "16"]
+    assert train.main([*small, *options]) == 0
+    rows, result = metrics(only_run()), summary(only_run())
+    config = json.loads((only_run() / "config.json").read_text())
+    assert (config["recipe"]["train_images"], config["recipe"]["val_images"]) == (80, 16)
+    accs = [row["val_acc"] for row in rows]
+    assert len(rows) < 12, "it does not rise for ever on four classes of 24 images"
+    assert max(accs[-2:]) <= max(accs[:-2]) == accs[-3] and rows[-1]["test_acc"] is not None
+    assert result["status"] == "done" and result["why"] == "no better validation accuracy for 2 epochs"
+    assert result["epochs_done"] == len(rows) and result["final_test_acc"] == rows[-1]["test_acc"]
+    chosen = rows[accs.index(max(accs))]
+    assert result["best_val_acc"] == chosen["val_acc"] == max(accs)
+    assert (result["chosen_epoch"], result["chosen_test_acc"]) == (chosen["epoch"], chosen["test_acc"])
+    assert train.main([*small, *options, "--resume"]) == 0
+    assert metrics(only_run()) == rows
+    freeze.restore(only_run())
+
+
+def test_a_run_that_stopped_early_is_not_resumed_past_its_end(small, monkeypatch):
+    options = ["--mode", "all", "--epochs", "12", "--early-stop", "2"]
+    with monkeypatch.context() as patched:
+        patched.setattr(freeze, "seed_checkpoint", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert train.main([*small, *options]) == 1
+    stopped = metrics(only_run())
+    assert summary(only_run())["status"] == "interrupted" and len(stopped) < 12
+    assert train.main([*small, *options, "--resume"]) == 0
+    assert metrics(only_run()) == stopped and summary(only_run())["status"] == "done"
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_test_images_enter_no_decision_of_any_recipe(small, tiny_folder, tmp_path, recipe):
+    """Other test images, same training images: the same epochs, rates and weights, bit for bit."""
+    other = tmp_path / "other" / "tiny"
+    other.parent.mkdir()
+    subprocess.run(["cp", "-r", str(tiny_folder), str(other)], check=True)
+    for image in other.glob("test/*/*"):
+        Image.fromarray(np.random.RandomState(1).randint(0, 256, (16, 16, 3), dtype=np.uint8)).save(image)
+    options = ["--recipe", recipe, "--arch", "resnet8", "--image-size", "32", "--batch-size", "16"]
+    options += ["--data-dir", str(tmp_path / "prepared"), "--epochs", "9", "--patience", "1"]
+    if RECIPES[recipe].get("early_stop"):
+        options += ["--early-stop", "4"]
+    options += ["--device", "cpu", "--no-compile"]
+    for out, images in (("a", tiny_folder), ("b", other)):
+        assert train.main([*options, "--data", str(images), "--out", out]) == 0
+    one, two = only_run(Path("a")), only_run(Path("b"))
+    tests = ("epoch_s", "images_per_s", "test_loss", "test_acc")
+    a, b = ([{k: v for k, v in row.items() if k not in tests} for row in metrics(run)] for run in (one, two))
+    assert a == b and [row["test_acc"] for row in metrics(one)] != [row["test_acc"] for row in metrics(two)]
+    tensors = [freeze.read_checkpoint(run)[0] for run in (one, two)]
+    assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
+
+
+def test_a_recipe_is_other_defaults_and_is_recorded(small):
+    options = ["--recipe", "000-3", "--arch", "resnet18", "--data", small[small.index("--data") + 1]]
+    options += ["--data-dir", small[small.index("--data-dir") + 1], "--image-size", "48", "--epochs", "2"]
+    options += ["--batch-size", "24", "--train-subset", "48", "--device", "cpu"]
+    assert train.main(options) == 0
+    folder = only_run()
+    assert folder.name == (
+        "tiny-resnet18-bn_only-s0-recipe000_3-image_size48-train_subset48-epochs2-batch_size24"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    recorded = {"recipe": "000-3", "optimizer": "adam", "lr": 0.01, "schedule": "plateau", "min_lr": 1e-5}
+    recorded |= {"early_stop": 20, "augment": "photo", "image_size": 48, "weight_decay": 0.0}
+    assert recorded.items() <= config["options"].items()
+    assert config["recipe"]["train_images"] == 48 and config["recipe"]["val_images"] == 8
+
+
+def test_a_run_starts_from_another_and_comes_back_from_both(small, capsys):
+    first = [*small, "--mode", "all", "--seed", "3", "--out", "first"]
+    assert train.main(first) == 0
+    start = only_run(Path("first"))
+    trained = freeze.full_state(freeze.restore(start)[0])
+    template = str(start).replace("-s3-", "-s{seed}-")
+    for more in ([], ["--reset-bn"]):
+        assert train.main([*small, "--seed", "3", "--init-from", template, *more]) == 0
+    folders = sorted(Path("runs").iterdir())
+    for folder, kept in zip(folders, (True, False), strict=True):
+        config = json.loads((folder / "config.json").read_text())
+        assert config["options"]["init_from"] == template and config["recipe"]["init_from"] == str(start)
+        began = config["started_from"]
+        assert (began["run"], began["mode"], began["epochs"]) == (start.name, "all", 3)
+        assert began["test_acc"] == summary(start)["final_test_acc"] and began["epoch_s"] > 0
+        state = freeze.full_state(freeze.create(config["recipe"]))
+        for name, tensor in trained.items():
+            same = torch.equal(state[name], tensor)
+            statistics_or_gamma = re.search(r"bn\d|downsample\.1", name) and "num_batches" not in name
+            assert same == (kept or not statistics_or_gamma) or "num_batches" in name, name
+        freeze.restore(folder)  # through the run it started from, to the last bit
+    assert train.main([*small, "--seed", "3", "--init-from", str(folders[0]), "--out", "third"]) == 0
+    freeze.restore(only_run(Path("third")))
+    assert train.main([*small, "--arch", "resnet14", "--init-from", str(start)]) == 2
+    assert "layer1.1.conv1.weight (missing)" in capsys.readouterr().err
+    (start / "model.safetensors").unlink()
+    assert train.main([*small, "--init-from", str(start)]) == 2
+    assert "a run leaves one when it is done" in capsys.readouterr().err
+
+
+def test_torchvisions_resnet18_is_frozen_and_its_batchnorm_trains(small, capsys):
+    """A state dict of 1,000 classes with torchvision's names, as its published file has it."""
+    rng = torch.Generator().manual_seed(0)
+    with torch.device("meta"):
+        state = models.build("resnet18", 1000).state_dict()
+    state = {n: torch.rand(t.shape, generator=rng) * 0.1 for n, t in state.items() if t.is_floating_point()}
+    torch.save(state, "resnet18.pth")
+    options = [*small, "--arch", "resnet18", "--image-size", "32", "--epochs", "1", "--milestones"]
+    assert train.main([*options, "--init-from", "resnet18.pth"]) == 0
+    assert "fc.weight is drawn anew: resnet18.pth has another number of classes" in capsys.readouterr().err
+    after = freeze.full_state(freeze.restore(only_run())[0])
+    for name, tensor in state.items():
+        if not name.startswith("fc."):
+            moves = "bn" in name or "downsample.1" in name
+            assert torch.equal(after[name], tensor) != moves, name
+    state["layer2.0.conv9.weight"] = state.pop("layer2.0.conv1.weight")
+    torch.save(state, "renamed.pth")
+    assert train.main([*options, "--init-from", "renamed.pth"]) == 2
+    said = capsys.readouterr().err
+    assert "layer2.0.conv1.weight (missing), layer2.0.conv9.weight (not in this network)" in said
+
+
+def test_more_than_ten_classes_have_a_top_5_accuracy(small, tmp_path):
+    names = [f"class{i:03}" for i in range(1000)]
+    write_images(tmp_path / "many", classes=names, each=1, size=(32, 32))
+    options = ["--data", str(tmp_path / "many"), "--data-dir", str(tmp_path), "--batch-size", "100"]
+    options += ["--epochs", "1", "--milestones", "--arch", "resnet8", "--loader", "ffcv", "--device", "cpu"]
+    assert train.main(options) == 0
+    row, result = metrics(only_run())[0], summary(only_run())
+    assert result["final_test_top5_acc"] == row["test_top5_acc"] >= row["test_acc"]
+    loader = make_test_loader(tmp_path, only_run())
+    model = freeze.restore(only_run())[0].eval()
+    with torch.no_grad():
+        hits = sum(
+            int((model(images).sort(descending=True).indices[:, :5] == labels[:, None]).sum())
+            for images, labels in loader.epoch(0)
+        )
+    assert abs(hits - 10 * row["test_top5_acc"]) <= 2, "but for images whose fifth and sixth are as likely"
+
+
+def make_test_loader(tmp_path, run):
+    dataset = data.open_dataset(str(tmp_path / "many"), tmp_path, say=lambda line: None)
+    return loaders.make_loader(dataset, "test", batch_size=100, device="cpu", dtype=torch.float32)
 
 
 def test_a_done_run_is_not_run_again(small, capsys):
@@ -398,6 +550,14 @@ def test_quick_takes_synthetic_images_where_cifar10_cannot_be_had_and_says_so(tm
         ("--resume --overwrite", "--resume"),
         ("--data no_such_folder", "no_such_folder"),
         ("--init-from absent.pt", "absent.pt"),
+        ("--reset-bn", "--reset-bn"),
+        ("--augment blur", "--augment blur"),
+        ("--val-split 10", "--val-split 10"),
+        ("--val-split 96", "--val-split 96"),
+        ("--val-split 0 --early-stop 3", "--val-split 0"),
+        ("--val-split 0 --schedule plateau", "--val-split 0"),
+        ("--early-stop 0", "--early-stop 0"),
+        ("--recipe 000-4", "--recipe"),
         ("--mode shortcut --shortcut pad", "shortcut"),
         ("--mode random --per-channel 28", "--per-channel 28"),
         ("--out {file}", "--out"),
