@@ -126,7 +126,8 @@ class Run(NamedTuple):
             differing["processes"] = processes  # each of which normalised its own part of a batch
         if differing.get("init_from"):
             start, before = Path(differing["init_from"]).name, self.config["started_from"]
-            differing["init_from"] = f"{before['epochs']} epochs of {before['mode']}" if before else start
+            epochs = f"{before['epochs']} epoch{'s' * (before['epochs'] != 1)}" if before else ""
+            differing["init_from"] = f"{epochs} of {before['mode']}" if before else start
         return tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in sorted(differing.items()))
 
     @property

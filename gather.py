@@ -36,6 +36,7 @@ class Series:
     machine: tuple[str, str, str]  # device, how it computed, torch; empty texts where they do not matter
     done: int
     diverged: int
+    seeds: list[int]  # of those done, in the order of values and analyses
     values: dict[str, list[float]]
     curves: dict[str, np.ndarray]
     analyses: list[dict]
@@ -87,7 +88,7 @@ def by_setting(found: list[Run]) -> dict[str, list[Run]]:
         while told in named:
             told += "'"
         named[told] = sorted(members, key=lambda run: (*_place(run), run.options["seed"], run.folder))
-    first = {label: (runs[0].options["quick"], -runs[0].options["epochs"]) for label, runs in named.items()}
+    first = {label: (runs[0].options["quick"], -runs[0].setting[1]) for label, runs in named.items()}
     return dict(sorted(named.items(), key=lambda item: (*first[item[0]], -len(item[1]), item[0])))
 
 
@@ -109,6 +110,10 @@ def series_of(members: list[Run], by_machine: bool = False) -> list[Series]:
         values = {
             name: [run.summary[name] for run in done if run.summary[name] is not None] for name in numbers
         }
+        before = [run.config["started_from"] or {} for run in done]
+        values["start_test_acc"] = [
+            start["test_acc"] for start in before if start.get("test_acc") is not None
+        ]
         having = [run for run in done if run.epochs]
         for name in ("epoch_s", "images_per_s"):  # of a typical epoch: the first ones may wait or compile
             rows = [[row[name] for row in run.epochs if row[name] is not None] for run in having]
@@ -117,10 +122,11 @@ def series_of(members: list[Run], by_machine: bool = False) -> list[Series]:
         if having:
             epoch_s = curve(having, "epoch_s")
             number, typical = np.arange(epoch_s.shape[1]) + 1, np.nanmedian(epoch_s, axis=1, keepdims=True)
-            before, seconds = np.array([run.before for run in having]).T[..., None]
-            curves["seconds"] = np.where(np.isnan(epoch_s), np.nan, seconds + (number - before) * typical)
+            first, seconds = np.array([run.before for run in having]).T[..., None]
+            curves["seconds"] = np.where(np.isnan(epoch_s), np.nan, seconds + (number - first) * typical)
         analyses = [run.analysis for run in done if run.analysis]
-        gathered.append(Series(*key, len(done), len(each) - len(done), values, curves, analyses))
+        seeds = [run.options["seed"] for run in done]
+        gathered.append(Series(*key, len(done), len(each) - len(done), seeds, values, curves, analyses))
     return gathered
 
 

@@ -19,11 +19,13 @@ from collections import Counter
 from pathlib import Path
 from typing import NoReturn
 
+import answers
 import figures
 import finished
 import gather
 import runs
 import tables
+from answers import Answer
 from drawing import Line, render
 from finished import Run
 from gather import Series
@@ -53,7 +55,9 @@ def references(series: list[Series], by_params: bool) -> list[Line]:
     return lines
 
 
-def drawings(series: list[Series], machines: list[Series], cifar10: bool) -> list[tuple]:
+def drawings(
+    series: list[Series], machines: list[Series], answered: list[Answer], cifar10: bool
+) -> list[tuple]:
     """(name, title, caption, figure and its series or None, what would give it): each figure of a setting."""
     deviation = "Error bars are one sample standard deviation over seeds. "
     final = "After the last epoch. " + deviation
@@ -98,6 +102,10 @@ def drawings(series: list[Series], machines: list[Series], cifar10: bool) -> lis
         ("cost", "Time and memory of a run", shared, draw.costs(machines), done),
         ("parts", "Test accuracy by what trains", final, draw.parts(series), grid("parts")),
         ("starts", "Test accuracy by initialisation", final, draw.starts(series), grid("init")),
+        *(
+            (*(a.table.name, a.table.title, f"{a.text} {final}"), a.drawn, grid(a.table.name))
+            for a in answered
+        ),
     ]
 
 
@@ -127,7 +135,8 @@ def section(label: str, slug: str, members: list[Run], out: Path) -> str:
     note += " Paper and port: the official CIFAR-10, 160 epochs." if cifar10 else ""
     add(tables.accuracy_table(series, cifar10, as_published), note)
     missing = []
-    for name, title, caption, drawn, source in drawings(series, machines, cifar10):
+    answered = [answers.warm_starts(series), answers.retraining(series)]
+    for name, title, caption, drawn, source in drawings(series, machines, answered, cifar10):
         if drawn is None:
             missing.append(f"<li>{e(title)}: needs <code>{e(source)}</code></li>\n")
             continue
@@ -150,6 +159,8 @@ def section(label: str, slug: str, members: list[Run], out: Path) -> str:
         image = f'<img src="{source}" alt="{e(title)}" style="width:{figure.get_figwidth():.2f}in">'
         text = f"<b>{e(title)}.</b> {e(caption)} {' '.join(links)}"
         parts.append(f"<figure>{image}\n<figcaption>{text}</figcaption></figure>\n")
+    for answer in answered:
+        add(answer.table, "The change and its interval are of the same seeds' runs.")
     add(tables.parameter_table(members))
     add(
         tables.time_table(machines),

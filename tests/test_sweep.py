@@ -198,6 +198,54 @@ def test_a_cell_that_fails_is_named_and_the_rest_go_on(small, tmp_path, monkeypa
     assert [runs.Run(path).status for path in folders(tmp_path / "runs")] == ["done"]
 
 
+@pytest.fixture
+def chained(small, monkeypatch):
+    """A grid whose cells start from others: everything, then BatchNorm alone or everything on top of it."""
+    monkeypatch.setenv("GRID", "retrain")
+    monkeypatch.setenv("MODES", "all")
+    monkeypatch.setenv("SEEDS", "0")
+    return [*small, "--lr", "0.05"]
+
+
+def test_a_cell_waits_for_the_one_that_it_starts_from(chained, tmp_path, monkeypatch):
+    monkeypatch.setenv("JOBS", "2")
+    cells = make_grid(os.environ, chained)
+    first, *rest = cells
+    assert first.start is None and [cell.start for cell in rest] == [first.path] * 6
+    end(begin(chained), 0)
+    done = (first.path / "summary.json").stat().st_mtime_ns
+    assert all((cell.path / "config.json").stat().st_mtime_ns > done for cell in rest)
+    assert [runs.Run(cell.path).status for cell in cells] == 7 * ["done"]
+    config = runs.Run(rest[1].path).config
+    assert config["started_from"]["run"] == first.path.name and config["options"]["reset_bn"]
+
+
+def test_cells_whose_start_failed_are_not_tried(chained, tmp_path):
+    said = end(begin([*chained, "--lr", "1e30"]), 1)
+    assert said.count("diverged ") == 2 and said.count("started ") == 1, "once as it happens, once at the end"
+    assert "7 of 7 cells failed" in said and said.count("what it starts from failed") == 6
+    assert len(folders(tmp_path / "runs")) == 1
+
+
+def test_a_slurm_task_trains_what_its_cell_starts_from_first(chained, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    end(begin(chained), 0)
+    assert len(folders(tmp_path / "runs")) == 2
+    assert all(runs.Run(path).status == "done" for path in folders(tmp_path / "runs"))
+
+
+def test_batchnorm_first_ends_with_the_epoch_that_everything_ends_with(monkeypatch):
+    cells = make_grid({"GRID": "warmstart", "SEEDS": "0 1", "ARCHS": "resnet14"}, [])
+    later = [cell for cell in cells if cell.start]
+    starts = {cell.path: cell for cell in cells}
+    assert [cell.options.milestones for cell in later[::2]] == [(75, 115), (70, 110), (60, 100), (40, 80)]
+    for cell in later:
+        before = starts[cell.start]
+        assert before.options.epochs + cell.options.epochs == 160 and before.options.mode == "bn_only"
+        assert before.options.seed == cell.options.seed and cell.options.mode == "all"
+    assert later[0].arguments == later[1].arguments, "so that seeds may train side by side"
+
+
 def test_a_slurm_task_runs_its_own_cell(small, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
     end(begin(small), 0)

@@ -1,0 +1,139 @@
+"""The answers to the two questions are those of the runs' summaries, paired by seed."""
+
+import csv
+import json
+import statistics
+
+import numpy as np
+import pytest
+from made_runs import write_run
+
+import answers
+import finished
+import gather
+import report
+
+EPOCHS = 32
+
+
+def start(mode: str, epochs: int, test_acc: float, epoch_s: float = 2.0) -> dict:
+    return {
+        **{"run": "before", "mode": mode, "epochs": epochs, "epoch_s": epoch_s, "test_acc": test_acc},
+        "started_from": None,
+    }
+
+
+def write_grids(root, seeds=(0, 1, 2), accs=None) -> None:
+    """The runs of both questions; `accs` are final accuracies by (what, seed)."""
+
+    def write(what, seed, mode, epochs, before=None, **options):
+        options |= {"started_from": before, "init_from": "some run" if before else None}
+        folder = write_run(root, "resnet14", mode, seed, epochs, analysis=False, **options)
+        path, given = folder / "summary.json", (accs or {}).get((what, seed))
+        summary = json.loads(path.read_text()) | ({"final_test_acc": given} if given else {})
+        path.write_text(json.dumps(summary))
+
+    for seed in seeds:
+        write("all", seed, "all", EPOCHS, milestones=[16, 24])
+        for k in (2, 4):
+            before = start("bn_only", k, 40.0)
+            write(k, seed, "all", EPOCHS - k, before, milestones=[16 - k, 24 - k])
+        before = start("all", EPOCHS, 80.0 + seed)
+        write("kept", seed, "bn_only", 4, before, lr=0.01, milestones=[2, 3])
+        write("redrawn", seed, "bn_only", 4, before, lr=0.01, milestones=[2, 3], reset_bn=True)
+        write("more", seed, "all", 4, before, lr=0.01, milestones=[2, 3])
+
+
+def answered(root, question) -> answers.Answer:
+    """To `question`, from the one setting whose runs answer it."""
+    settings = gather.by_setting(finished.read_runs([str(root)]))
+    found = [question(gather.series_of(members)) for members in settings.values()]
+    (answer,) = [answer for answer in found if answer.drawn]
+    return answer
+
+
+def test_batchnorm_first_is_compared_seed_by_seed(tmp_path):
+    finals = {"all": (80.0, 82.0, 81.0), 2: (80.5, 82.7, 81.4), 4: (79.0, 81.1, 79.8)}
+    accs = {(what, seed): acc for what, each in finals.items() for seed, acc in enumerate(each)}
+    write_grids(tmp_path, accs=accs)
+    answer = answered(tmp_path, answers.warm_starts)
+    rows = {row[1]: row for row in answer.table.rows}
+    assert list(rows) == [0, 2, 4]
+    assert rows[0][2].mean == pytest.approx(81.0) and rows[0][3] is None
+    differences = [0.5, 0.7, 0.4]
+    assert rows[2][3].mean == pytest.approx(statistics.fmean(differences)) and rows[2][3].n == 3
+    interval = 4.30 * statistics.stdev(differences) / 3**0.5
+    assert rows[2][4] == pytest.approx(interval)
+    assert f"ends +0.53 points (± {interval:.2f}, n = 3: beyond chance), by 2," in answer.text
+    assert answer.text.startswith(f"ResNet-14, {EPOCHS} epochs: ")
+    assert answer.text.count(". ") == 1, "two sentences"
+
+
+def test_equal_time_counts_the_first_part_and_takes_the_last_test_before(tmp_path):
+    write_grids(tmp_path, seeds=[0])
+    having = [s for s in all_series(tmp_path) if s.mode == "all" and s.curves]
+    (plain,) = [s for s in having if not s.options]
+    (first,) = [s for s in having if dict(s.options).get("init_from") == "4 epochs of bn_only"]
+    assert np.isnan(first.curves["test_acc"][0, :4]).all() and first.curves["test_acc"].shape == (1, EPOCHS)
+    epoch_s = first.values["epoch_s"][0]
+    assert answers.total_seconds(first) == pytest.approx(4 * 2.0 + (EPOCHS - 4) * epoch_s)
+    tested = first.curves["test_acc"][0]
+    assert answers.at_time(first, 4 * 2.0 + 2.5 * epoch_s) == {0: tested[5]}
+    assert answers.at_time(first, 8.0) == {}, "nothing is known of it while BatchNorm alone trained"
+    assert answers.at_time(plain, 1e9) == {0: plain.curves["test_acc"][0, -1]}
+
+
+def all_series(root) -> list[gather.Series]:
+    settings = gather.by_setting(finished.read_runs([str(root)]))
+    return [s for members in settings.values() for s in gather.series_of(members)]
+
+
+def test_runs_that_start_from_runs_stand_beside_those_as_long_in_all(tmp_path):
+    write_grids(tmp_path)
+    settings = gather.by_setting(finished.read_runs([str(tmp_path)]))
+    assert [len(members) for members in settings.values()] == [9, 9]
+    steps = {"36": "34, 35", "32": "16, 24"}
+    assert list(settings) == [f"CIFAR-10, {n} epochs, lr steps at {at}" for n, at in steps.items()]
+
+
+def test_retraining_is_compared_with_what_each_run_started_from(tmp_path):
+    finals = {"kept": (80.1, 81.3, 81.9), "redrawn": (60.0, 62.0, 61.0), "more": (81.0, 82.0, 83.0)}
+    accs = {(what, seed): acc for what, each in finals.items() for seed, acc in enumerate(each)}
+    write_grids(tmp_path, accs=accs)
+    answer = answered(tmp_path, answers.retraining)
+    changes = {row[1]: row[5] for row in answer.table.rows}
+    assert changes["BatchNorm, kept"].mean == pytest.approx(statistics.fmean([0.1, 0.3, -0.1]))
+    assert changes["BatchNorm, redrawn"].mean == pytest.approx(-20.0)
+    assert changes["everything"] == pytest.approx((1.0, 0.0, 3))
+    assert "4 epochs of BatchNorm alone, after 32 of everything" in answer.text
+    assert "kept by +0.10 points (± 0.50, n = 3: within chance) at learning rate 0.01" in answer.text
+    assert "drawn anew by -20.00 points (± 2.48, n = 3: beyond chance)" in answer.text
+    assert answer.text.endswith(
+        "everything change it by +1.00 points (± 0.00, n = 3: beyond chance) at learning rate 0.01."
+    )
+
+
+def test_one_seed_is_said_to_tell_nothing_of_chance(tmp_path):
+    write_grids(tmp_path, seeds=[0])
+    assert "(n = 1: nothing is known of chance)" in answered(tmp_path, answers.retraining).text
+
+
+def test_the_page_has_both_answers(tmp_path):
+    write_grids(tmp_path / "runs")
+    assert report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert page.count("the best ends") == 1 and page.count("epochs of BatchNorm alone, after 32") == 1
+    for name, rows in (("warmstart", 3), ("retrain", 3)):
+        (table,) = (tmp_path / "out" / "tables").glob(f"*-{name}.csv")
+        assert len(list(csv.DictReader(table.open()))) == rows
+        assert len(list((tmp_path / "out" / "figures").glob(f"*-{name}.png"))) == 1
+
+
+def test_a_start_that_is_rubbish_is_named_and_left_out(tmp_path, capsys):
+    for seed, rubbish in enumerate(
+        ({"run": "x"}, {**start("all", 3, 50.0), "epochs": -1}, {"epochs": 1e400})
+    ):
+        write_run(tmp_path, seed=seed, init_from="a", started_from=rubbish)
+    write_run(tmp_path, seed=9)
+    assert len(finished.read_runs([str(tmp_path)])) == 1
+    assert capsys.readouterr().err.count("started_from") == 3
