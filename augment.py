@@ -36,7 +36,7 @@ class AugmentError(ValueError):
 
 def canonical(name: str) -> str:
     """One spelling per augmentation: paper, photo or none where it is that, else parts in a fixed order."""
-    asked = set(NAMED.get(name, name).split("+")) - {""}
+    asked = parts_of(name) if name in NAMED else set(name.split("+"))
     if unknown := asked - set(PARTS):
         what = f"--augment {name}: {sorted(unknown)[0]!r} is not known"
         raise AugmentError(f"{what}; choose {', '.join(NAMED)}, or parts joined by +: {', '.join(PARTS)}")

@@ -109,16 +109,17 @@ def share_out(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sorted positions, int64, of the images to train on and of those to validate on, which are other ones.
 
-    `labels` are the training split's. `validation` images, 0 or a number of every class, are drawn first, so
-    they do not depend on `training`, of which the same holds; None is all others. `rng(stream, 0)` gives the
-    generators. Raises DataError as `class_subset` does.
+    `labels` are the training split's. `validation` images (None: none) are drawn first, and do not depend on
+    `training`; of the others, `training` are drawn (None: all). Of either there are as many of every class.
+    `rng(stream, 0)` gives the generators. Raises DataError as `class_subset` does.
     """
     every, held_out = np.arange(len(labels)), np.empty(0, np.int64)
     if validation:
         held_out = class_subset(labels, validation, rng("validation", 0), "--val-split", spare=1)
         every = np.setdiff1d(every, held_out)
     if training:
-        every = every[class_subset(labels[every], training, rng("subset", 0))]
+        left = f" ({len(held_out)} are set apart to validate on)" if validation else ""
+        every = every[class_subset(labels[every], training, rng("subset", 0), note=left)]
     return every, held_out
 
 
@@ -129,7 +130,12 @@ def tenth(labels: np.ndarray) -> int:
 
 
 def class_subset(
-    labels: np.ndarray, count: int, rng: np.random.RandomState, option: str = "--train-subset", spare: int = 0
+    labels: np.ndarray,
+    count: int,
+    rng: np.random.RandomState,
+    option: str = "--train-subset",
+    spare: int = 0,
+    note: str = "",
 ) -> np.ndarray:
     """Sorted positions, int64 [count], of images chosen at random, the same number of every class.
 
@@ -140,7 +146,9 @@ def class_subset(
     each, rest = divmod(count, len(classes))
     if rest or not 1 <= each <= sizes.min() - spare:
         most = (sizes.min() - spare) * len(classes)
-        raise DataError(f"{option} {count}: give a multiple of {len(classes)} (classes), up to {most}")
+        if most < len(classes):
+            raise DataError(f"{option} {count}: a class has too few images; give it more, or leave it out")
+        raise DataError(f"{option} {count}: give a multiple of {len(classes)} (classes), up to {most}{note}")
     return np.sort(np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:each] for c in classes]))
 
 

@@ -1,5 +1,6 @@
 """What a person sees of a run: live bars, or a line per epoch into a file or pipe; a table at the end."""
 
+import math
 import os
 import sys
 import time
@@ -67,7 +68,8 @@ class Display:
         text = f"train {row['train_loss']:.3f} {row['train_acc']:5.2f} %"
         for name in ("val", "test"):
             if row.get(f"{name}_acc") is not None:
-                text += f"  {name} {row[f'{name}_loss']:.3f} {row[f'{name}_acc']:5.2f} %"
+                loss = row[f"{name}_loss"]
+                text += f"  {name} {math.nan if loss is None else loss:.3f} {row[f'{name}_acc']:5.2f} %"
         self.bars.update(self.run_bar, text=text)
         if not self.live:
             rate = f"{row['images_per_s']:,.0f} images/s" if row["images_per_s"] else ""

@@ -5,6 +5,7 @@ One that train.py would not have left is named and left out; no code from any fi
 
 import dataclasses
 import json
+import math
 import stat
 import sys
 from pathlib import Path
@@ -57,12 +58,12 @@ EPOCH = {
     "images_per_s": (float, True, 0, HUGE),
 }
 STARTED_FROM = {
-    "run": (str, False),
-    "mode": (str, False),
-    "epochs": (int, False, 0, 10**6),
-    "epoch_s": (float, False, 0, HUGE),
+    **dict.fromkeys(("run", "mode", "fingerprint", "device_name"), (str, False)),
+    **dict.fromkeys(("epochs", "course", "epochs_done"), (int, False, 0, 10**6)),
+    "seed": (int, False, 0, 2**64),
+    "seconds": (float, True, 0, HUGE),
     "test_acc": (float, True, 0, 100),
-    "started_from": (dict, True),
+    "options": (dict, False),
 }
 COUNTS = {"count": (int, False, 1, 2**62), "edges": (list, False), "counts": (list, False)}
 ANALYSIS = {
@@ -97,23 +98,28 @@ class Run(NamedTuple):
     @property
     def setting(self) -> tuple:
         """What two runs must share to stand on one page section."""
-        o, recipe, before = self.options, self.config["recipe"], self.before[0]
+        o, recipe, before = self.options, self.config["recipe"], self.start["course"] if self.start else 0
         steps = (
             tuple(m + before for m in o["milestones"] if m < o["epochs"]) if o["schedule"] == "step" else ()
         )
         size = recipe.get("image_size") or o["image_size"]
         course = before + o["epochs"], o["schedule"], steps
-        images = o["quick"], o["train_subset"], recipe.get("val_images") or 0
+        images = o["quick"], o["train_subset"], recipe.get("val_images", o["val_split"]) or 0
         return self.config["data_title"], *course, *images, size, recipe.get("fingerprint")
 
     @property
+    def start(self) -> dict | None:
+        """The run on the same images that this one started from."""
+        start = self.config["started_from"]
+        return start if start and start["fingerprint"] == self.config["recipe"].get("fingerprint") else None
+
+    @property
     def before(self) -> tuple[int, float]:
-        """Epochs of the runs that this one started from, and their seconds, were each its median one."""
-        epochs, seconds, run = 0, 0.0, self.config["started_from"]
-        while run:
-            epochs, seconds = epochs + run["epochs"], seconds + run["epochs"] * run["epoch_s"]
-            run = run.get("started_from")
-        return epochs, seconds
+        """Epochs that led to this run, and their seconds; these are NaN where another device took them."""
+        if not self.start:
+            return 0, 0.0
+        same = self.start["device_name"] == self.config["device_name"] and self.start["seconds"] is not None
+        return self.start["epochs_done"], self.start["seconds"] if same else math.nan
 
     @property
     def variant(self) -> tuple[tuple[str, object], ...]:
@@ -125,10 +131,16 @@ class Run(NamedTuple):
         if processes > 1 and not self.options["sync_bn"]:
             differing["processes"] = processes  # each of which normalised its own part of a batch
         if differing.get("init_from"):
-            start, before = Path(differing["init_from"]).name, self.config["started_from"]
-            epochs = f"{before['epochs']} epoch{'s' * (before['epochs'] != 1)}" if before else ""
-            differing["init_from"] = f"{epochs} of {before['mode']}" if before else start
+            differing["init_from"] = self.start_text() if self.start else Path(differing["init_from"]).name
         return tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in sorted(differing.items()))
+
+    def start_text(self) -> str:
+        """`160 epochs of all, lr 0.05`"""
+        start = self.start
+        more = [variant_text(tuple(sorted(start["options"].items())))]
+        more += [f"seed {start['seed']}"] if start["seed"] != self.options["seed"] else []
+        epochs = f"{start['epochs']} epoch{'s' * (start['epochs'] != 1)} of {start['mode']}"
+        return ", ".join(filter(None, [epochs, *more]))
 
     @property
     def machine(self) -> tuple[str, str, str]:
@@ -218,7 +230,7 @@ def check_options(options: dict) -> None:
         if not all(-HUGE <= number <= HUGE for number in numbers):  # nor is NaN between any two numbers
             raise Rubbish(f"option {name} is {str(value)[:40]}, out of range")
     kinds = {"epochs": (int, False, 1, 10**6), "train_subset": (int, True, 1, 2**62)}
-    kinds |= {"image_size": (int, True, 1, 65536), "early_stop": (int, True, 1, 10**6)}
+    kinds |= {"image_size": (int, True, 1, 65536), "early_stop": (int, True, 0, 10**6)}
     kinds |= {"val_split": (int, True, 0, 2**62)}
     check(options, kinds | dict.fromkeys(("init_from", "dtype", "loader", "recipe"), (str, True)), "options")
     if not all(type(m) is int for m in options["milestones"]):
@@ -286,10 +298,11 @@ def read_run(folder: Path, shown: str) -> Run:
     kinds = {"options": (dict, False), "recipe": (dict, False), "versions": (dict, False)}
     kinds |= {"data_title": (str, False), "device_name": (str, False), "git_commit": (str, True)}
     check(config, kinds | {"started_from": (dict, True)}, "config.json")
-    start = config["started_from"]
-    while start:
+    if start := config["started_from"]:
         check(start, STARTED_FROM, "config.json, started_from")
-        start = start.get("started_from")
+        if not config["options"].get("init_from"):
+            raise Rubbish("config.json: it started from a run, and has no option init_from")
+        check_options(DEFAULTS | start["options"])
     recipe = {"fingerprint": (str, True), "dtype": (str, True), "image_size": (int, True, 1, 65536)}
     recipe |= {"processes": (int, True, 1, 65536), "val_images": (int, True, 0, 2**62)}
     check(config["recipe"], recipe, "config.json, recipe")
@@ -319,8 +332,11 @@ def read_run(folder: Path, shown: str) -> Run:
         needed = ("final_test_acc", "best_test_acc", "checkpoint_bytes")
         for name in [name for name in needed if summary[name] is None]:
             raise Rubbish(f"summary.json: it is done, and has no {name}")
-        if epochs and len(epochs) != summary["epochs_done"]:
-            raise Rubbish(f"metrics.jsonl has {len(epochs)} of {summary['epochs_done']} epochs")
+        done, asked = summary["epochs_done"], options["epochs"]
+        if done != asked and not (options["early_stop"] and done < asked):
+            raise Rubbish(f"summary.json: it is done after {done} of {asked} epochs")
+        if epochs and len(epochs) != done:
+            raise Rubbish(f"metrics.jsonl has {len(epochs)} of {done} epochs")
     return Run(shown, options, config, summary, epochs, analysis)
 
 

@@ -177,7 +177,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str
     """Tensors and metadata of a run folder's seed checkpoint, or of a file that `rebuild` wrote."""
     file = Path(path)
     if file.is_dir():
-        file /= "model.safetensors"
+        file /= runs.CHECKPOINT
         if not file.exists():
             raise FreezeError(f"{path} has no model.safetensors; a run leaves one when it is done")
     try:
@@ -191,7 +191,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str
             raise ValueError("steps or full_sha256 are out of range")
     except FileNotFoundError:
         raise FreezeError(f"{path}: there is no such run or file") from None
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise FreezeError(f"{file} is no checkpoint of train.py ({error!r}); give a run folder") from None
     return tensors, metadata
 
@@ -246,6 +246,14 @@ def restore(path: str | Path, init_from: str | None = None) -> tuple[nn.Module, 
     """
     tensors, metadata = read_checkpoint(path)
     recipe = {"reset_bn": False} | json.loads(metadata["recipe"])
+    if recipe["mode"] == "all":  # everything is in the file
+        recipe["init_from"] = None
+    elif recipe["init_from"] and not Path(recipe["init_from"]).exists():  # moved, perhaps together
+        folder, start = Path(path), Path(recipe["init_from"])
+        folder = folder if folder.is_dir() else folder.parent
+        recipe["init_from"] = str(
+            folder.parent / (start.parent if start.name == runs.CHECKPOINT else start).name
+        )
     rebuilt_before = "frozen_sha256" not in metadata
     if rebuilt_before:
         with torch.device("meta"):

@@ -110,7 +110,7 @@ def series_of(members: list[Run], by_machine: bool = False) -> list[Series]:
         values = {
             name: [run.summary[name] for run in done if run.summary[name] is not None] for name in numbers
         }
-        before = [run.config["started_from"] or {} for run in done]
+        before = [run.start or {} for run in done]
         values["start_test_acc"] = [
             start["test_acc"] for start in before if start.get("test_acc") is not None
         ]

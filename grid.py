@@ -86,14 +86,17 @@ def make_grid(environment: Mapping[str, str], argv: Sequence[str]) -> list[Cell]
     argv = [argument for argument in argv if argument != "--resume"]
     if each[0].quick and "data" not in given:
         found = prepare(each[0])
-        argv += ["--data", "cifar10" if found else "synthetic"]
+        argv += ["--data", each[0].data if found else "synthetic"]
         if not found:
-            print("sweep.py: --quick takes synthetic images, for want of CIFAR-10", file=sys.stderr)
+            print(f"sweep.py: --quick takes synthetic images, for want of {each[0].data}", file=sys.stderr)
     cells: dict[Path, Cell] = {}
 
-    def add(*more: str, start: str | None = None) -> str:
-        """Cells of all seeds; returns what --init-from takes to start from them. `start` is such a value."""
-        arguments = (*argv, *more, *(("--init-from", start) if start else ()))
+    def add(words: list[str], chained: Sequence[str] = (), start: str | None = None) -> str:
+        """Cells of all seeds, whose options are `words`, the user's, and `chained`, the last ruling.
+
+        `start` is what --init-from takes; returns what takes these cells for a start.
+        """
+        arguments = (*words, *argv, *chained, *(("--init-from", start) if start else ()))
         for options in parse_options([*arguments, "--seed", *seeds], __doc__)[0]:
             path = folder(options)
             begins = Path(start.replace("{seed}", str(options.seed))) if start else None
@@ -105,33 +108,39 @@ def make_grid(environment: Mapping[str, str], argv: Sequence[str]) -> list[Cell]
     for trial in grid.get("STARTS", [""]):
         for arch in archs:
             for mode in modes:
-                base = ["--arch", arch, "--mode", mode, *trial.split()]
-                done = add(*base)
+                words = ["--arch", arch, "--mode", mode, *trial.split()]
+                done = add(words)
                 if name == "warmstart":
-                    add_warm_starts(add, base, each[0])
+                    add_warm_starts(add, words, each[0])
                 elif name == "retrain":
-                    add_retraining(add, base, done, each[0])
+                    add_retraining(add, words, done, each[0])
     return list(cells.values())
 
 
-def add_warm_starts(add: Callable[..., str], base: list[str], options: Options) -> None:
-    """Runs as long as `base` that train BatchNorm alone first, at the first rate, and then what it does."""
-    for share in FIRST_PARTS:
-        first = max(1, round(share * options.epochs / 160))
-        left = [str(m - first) for m in options.milestones if m > first]
+def add_warm_starts(add: Callable[..., str], words: list[str], options: Options) -> None:
+    """Runs as long as that of `words`: of BatchNorm alone, at the first rate, and then of what it trains."""
+    steps = options.milestones if options.schedule == "step" else ()
+    for first in sorted({max(1, round(part * options.epochs / 160)) for part in FIRST_PARTS}):
+        if first >= min([options.epochs, *steps]):
+            continue
         only = ["--mode", "bn_only", "--epochs", str(first), "--schedule", "constant"]
-        start = add(*base, *only)
-        add(*base, "--epochs", str(options.epochs - first), "--milestones", *left, start=start)
+        # What chooses by validation images sets them apart here too; so late, it never does.
+        only[-1:] = ["plateau", "--patience", str(first)] if options.schedule == "plateau" else ["constant"]
+        only += ["--early-stop", str(first)] if options.early_stop else []
+        left = ["--milestones", *(str(milestone - first) for milestone in steps)] if steps else []
+        then = ["--epochs", str(options.epochs - first), *left, "--warmup-epochs", "0"]
+        add(words, then, start=add(words, only))
 
 
-def add_retraining(add: Callable[..., str], base: list[str], done: str, options: Options) -> None:
+def add_retraining(add: Callable[..., str], words: list[str], done: str, options: Options) -> None:
     """An eighth as many epochs on top of the run `done`: of BatchNorm alone, kept or drawn anew, and of
     everything, to compare; each at the first rate and at a tenth of it."""
     more = max(2, options.epochs // 8)
-    course = ["--epochs", str(more), "--milestones", str(more // 2), *([str(3 * more // 4)] * (more > 3))]
+    steps = sorted({more // 2, 3 * more // 4})
+    course = ["--epochs", str(more), "--milestones", *map(str, steps)]
     for lr in (options.lr, options.lr / 10):
         for what in (["--mode", "bn_only"], ["--mode", "bn_only", "--reset-bn"], []):
-            add(*base, *course, "--lr", f"{lr:g}", *what, start=done)
+            add(words, [*course, "--lr", f"{lr:g}", *what], start=done)
 
 
 def folder(options: Options) -> Path:
@@ -172,7 +181,7 @@ def holds(cell: Cell) -> bool:
         differing = {name for name, value in wanted.items() if options.get(name, value) != value}
     except (runs.RunError, AttributeError):
         return False
-    return not differing - LOGISTIC - {"data"}
+    return not differing - LOGISTIC - {"data", "init_from"}
 
 
 class Forecast:

@@ -377,7 +377,8 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
             f"--init-from {path}: not a weight file that loads safely ({reason});\n"
             "give a .safetensors file, or a state dict saved with torch.save(model.state_dict(), ...)"
         ) from None
-    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+    named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
+    if not named or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise ModelError(f"--init-from {path}: holds no state dict (names to tensors)")
     return tensors
 
@@ -390,9 +391,8 @@ def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], path: str |
     """
     own = {name: t for name, t in model.state_dict().items() if not name.endswith("num_batches_tracked")}
     given = {name: t for name, t in tensors.items() if not name.endswith("num_batches_tracked")}
-    other_head = [
-        n for n in ("fc.weight", "fc.bias") if n in given and given[n].shape[:1] != own[n].shape[:1]
-    ]
+    heads = [n for n in ("fc.weight", "fc.bias") if n in given and given[n].dim() == own[n].dim()]
+    other_head = [n for n in heads if given[n].shape[0] != own[n].shape[0]]
     for name in other_head:
         given[name] = own[name]
     wrong = [f"{n} (missing)" for n in own if n not in given]
@@ -405,5 +405,9 @@ def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], path: str |
     if wrong:
         more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
         raise ModelError(f"--init-from {path} does not fit the network: {', '.join(wrong[:4])}{more}")
-    model.load_state_dict(given, strict=False)
+    try:
+        model.load_state_dict(given, strict=False)
+    except RuntimeError as error:  # tensors without values, say
+        reason = str(error).splitlines()[-1].strip()
+        raise ModelError(f"--init-from {path} cannot be loaded ({reason})") from None
     return other_head

@@ -74,7 +74,9 @@ class Options:
     patience: int = option(
         10, "epochs without a better validation accuracy before plateau cuts the rate", type=int
     )
-    early_stop: int | None = option(None, "end after N epochs without a better validation accuracy", type=int)
+    early_stop: int | None = option(
+        None, "end after N epochs without a better validation accuracy; 0: never", type=int
+    )
     warmup_epochs: int = option(0, "epochs of linear rise to --lr", type=int)
     optimizer: str = option("sgd", "of the trained tensors", choices=("sgd", "adam"))
     lr: float = option(0.1, "learning rate", type=float)
@@ -199,11 +201,12 @@ def check_ranges(options: Options) -> None:
             raise OptionError(f"--{name.replace('_', '-')} {shown}: must be {what}")
 
     counts = ("epochs", "batch_size", "eval_every", "per_channel", "train_subset", "image_size")
-    for name in (*counts, "lr", "patience", "early_stop"):
+    for name in (*counts, "lr", "patience"):
         value = getattr(options, name)
         need(value is None or 0 < value < float("inf"), name, "greater than 0")
-    for name in ("warmup_epochs", "momentum", "weight_decay", "gamma", "min_lr"):
-        need(0 <= getattr(options, name) < float("inf"), name, "0 or more")
+    for name in ("warmup_epochs", "momentum", "weight_decay", "gamma", "early_stop", "val_split"):
+        need(0 <= (getattr(options, name) or 0) < float("inf"), name, "0 or more")
+    need(0 <= options.min_lr <= options.lr, "min_lr", f"from 0 to --lr, {options.lr:g}")
     for name in ("arch", "data", "data_dir", "out", "init_from"):
         need(getattr(options, name) != "", name, "a name, not nothing")
     need(not options.image_size or options.image_size < 65536, "image_size", "below 65536")
@@ -219,13 +222,8 @@ def check_ranges(options: Options) -> None:
     check_arch(options.arch, options.shortcut)  # before any download
     chooses = [f"--early-stop {options.early_stop}"] if options.early_stop else []
     chooses += ["--schedule plateau"] if options.schedule == "plateau" else []
-    if options.val_split is not None:
-        need(
-            options.val_split > 0 or not chooses,
-            "val_split",
-            f"above 0: {' and '.join(chooses)} choose by it",
-        )
-        need(options.val_split >= 0, "val_split", "0 or more")
+    if options.val_split == 0:
+        need(not chooses, "val_split", f"above 0, for {' and '.join(chooses)} to look at")
     if options.reset_bn and not options.init_from:
         raise OptionError("--reset-bn: there is nothing to draw anew; it goes with --init-from")
     if options.resume and options.overwrite:

@@ -11,7 +11,7 @@ import torch
 
 import data
 import runs
-from options import LOGISTIC, Options, defaults
+from options import LOGISTIC, RECIPES, Options, defaults
 
 
 def cell_name(options: Options, data_name: str) -> str:
@@ -27,27 +27,76 @@ def cell_name(options: Options, data_name: str) -> str:
 
 
 def start_name(init_from: str) -> str:
-    """The folder's name, or the file's without its suffix."""
+    """The run's name, or the file's without its suffix."""
     path = Path(init_from)
+    path = path.parent if path.name == runs.CHECKPOINT else path
     return path.stem if path.suffix in (".safetensors", ".pt", ".pth") else path.name
 
 
-def started_from(path: str | None) -> dict | None:
-    """Of the run in a folder that another starts from: what trained for how long, and how far it got.
+def started_from(init_from: str | None) -> dict | None:
+    """Of the run that another starts from: what it trained, on what, for how long, and how far it got.
 
-    `epoch_s` is the median of its epochs. None for a file of weights.
+    `epochs` are its own, as asked for; `course` adds those of what it had started from. `epochs_done` and
+    `seconds`, at the median epoch's, are of all these runs together; `seconds` is None where they ran on
+    several devices. `options` differ from the published. None for weights alone, or a run without results.
     """
-    if not path or not Path(path).is_dir():
+    folder = Path(init_from or "")
+    folder = folder.parent if folder.name == runs.CHECKPOINT else folder
+    if not init_from or not (folder / "config.json").is_file():
         return None
-    run = runs.Run(Path(path))
-    summary, seconds = run.summary or {}, [row["epoch_s"] for row in runs.read_rows(run.path)]
-    told = {"run": run.path.resolve().name, "mode": summary.get("mode"), "epochs": summary.get("epochs_done")}
-    told |= {"epoch_s": statistics.median(seconds or [0.0]), "test_acc": summary.get("final_test_acc")}
-    return told | {"started_from": (run.config or {}).get("started_from")}
+    run = runs.Run(folder)
+    try:
+        options, before = run.config["options"], run.config["started_from"]
+        epochs, done, device = options["epochs"], run.summary["epochs_done"], run.config["device_name"]
+        seconds = done * statistics.median([row["epoch_s"] for row in runs.read_rows(folder)])
+        told = {
+            "run": folder.resolve().name,
+            "mode": options["mode"],
+            "seed": options["seed"],
+            "epochs": epochs,
+        }
+        told |= {"test_acc": run.summary["final_test_acc"], "device_name": device, "seconds": seconds}
+        told |= {"fingerprint": run.config["recipe"]["fingerprint"], "options": differing_course(options)}
+        if before:
+            epochs, done = epochs + before["course"], done + before["epochs_done"]
+            alike = before["device_name"] == device and before["seconds"] is not None
+            told["seconds"] = before["seconds"] + seconds if alike else None
+        return told | {"course": int(epochs), "epochs_done": int(done)}
+    except (KeyError, TypeError, ValueError, AttributeError):  # not all there, or damaged
+        return None
+
+
+def differing_course(options: dict) -> dict:
+    """Those of a run's recorded options that differ from the published; its length and images left out."""
+    recipe = options["recipe"] if options["recipe"] in RECIPES else None
+    published = dataclasses.asdict(defaults(recipe, options["quick"]))
+    apart = {
+        "arch",
+        "mode",
+        "data",
+        "seed",
+        "dtype",
+        "init_from",
+        "epochs",
+        "milestones",
+        "schedule",
+        *LOGISTIC,
+    }
+    apart |= {"quick", "train_subset", "val_split", "image_size"}
+    differing = {k: v for k, v in options.items() if k not in apart and v != published.get(k)}
+    steps = [m / options["epochs"] for m in options["milestones"]]
+    if options["schedule"] == "step" and steps != [0.5, 0.75]:
+        differing["milestones"] = options["milestones"]
+    return differing
 
 
 def describe(
-    options: Options, recipe: dict, frozen_sha256: str, dataset: data.Dataset, device: torch.device
+    options: Options,
+    recipe: dict,
+    start: dict | None,
+    frozen_sha256: str,
+    dataset: data.Dataset,
+    device: torch.device,
 ) -> dict:
     """The content of config.json: what was asked for, what it came to, and on what."""
 
@@ -77,7 +126,7 @@ def describe(
         "options": dataclasses.asdict(options) | {"milestones": list(options.milestones)},
         "recipe": recipe,
         "frozen": {"sha256": frozen_sha256},
-        "started_from": started_from(recipe["init_from"]),
+        "started_from": start,
         "data_title": dataset.title,
         "device": device.type,
         "device_name": device_name,

@@ -36,6 +36,8 @@ PARAMS = {  # trained by bn_only and by all, of the paper's networks
     **{218: (16352, 3480602), 434: (32480, 6980378), 866: (64736, 13979930)},
 }
 
+INTERVAL = "Intervals hold for all that were tried, with 95 % confidence (Student's t, Bonferroni's bound). "
+
 
 def references(series: list[Series], by_params: bool) -> list[Line]:
     """What others report, at its depth or, of the paper's networks, its number of trained parameters."""
@@ -103,7 +105,7 @@ def drawings(
         ("parts", "Test accuracy by what trains", final, draw.parts(series), grid("parts")),
         ("starts", "Test accuracy by initialisation", final, draw.starts(series), grid("init")),
         *(
-            (*(a.table.name, a.table.title, f"{a.text} {final}"), a.drawn, grid(a.table.name))
+            (*(a.table.name, a.table.title, f"{a.text} {final}{INTERVAL}"), a.drawn, grid(a.table.name))
             for a in answered
         ),
     ]
@@ -112,9 +114,10 @@ def drawings(
 def section(label: str, slug: str, members: list[Run], out: Path) -> str:
     """One setting's part of the page; writes its figures and tables on the way."""
     series, machines = gather.series_of(members), gather.series_of(members, by_machine=True)
-    o, data_title = members[0].options, members[0].config["data_title"]
+    data_title = members[0].config["data_title"]
     cifar10 = re.fullmatch(r"CIFAR-10( \(not the official bytes\))?", data_title) is not None
-    as_published = cifar10 and o["epochs"] == 160 and not o["train_subset"]
+    _, *course, quick, subset, held_out, _, _ = members[0].setting
+    as_published = cifar10 and course == [160, "step", (80, 120)] and not (quick or subset or held_out)
     done = sum(run.summary["status"] == "done" for run in members)
     ended = f"{done} run{'s' if done != 1 else ''} done"
     ended += f", {len(members) - done} not finished" if done < len(members) else ""
@@ -135,7 +138,7 @@ def section(label: str, slug: str, members: list[Run], out: Path) -> str:
     note += " Paper and port: the official CIFAR-10, 160 epochs." if cifar10 else ""
     add(tables.accuracy_table(series, cifar10, as_published), note)
     missing = []
-    answered = [answers.warm_starts(series), answers.retraining(series)]
+    answered = [answers.warm_starts(machines), answers.retraining(machines)]
     for name, title, caption, drawn, source in drawings(series, machines, answered, cifar10):
         if drawn is None:
             missing.append(f"<li>{e(title)}: needs <code>{e(source)}</code></li>\n")
@@ -160,12 +163,13 @@ def section(label: str, slug: str, members: list[Run], out: Path) -> str:
         text = f"<b>{e(title)}.</b> {e(caption)} {' '.join(links)}"
         parts.append(f"<figure>{image}\n<figcaption>{text}</figcaption></figure>\n")
     for answer in answered:
-        add(answer.table, "The change and its interval are of the same seeds' runs.")
+        add(answer.table, "The change is of the same seeds' runs. " + INTERVAL)
     add(tables.parameter_table(members))
     add(
         tables.time_table(machines),
         "Epoch and images/s: the median of a run's epochs; images/s is of training alone. "
-        "Runs side by side in one process share its time and its memory.",
+        "Runs side by side in one process share its time and its memory; one that started from another has "
+        "its own time alone.",
     )
     add(tables.not_finished_table(members))
     add(tables.runs_table(members))

@@ -21,6 +21,8 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
+CHECKPOINT = "model.safetensors"
+
 
 class RunError(ValueError):
     """A run folder that cannot be used as asked; the message says what would do."""
@@ -34,13 +36,14 @@ def run_name(data: str, arch: str, mode: str, seed: int, differing: dict) -> str
             return "_".join(map(text, value))
         return f"{value:g}" if isinstance(value, float) else str(value)
 
-    parts = [data, arch, mode, f"s{seed}"]
-    for option, value in differing.items():
-        parts.append(option if value is True else f"{option}{text(value)}")
-    name = "-".join("".join(c if c.isalnum() or c in "._+" else "_" for c in part) for part in parts)
-    if len(name) > 200:  # file systems take 255 bytes, and a log's name is longer
-        name = f"{name[:190]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-    return name
+    def joined(parts: list[str]) -> str:
+        return "-".join("".join(c if c.isalnum() or c in "._+" else "_" for c in part) for part in parts)
+
+    name = joined([data, arch, mode, f"s{seed}"])
+    more = joined([o if value is True else f"{o}{text(value)}" for o, value in differing.items()])
+    if len(more) > 160:  # file systems take 255 bytes, and a log's name is longer
+        more = f"{more[:150]}-{hashlib.sha256(more.encode()).hexdigest()[:8]}"
+    return f"{name}-{more}" if more else name
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:

@@ -85,7 +85,7 @@ class Schedule:
             total = self.epochs * self.steps_per_epoch
             done = (step - self.warmup_steps) / max(1, total - self.warmup_steps)
             return self.min_lr + (self.base_lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
-        return max(self.base_lr * self.factor, min(self.min_lr, self.base_lr))
+        return max(self.base_lr * self.factor, self.min_lr) if self.kind == "plateau" else self.base_lr
 
     def epoch_ended(self, validation_acc: float) -> None:
         """Take note of an epoch's validation accuracy; what is decided by accuracy is decided here."""
@@ -98,13 +98,14 @@ class Schedule:
 
     @property
     def stopped(self) -> bool:
-        return self.early_stop is not None and self.since_best >= self.early_stop
+        return bool(self.early_stop) and self.since_best >= self.early_stop
 
     def state_dict(self) -> dict:
         return {k: getattr(self, k) for k in ("factor", "best_acc", "since_best", "since_cut")}
 
     def load_state_dict(self, state: dict) -> None:
-        vars(self).update(state)
+        for name in self.state_dict():
+            setattr(self, name, state[name])
 
 
 def flatten(parameters: Sequence[nn.Parameter]) -> nn.Parameter:

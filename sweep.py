@@ -120,7 +120,8 @@ class Sweep:
                 if not self.jobs and not (waiting := self.waiting()):
                     return
                 if not self.jobs and not told:
-                    self.overview.say(f"waiting for {len(waiting)} cells that other processes train")
+                    elsewhere = sum(self.states[cell].status == "running" for cell in waiting)
+                    self.overview.say(f"waiting for {elsewhere} cells that other processes train")
                     told = True
                 self.wait(LOOK_AGAIN_S if self.free and self.waiting() else None)
 

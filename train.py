@@ -22,6 +22,7 @@ import math
 import signal
 import sys
 from collections.abc import Generator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +42,8 @@ from options import LOGISTIC, OptionError, Options, parse_options
 
 def open_data(each: list[Options], given: set[str]) -> tuple[list[Options], data.Dataset]:
     """The data set; with --quick and no --data, the synthetic one where CIFAR-10 cannot be had."""
+    for options in each:
+        _ = options.init_from and init_from(options)  # before any download
     options = each[0]
     wanted = {"data_dir": options.data_dir, "image_size": options.image_size, "say": note}
     try:
@@ -48,9 +51,18 @@ def open_data(each: list[Options], given: set[str]) -> tuple[list[Options], data
     except data.DataError as error:
         if not options.quick or "data" in given:
             raise
-        note(f"--quick takes synthetic images, for want of CIFAR-10: {str(error).splitlines()[0]}")
-    each = [dataclasses.replace(options, data="synthetic") for options in each]
-    return each, data.open_dataset("synthetic", **wanted)
+        note(f"--quick takes synthetic images, for want of {options.data}: {str(error).splitlines()[0]}")
+    size = options.image_size if "image_size" in given else None
+    each = [dataclasses.replace(options, data="synthetic", image_size=size) for options in each]
+    return each, data.open_dataset("synthetic", **wanted | {"image_size": size})
+
+
+def init_from(options: Options) -> str:
+    """What --init-from names for this seed. OptionError where there is no such thing."""
+    path = options.init_from.replace("{seed}", str(options.seed))
+    if not Path(path).exists():
+        raise OptionError(f"--init-from {path}: there is no such file or run")
+    return path
 
 
 def note(line: str) -> None:
@@ -84,7 +96,7 @@ def train_epoch(
     bars.start_epoch(epoch)
     first_step, untimed_images, began = (epoch - 1) * len(loader), 0, time.perf_counter()
     lrs = [schedule.lr(first_step + i) for i in range(len(loader))]
-    for i, _ in enumerate(step.epoch(loader, epoch - 1, lrs), start=1):
+    for i, _ in enumerate(step.epoch(loader, at["epochs_before"] + epoch - 1, lrs), start=1):
         if not at["started"] and i == min(steps.EAGER_STEPS, len(loader)):
             steps.forget_peak_memory(step.device)  # of trials; a graph's is counted as it is captured, next
         starting = not at["started"] and i == min(step.warm_up_steps, len(loader))
@@ -122,8 +134,10 @@ def train(
     recipe |= {key: list(getattr(dataset, key)) for key in ("classes", "mean", "std")}
     recipe |= {"dtype": dtype_name, "device": device.type, "compile": compiled}
     recipe |= {"processes": group.count}
+    start = None
     if options.init_from:
-        recipe["init_from"] = options.init_from.replace("{seed}", str(options.seed))
+        recipe["init_from"] = init_from(options)
+        start = provenance.started_from(recipe["init_from"])
     own_batch = options.batch_size // group.count
     models.check_batches(options.arch, options.shortcut, own_batch, dataset.image_size)
 
@@ -166,8 +180,8 @@ def train(
         group.wait()  # until the folder is open, or refused
 
         # Where the run stopped, if it was run before
-        config = provenance.describe(options, recipe, frozen_sha256, dataset, device)
-        alike = {"data", "compile"} | ({"processes"} if options.sync_bn else set())
+        config = provenance.describe(options, recipe, start, frozen_sha256, dataset, device)
+        alike = {"data", "compile", "init_from"} | ({"processes"} if options.sync_bn else set())
         run.refuse_another(config, ignoring=LOGISTIC | alike)
         if run.status == "done":
             return run
@@ -181,7 +195,10 @@ def train(
             raise runs.RunError(
                 f"--out {options.out}: not every process finds the same epochs there; share it"
             )
-        at["started"] = False
+        at |= {
+            "started": False,
+            "epochs_before": start["epochs_done"] if start else 0,
+        }  # their draws are used
         yield  # nothing is written before every run is known to be in order
         run.start(config)
         title = f"{run.path}\n{options.arch}, {options.mode}, {dataset.title}"
@@ -200,17 +217,21 @@ def train(
                     evaluate(tests["val"], "val", row, at)
                     schedule.epoch_ended(group.agree(row["val_acc"]))
                 row |= {"test_loss": None, "test_acc": None}
-                if epoch % options.eval_every == 0 or epoch == options.epochs or schedule.stopped:
+                ends = epoch == options.epochs or schedule.stopped
+                chosen = "val" in tests and schedule.since_best == 0  # the best so far
+                if epoch % options.eval_every == 0 or ends or chosen:
                     evaluate(tests["test"], "test", row, at)
                 after = {"epoch": epoch, "train_s": at["train_s"] + row["epoch_s"]}
                 state = {"model": freeze.trained_state(model), "step": step.state_dict()}
                 run.end_epoch(row, state | {"schedule": schedule.state_dict(), "at": at | after})
                 at |= after
                 progress.end_epoch(row)
+            if run.rows[-1]["test_loss"] is None:
+                raise FloatingPointError("the last test loss is not finite; try a lower --lr")
             if freeze.frozen_sha256(model) != frozen_sha256:
                 raise AssertionError("frozen weights have changed")
             checkpoint = freeze.seed_checkpoint(model, recipe, at["epoch"] * len(train_loader))
-            run.write("model.safetensors", checkpoint)
+            run.write(runs.CHECKPOINT, checkpoint)
             why = f"no better validation accuracy for {options.early_stop} epochs"
             ending = {"status": "done", "why": why if schedule.stopped else None}
         except FloatingPointError as error:
@@ -244,18 +265,21 @@ def train(
 
 
 def evaluate(evaluation: steps.Evaluation, name: str, row: dict, at: dict) -> None:
-    """Put loss and accuracies in an epoch's `row`. FloatingPointError at a loss that is not finite."""
+    """Put loss and accuracies in an epoch's `row`.
+
+    A loss that is not finite is None in test, which decides nothing; in validation, FloatingPointError.
+    """
     starting, began = evaluation.starting, time.perf_counter()
-    row[f"{name}_loss"], row[f"{name}_acc"] = evaluation()
+    loss, row[f"{name}_acc"] = evaluation()
+    row[f"{name}_loss"] = loss if math.isfinite(loss) else None
     if evaluation.top5_acc is not None:
         row[f"{name}_top5_acc"] = evaluation.top5_acc
     # A GPU's first one compiles and captures: start-up, like the first steps.
     times, of = (at, "startup_s") if starting else (row, "epoch_s")
     times[of] += time.perf_counter() - began
-    if not math.isfinite(row[f"{name}_loss"]):
-        raise FloatingPointError(
-            f"the {name} loss is not finite after epoch {row['epoch']}; try a lower --lr"
-        )
+    if name == "val" and not math.isfinite(loss):
+        why = f"the validation loss is not finite after epoch {row['epoch']}; try a lower --lr"
+        raise FloatingPointError(why)
 
 
 def results(rows: list[dict], done: bool) -> dict:
@@ -266,10 +290,10 @@ def results(rows: list[dict], done: bool) -> dict:
     found["best_test_acc"] = max((row["test_acc"] for row in tested), default=None)
     if done and "test_top5_acc" in rows[-1]:
         found["final_test_top5_acc"] = rows[-1]["test_top5_acc"]
-    if tested and "val_acc" in tested[0]:
-        chosen = max(tested, key=lambda row: row["val_acc"])  # the first, of equals
+    if rows and "val_acc" in rows[0]:
+        chosen = max(rows, key=lambda row: row["val_acc"])  # the first, of equals: it has been tested
         found |= {"chosen_epoch": chosen["epoch"], "chosen_test_acc": chosen["test_acc"]}
-        found["best_val_acc"] = max(row["val_acc"] for row in rows)
+        found["best_val_acc"] = chosen["val_acc"]
     return found
 
 
@@ -323,6 +347,8 @@ def restore(
     try:
         if state["model"].keys() != freeze.trained_state(model).keys():
             raise KeyError("its tensors are not those that this run trains")
+        if not all({"epoch", "test_acc"} <= row.keys() for row in run.rows):
+            raise KeyError("its epochs are damaged")
         model.load_state_dict(state["model"], strict=False)
         step.load_state_dict(state["step"])
         schedule.load_state_dict(state["schedule"])

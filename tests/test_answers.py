@@ -16,10 +16,12 @@ import report
 EPOCHS = 32
 
 
-def start(mode: str, epochs: int, test_acc: float, epoch_s: float = 2.0) -> dict:
+def start(mode: str, epochs: int, test_acc: float, seed: int, **more) -> dict:
+    """What config.json has of the run that another started from."""
     return {
-        **{"run": "before", "mode": mode, "epochs": epochs, "epoch_s": epoch_s, "test_acc": test_acc},
-        "started_from": None,
+        **{"run": "before", "mode": mode, "seed": seed, "epochs": epochs, "course": epochs, "options": {}},
+        **{"epochs_done": epochs, "seconds": 2.0 * epochs, "device_name": "NVIDIA H200"},
+        **{"test_acc": test_acc, "fingerprint": "21d441f3", **more},
     }
 
 
@@ -36,9 +38,9 @@ def write_grids(root, seeds=(0, 1, 2), accs=None) -> None:
     for seed in seeds:
         write("all", seed, "all", EPOCHS, milestones=[16, 24])
         for k in (2, 4):
-            before = start("bn_only", k, 40.0)
+            before = start("bn_only", k, 40.0, seed)
             write(k, seed, "all", EPOCHS - k, before, milestones=[16 - k, 24 - k])
-        before = start("all", EPOCHS, 80.0 + seed)
+        before = start("all", EPOCHS, 80.0 + seed, seed)
         write("kept", seed, "bn_only", 4, before, lr=0.01, milestones=[2, 3])
         write("redrawn", seed, "bn_only", 4, before, lr=0.01, milestones=[2, 3], reset_bn=True)
         write("more", seed, "all", 4, before, lr=0.01, milestones=[2, 3])
@@ -62,10 +64,11 @@ def test_batchnorm_first_is_compared_seed_by_seed(tmp_path):
     assert rows[0][2].mean == pytest.approx(81.0) and rows[0][3] is None
     differences = [0.5, 0.7, 0.4]
     assert rows[2][3].mean == pytest.approx(statistics.fmean(differences)) and rows[2][3].n == 3
-    interval = 4.30 * statistics.stdev(differences) / 3**0.5
-    assert rows[2][4] == pytest.approx(interval)
-    assert f"ends +0.53 points (± {interval:.2f}, n = 3: beyond chance), by 2," in answer.text
-    assert answer.text.startswith(f"ResNet-14, {EPOCHS} epochs: ")
+    interval = 6.205 * statistics.stdev(differences) / 3**0.5  # Student's t of two degrees at 1 - 0.05 / 4
+    assert rows[2][4] == pytest.approx(interval, rel=1e-3)
+    best = f"the best, with 2, ends 0.53 points above (± {interval:.2f}, n = 3: within chance)"
+    assert f"{best} everything from the start" in answer.text
+    assert answer.text.startswith(f"ResNet-14, {EPOCHS} epochs in all: ")
     assert answer.text.count(". ") == 1, "two sentences"
 
 
@@ -76,11 +79,11 @@ def test_equal_time_counts_the_first_part_and_takes_the_last_test_before(tmp_pat
     (first,) = [s for s in having if dict(s.options).get("init_from") == "4 epochs of bn_only"]
     assert np.isnan(first.curves["test_acc"][0, :4]).all() and first.curves["test_acc"].shape == (1, EPOCHS)
     epoch_s = first.values["epoch_s"][0]
-    assert answers.total_seconds(first) == pytest.approx(4 * 2.0 + (EPOCHS - 4) * epoch_s)
+    assert answers.seconds_by_seed(first) == {0: pytest.approx(4 * 2.0 + (EPOCHS - 4) * epoch_s)}
     tested = first.curves["test_acc"][0]
-    assert answers.at_time(first, 4 * 2.0 + 2.5 * epoch_s) == {0: tested[5]}
-    assert answers.at_time(first, 8.0) == {}, "nothing is known of it while BatchNorm alone trained"
-    assert answers.at_time(plain, 1e9) == {0: plain.curves["test_acc"][0, -1]}
+    assert answers.at_time(first, {0: 4 * 2.0 + 2.5 * epoch_s}) == {0: tested[5]}
+    assert answers.at_time(first, {0: 8.0}) == {}, "nothing is known of it while BatchNorm alone trained"
+    assert answers.at_time(plain, answers.seconds_by_seed(plain)) == {0: plain.curves["test_acc"][0, -1]}
 
 
 def all_series(root) -> list[gather.Series]:
@@ -105,35 +108,78 @@ def test_retraining_is_compared_with_what_each_run_started_from(tmp_path):
     assert changes["BatchNorm, kept"].mean == pytest.approx(statistics.fmean([0.1, 0.3, -0.1]))
     assert changes["BatchNorm, redrawn"].mean == pytest.approx(-20.0)
     assert changes["everything"] == pytest.approx((1.0, 0.0, 3))
-    assert "4 epochs of BatchNorm alone, after 32 of everything" in answer.text
-    assert "kept by +0.10 points (± 0.50, n = 3: within chance) at learning rate 0.01" in answer.text
-    assert "drawn anew by -20.00 points (± 2.48, n = 3: beyond chance)" in answer.text
-    assert answer.text.endswith(
-        "everything change it by +1.00 points (± 0.00, n = 3: beyond chance) at learning rate 0.01."
-    )
+    assert "after 4 more epochs, of BatchNorm alone, a network of 81.00 % after 32 epochs" in answer.text
+    kept = "0.10 points above (± 0.50, n = 3: within chance) at learning rate 0.01 with gamma and beta kept"
+    assert kept in answer.text
+    assert "20.00 points below (± 2.48, n = 3: beyond chance)" in answer.text
+    everything = "1.00 points above (± 0.00, n = 3: beyond chance) at learning rate 0.01."
+    assert answer.text.endswith(f"After as many more of everything it ends {everything}")
 
 
 def test_one_seed_is_said_to_tell_nothing_of_chance(tmp_path):
     write_grids(tmp_path, seeds=[0])
-    assert "(n = 1: nothing is known of chance)" in answered(tmp_path, answers.retraining).text
+    assert "(n = 1, so nothing is known of chance)" in answered(tmp_path, answers.retraining).text
 
 
 def test_the_page_has_both_answers(tmp_path):
     write_grids(tmp_path / "runs")
     assert report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
     page = (tmp_path / "out" / "index.html").read_text()
-    assert page.count("the best ends") == 1 and page.count("epochs of BatchNorm alone, after 32") == 1
+    assert page.count("the best, with") == 2 and page.count("more epochs, of BatchNorm alone") == 1
     for name, rows in (("warmstart", 3), ("retrain", 3)):
         (table,) = (tmp_path / "out" / "tables").glob(f"*-{name}.csv")
         assert len(list(csv.DictReader(table.open()))) == rows
         assert len(list((tmp_path / "out" / "figures").glob(f"*-{name}.png"))) == 1
 
 
+def test_other_starts_and_machines_are_other_runs(tmp_path):
+    """Networks from a file, other options of the start, another seed's start, other images, other devices."""
+    write_grids(tmp_path, seeds=[0])
+    plain = {"analysis": False, "milestones": [16, 24]}
+    write_run(tmp_path, "resnet14", "all", 0, EPOCHS, init_from="w.pth", started_from=None, **plain)
+    lr = {**plain, "milestones": [12, 20], "init_from": "some run"}
+    before = start("bn_only", 4, 40.0, 0, options={"lr": 0.05})
+    write_run(tmp_path / "lr", "resnet14", "all", 0, EPOCHS - 4, started_from=before, **lr)
+    write_run(
+        tmp_path / "seed", "resnet14", "all", 1, EPOCHS - 4, started_from=start("bn_only", 4, 40.0, 0), **lr
+    )
+    texts = {s.variant for s in all_series(tmp_path) if s.mode == "all"}
+    assert {
+        "init_from w.pth",
+        "init_from 4 epochs of bn_only",
+        "init_from 4 epochs of bn_only, lr 0.05",
+    } < texts
+    assert "init_from 4 epochs of bn_only, seed 0" in texts
+    other_images = start("bn_only", 4, 40.0, 0, fingerprint="ff")
+    write_run(tmp_path / "images", "resnet14", "all", 0, EPOCHS - 4, started_from=other_images, **lr)
+    assert "init_from some run" in {s.variant for s in all_series(tmp_path / "images")}
+    answer = answered(tmp_path, answers.warm_starts)
+    assert [row[1] for row in answer.table.rows] == [0, 2, 4]
+    read = finished.read_runs([str(tmp_path)])
+    (plain,) = [run for run in read if run.options["mode"] == "all" and not run.options["init_from"]]
+    assert answer.table.rows[0][2].mean == plain.summary["final_test_acc"]
+
+
+def test_time_on_another_device_is_not_compared(tmp_path):
+    write_run(tmp_path, "resnet14", "all", 0, EPOCHS, analysis=False, milestones=[16, 24])
+    before = start("bn_only", 4, 40.0, 0, device_name="a CPU")
+    options = {"analysis": False, "milestones": [12, 20], "init_from": "x", "started_from": before}
+    write_run(tmp_path, "resnet14", "all", 0, EPOCHS - 4, **options)
+    answer = answered(tmp_path, answers.warm_starts)
+    assert "In the time" not in answer.text and "the best, with 4" in answer.text
+
+
+def test_students_t_has_its_tabulated_quantiles():
+    quantiles = {1: 12.706, 2: 4.303, 5: 2.571, 30: 2.042}
+    assert {df: answers.student_t(0.975, df) for df in quantiles} == pytest.approx(quantiles, rel=1e-3)
+
+
 def test_a_start_that_is_rubbish_is_named_and_left_out(tmp_path, capsys):
-    for seed, rubbish in enumerate(
-        ({"run": "x"}, {**start("all", 3, 50.0), "epochs": -1}, {"epochs": 1e400})
-    ):
-        write_run(tmp_path, seed=seed, init_from="a", started_from=rubbish)
+    rubbish = [{"run": "x"}, start("all", -1, 50.0, 0), start("all", 10**7, 50.0, 0)]
+    rubbish += [start("all", 3, 101.0, 0), start("all", 3, 50.0, 0, options={"lr": [[]]})]
+    for seed, each in enumerate(rubbish):
+        write_run(tmp_path, seed=seed, init_from="a", started_from=each)
+    write_run(tmp_path, seed=8, started_from=start("all", 3, 50.0, 8))  # without --init-from
     write_run(tmp_path, seed=9)
     assert len(finished.read_runs([str(tmp_path)])) == 1
-    assert capsys.readouterr().err.count("started_from") == 3
+    assert capsys.readouterr().err.count("left out") == 6

@@ -268,3 +268,21 @@ def test_real_cifar10_has_its_counts_and_statistics(monkeypatch):
     # Re-encoded copies come within 1 of the official values.
     np.testing.assert_allclose(dataset.mean, sources.CIFAR10_MEAN, atol=1)
     np.testing.assert_allclose(dataset.std, (62.99, 62.09, 66.70), atol=1)
+
+
+def test_images_to_validate_on_are_set_apart_whatever_is_trained_on():
+    labels = np.random.RandomState(0).permutation(np.repeat(np.arange(4), (30, 40, 50, 60)))
+    train_on, validate_on = data.share_out(labels, stream(1), 20)
+    assert np.unique(labels[validate_on], return_counts=True)[1].tolist() == [5] * 4
+    assert sorted([*train_on, *validate_on]) == list(range(180))
+    some, same = data.share_out(labels, stream(1), 20, 40)
+    np.testing.assert_array_equal(validate_on, same)
+    assert set(some) < set(train_on) and np.unique(labels[some], return_counts=True)[1].tolist() == [10] * 4
+    assert not np.array_equal(validate_on, data.share_out(labels, stream(2), 20)[1]), "the seed chooses"
+    alone, none = data.share_out(labels, stream(1), None, 40)
+    np.testing.assert_array_equal(alone, data.class_subset(labels, 40, stream(1)("subset", 0)))
+    assert len(none) == 0 and data.tenth(labels) == 4 * 3
+    with pytest.raises(data.DataError, match=r"up to 100 \(20 are set apart to validate on\)"):
+        data.share_out(labels, stream(1), 20, 104)
+    with pytest.raises(data.DataError, match="--val-split 4: a class has too few images"):
+        data.share_out(np.arange(4), stream(1), data.tenth(np.arange(4)))

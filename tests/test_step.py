@@ -11,8 +11,8 @@ import models
 from step import Captured, Evaluation, Schedule, Step
 
 
-def network(seed=0) -> torch.nn.Module:
-    model = models.build("resnet8")
+def network(seed=0, classes=10) -> torch.nn.Module:
+    model = models.build("resnet8", classes)
     models.initialise(model, seed)
     return model.to(memory_format=torch.channels_last)
 
@@ -51,10 +51,14 @@ def test_plateau_cuts_down_to_a_floor_and_survives_a_resume():
     again.epoch_ended(50.0)
     assert again.lr(4) == pytest.approx(0.1)
     again.epoch_ended(60.0)
+    third = plateau()
+    third.load_state_dict(again.state_dict())
     for _ in range(3):
-        assert again.lr(5) == pytest.approx(0.1), "a gain starts the count anew"
-        again.epoch_ended(60.0)
-    assert again.lr(8) == 0.05 and not again.stopped
+        assert third.lr(5) == pytest.approx(0.1), "a gain starts the count anew"
+        third.epoch_ended(60.0)
+    assert third.lr(8) == 0.05 and not third.stopped
+    with pytest.raises(KeyError):
+        plateau().load_state_dict({"factor": 1.0, "best_loss": 2.0})
     assert Schedule(1, "cosine", lr=1.0, min_lr=0.1, epochs=10).lr(10) == pytest.approx(0.1)
 
 
@@ -271,13 +275,15 @@ def test_evaluation_counts_every_image_once_whatever_the_last_batch():
 
 def test_a_last_batch_that_is_filled_up_counts_what_is_in_it():
     """As on a GPU, where every batch has the same shape."""
-    model, (images, labels) = network(), batch(20)
+    model, (images, labels) = network(classes=40), batch(20)
     evaluation = Evaluation(model, Twenty(images, labels))
     evaluation.captured = Captured(evaluation._batch_from_tensors, eager_calls=3)
     loss, accuracy = evaluation()
     logits = model.eval()(images)
     assert loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
     assert accuracy == pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item())
+    among = (logits.sort(descending=True).indices[:, :5] == labels[:, None]).any(1)
+    assert evaluation.top5_acc == pytest.approx(100 * among.float().mean().item())
 
 
 @pytest.mark.gpu

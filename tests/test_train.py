@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -198,6 +199,34 @@ def test_what_is_chosen_is_chosen_on_validation_images(small):
     freeze.restore(only_run())
 
 
+def test_the_epoch_that_validation_chose_is_tested_whatever_eval_every_is(small):
+    assert (
+        train.main([*small, "--mode", "all", "--epochs", "7", "--val-split", "16", "--eval-every", "7"]) == 0
+    )
+    rows, result = metrics(only_run()), summary(only_run())
+    accs = [row["val_acc"] for row in rows]
+    best = max(accs)
+    assert result["chosen_epoch"] == accs.index(best) + 1 and result["best_val_acc"] == best
+    assert result["chosen_test_acc"] == rows[accs.index(best)]["test_acc"] is not None
+    tested = {row["epoch"] for row in rows if row["test_acc"] is not None}
+    assert tested == {7} | {i + 1 for i, acc in enumerate(accs) if acc > max([-1, *accs[:i]])}
+
+
+def test_the_epochs_of_what_a_run_started_from_use_up_their_draws(small, monkeypatch):
+    """So that its batches are those of the later epochs of one run from the start."""
+    seen, drawn = [], loaders._Loader.drawn
+
+    def noted(loader, epoch):
+        seen.extend([epoch] if loader.train else [])
+        return drawn(loader, epoch)
+
+    assert train.main([*small, "--mode", "all"]) == 0
+    start = only_run()
+    monkeypatch.setattr(loaders._Loader, "drawn", noted)
+    assert train.main([*small, "--init-from", str(start), "--out", "more"]) == 0
+    assert seen == [3, 4, 5]
+
+
 def test_a_run_that_stopped_early_is_not_resumed_past_its_end(small, monkeypatch):
     options = ["--mode", "all", "--epochs", "12", "--early-stop", "2"]
     with monkeypatch.context() as patched:
@@ -225,6 +254,12 @@ def test_test_images_enter_no_decision_of_any_recipe(small, tiny_folder, tmp_pat
     for out, images in (("a", tiny_folder), ("b", other)):
         assert train.main([*options, "--data", str(images), "--out", out]) == 0
     one, two = only_run(Path("a")), only_run(Path("b"))
+    ends = [
+        [summary(run).get(key) for key in ("status", "epochs_done", "chosen_epoch")] for run in (one, two)
+    ]
+    assert ends[0] == ends[1]
+    if RECIPES[recipe]["schedule"] == "plateau":
+        assert len({row["lr"] for row in metrics(one)}) > 1, "something was decided"
     tests = ("epoch_s", "images_per_s", "test_loss", "test_acc")
     a, b = ([{k: v for k, v in row.items() if k not in tests} for row in metrics(run)] for run in (one, two))
     assert a == b and [row["test_acc"] for row in metrics(one)] != [row["test_acc"] for row in metrics(two)]
@@ -248,7 +283,7 @@ def test_a_recipe_is_other_defaults_and_is_recorded(small):
     assert config["recipe"]["train_images"] == 48 and config["recipe"]["val_images"] == 8
 
 
-def test_a_run_starts_from_another_and_comes_back_from_both(small, capsys):
+def test_a_run_starts_from_another_and_comes_back_from_both(small, tmp_path, monkeypatch, capsys):
     first = [*small, "--mode", "all", "--seed", "3", "--out", "first"]
     assert train.main(first) == 0
     start = only_run(Path("first"))
@@ -261,16 +296,32 @@ def test_a_run_starts_from_another_and_comes_back_from_both(small, capsys):
         config = json.loads((folder / "config.json").read_text())
         assert config["options"]["init_from"] == template and config["recipe"]["init_from"] == str(start)
         began = config["started_from"]
-        assert (began["run"], began["mode"], began["epochs"]) == (start.name, "all", 3)
-        assert began["test_acc"] == summary(start)["final_test_acc"] and began["epoch_s"] > 0
+        assert (began["run"], began["mode"], began["epochs"], began["seed"]) == (start.name, "all", 3, 3)
+        assert began["test_acc"] == summary(start)["final_test_acc"] and began["seconds"] > 0
+        assert began["options"] == {"batch_size": 32, "milestones": [1, 2]}
         state = freeze.full_state(freeze.create(config["recipe"]))
         for name, tensor in trained.items():
             same = torch.equal(state[name], tensor)
             statistics_or_gamma = re.search(r"bn\d|downsample\.1", name) and "num_batches" not in name
             assert same == (kept or not statistics_or_gamma) or "num_batches" in name, name
         freeze.restore(folder)  # through the run it started from, to the last bit
-    assert train.main([*small, "--seed", "3", "--init-from", str(folders[0]), "--out", "third"]) == 0
-    freeze.restore(only_run(Path("third")))
+    first_of_two = ["--seed", "3", "--init-from", str(folders[0] / "model.safetensors"), "--out", "third"]
+    assert train.main([*small, *first_of_two]) == 0
+    third = only_run(Path("third"))
+    freeze.restore(third)
+    began = json.loads((third / "config.json").read_text())["started_from"]
+    assert (began["run"], began["epochs"], began["course"], began["epochs_done"]) == (
+        folders[0].name,
+        3,
+        6,
+        6,
+    )
+    monkeypatch.chdir(tmp_path.parent)
+    freeze.restore(tmp_path / folders[0], init_from=str(tmp_path / start))
+    for folder in (start, *folders, third):  # moved, all of them
+        shutil.copytree(tmp_path / folder, tmp_path / "moved" / folder.name, dirs_exist_ok=True)
+    freeze.restore(tmp_path / "moved" / third.name)
+    monkeypatch.chdir(tmp_path)
     assert train.main([*small, "--arch", "resnet14", "--init-from", str(start)]) == 2
     assert "layer1.1.conv1.weight (missing)" in capsys.readouterr().err
     (start / "model.safetensors").unlink()
@@ -356,7 +407,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_once(small, capsys):
 
 def test_a_network_that_breaks_in_its_last_step_has_diverged_too(small, capsys):
     assert train.main([*small, "--mode", "all", "--lr", "1e30", "--epochs", "1", "--batch-size", "96"]) == 1
-    assert "test loss is not finite after epoch 1" in capsys.readouterr().err
+    assert "the last test loss is not finite" in capsys.readouterr().err
     assert summary(only_run())["status"] == "diverged"
 
 
@@ -384,12 +435,17 @@ def test_resuming_on_other_frozen_weights_is_refused(small, monkeypatch, capsys)
     assert "sha256" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("harm", ["no tensors", "nothing", "rubbish", "no config", "list", "empty summary"])
+HARMS = ("no tensors", "nothing", "no rows", "rubbish", "no config", "list", "empty summary")
+
+
+@pytest.mark.parametrize("harm", HARMS)
 def test_a_damaged_run_folder_is_refused_in_two_lines(small, monkeypatch, capsys, harm):
     folder = interrupted_after_an_epoch(small, monkeypatch)
     state = torch.load(folder / "last.pt", weights_only=True)
     if harm in ("no tensors", "nothing"):
         torch.save(state | {"model": {}} if harm == "no tensors" else {"rows": []}, folder / "last.pt")
+    elif harm == "no rows":
+        torch.save(state | {"rows": [1]}, folder / "last.pt")
     elif harm == "rubbish":
         (folder / "last.pt").write_bytes(b"rubbish")
     elif harm == "no config":
@@ -556,7 +612,9 @@ def test_quick_takes_synthetic_images_where_cifar10_cannot_be_had_and_says_so(tm
         ("--val-split 96", "--val-split 96"),
         ("--val-split 0 --early-stop 3", "--val-split 0"),
         ("--val-split 0 --schedule plateau", "--val-split 0"),
-        ("--early-stop 0", "--early-stop 0"),
+        ("--early-stop -1", "--early-stop -1"),
+        ("--min-lr 0.2", "--min-lr 0.2"),
+        ("--augment +", "--augment +"),
         ("--recipe 000-4", "--recipe"),
         ("--mode shortcut --shortcut pad", "shortcut"),
         ("--mode random --per-channel 28", "--per-channel 28"),
@@ -600,6 +658,21 @@ def test_a_terminal_shows_live_progress(small):
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen.decode())
     assert running.returncode == 0
     assert "epoch 3/3" in text and "━" in text and "test accuracy" in text and "parameters trained" in text
+
+
+@pytest.mark.gpu
+def test_photographs_validation_and_many_classes_on_the_gpu(small, tmp_path):
+    """The captured step and evaluations beside PyTorch's own, in fp32: sums in another order, no more."""
+    write_images(tmp_path / "many", classes=[f"class{i:02}" for i in range(20)], each=12, size=(32, 32))
+    options = ["--data", str(tmp_path / "many"), "--data-dir", str(tmp_path), "--batch-size", "32"]
+    options += ["--epochs", "4", "--schedule", "plateau", "--patience", "1", "--early-stop", "3"]
+    options += ["--arch", "resnet8", "--augment", "photo", "--val-split", "40", "--dtype", "fp32"]
+    for out, way in (("fast", []), ("plain", ["--no-compile"])):
+        assert train.main([*options, *way, "--out", out]) == 0
+    fast, plain = (metrics(only_run(Path(out))) for out in ("fast", "plain"))
+    assert fast[0]["train_loss"] == pytest.approx(plain[0]["train_loss"], rel=0.01)
+    assert fast[0]["val_loss"] == pytest.approx(plain[0]["val_loss"], rel=0.05)
+    assert all(0 <= row["test_top5_acc"] <= 100 for row in fast)
 
 
 @pytest.mark.gpu
