@@ -40,7 +40,9 @@ SYNCED = {
     "recompute": ["--mode", "random", "--memory", "recompute"],
     "no-compile": ["--mode", "all", "--no-compile", "--lr", "0.02"],
     "resumed": ["--mode", "bn+output", "--optimizer", "adam", "--lr", "0.01"],
+    "chosen": ["--lr", "0.02", "--schedule", "plateau", "--patience", "1", "--early-stop", "2"],
 }
+SYNCED["chosen"] += ["--val-split", "16", "--epochs", "6"]
 LONG = ["--mode", "all", "--epochs", "12", "--milestones", "8", "--lr", "0.02"]
 
 
@@ -168,7 +170,7 @@ def test_every_process_has_the_same_network_to_the_bit(done):
     _, (first, second), _ = done
     networks = [network for _, network in first.values()]
     assert networks == [network for _, network in second.values()]
-    assert [len(network) for network in networks] == [1] * 6 + [0] * 3
+    assert [len(network) for network in networks] == [1] * 7 + [0] * 3
 
 
 def test_one_process_speaks_and_the_others_end_where_it_refuses(done):
