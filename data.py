@@ -164,7 +164,7 @@ def _prepare(folder: Path, found: sources.Found, say: sources.Say) -> Dataset:
     if not with_ffcv:
         say("ffcv is not installed: the images are kept in memory and read again at the next start")
     digest = hashlib.sha256(json.dumps([size, source.classes, list(counts.values())]).encode())
-    entry, images, sums = {}, {}, np.zeros((2, 3))
+    entry, images, histogram = {}, {}, np.zeros((3, 256), np.int64)
     try:
         images_total = sum(counts.values())
         with sources.progress(f"preparing {found.name}", images_total, bars.MofNCompleteColumn()) as advance:
@@ -179,13 +179,15 @@ def _prepare(folder: Path, found: sources.Found, say: sources.Say) -> Dataset:
                 for block in source.blocks(split):
                     images[split][done : done + len(block)] = block
                     digest.update(np.ascontiguousarray(block))
-                    if split == "train":  # float64 holds these sums exactly, in whatever order they are added
-                        pixels = block.reshape(-1, 3).astype(np.float64)
-                        sums += np.ones(len(pixels)) @ pixels, np.diag(pixels.T @ pixels)
+                    pixels = block.reshape(-1, 3) if split == "train" else block[:0].reshape(-1, 3)
+                    for start in range(0, len(pixels), 65536):  # which fit a processor's cache
+                        channels = pixels[start : start + 65536].T
+                        histogram += [np.bincount(channel, minlength=256) for channel in channels]
                     done += len(block)
                     advance(len(block))
                 digest.update(labels.astype("<i8"))
-        mean, square = sums / (counts["train"] * size * size)
+        values = np.arange(256.0)
+        mean, square = (histogram @ values**power / histogram[0].sum() for power in (1, 2))
         std = np.maximum(np.sqrt(square - mean**2), 1.0)  # a channel without contrast is not blown up
         fingerprint, scale = digest.hexdigest()[:16], (mean.tolist(), std.tolist())
         facts = [found.name, source.title, fingerprint, source.classes, size, *scale]
