@@ -151,7 +151,7 @@ def die(*_):
 def open_and_die(folder: Path, when: str) -> None:
     replace_file = os.replace
     if when == "while the pixels are written":
-        np.bincount = die  # called for every block of training pixels
+        np.bincount = lambda *_, **__: die()  # called for every block of training pixels
     elif when == "between the two files":
         os.replace = lambda a, b: replace_file(a, b) if "train" in str(a) else die()
     else:

@@ -207,19 +207,6 @@ def chained(small, monkeypatch):
     return [*small, "--lr", "0.05"]
 
 
-def test_a_cell_waits_for_the_one_that_it_starts_from(chained, tmp_path, monkeypatch):
-    monkeypatch.setenv("JOBS", "2")
-    cells = make_grid(os.environ, chained)
-    first, *rest = cells
-    assert first.start is None and [cell.start for cell in rest] == [first.path] * 6
-    end(begin(chained), 0)
-    done = (first.path / "summary.json").stat().st_mtime_ns
-    assert all((cell.path / "config.json").stat().st_mtime_ns > done for cell in rest)
-    assert [runs.Run(cell.path).status for cell in cells] == 7 * ["done"]
-    config = runs.Run(rest[1].path).config
-    assert config["started_from"]["run"] == first.path.name and config["options"]["reset_bn"]
-
-
 def test_cells_whose_start_failed_are_not_tried(chained, tmp_path):
     said = end(begin([*chained, "--lr", "1e30"]), 1)
     assert said.count("diverged ") == 2 and said.count("started ") == 1, "once as it happens, once at the end"
@@ -227,11 +214,18 @@ def test_cells_whose_start_failed_are_not_tried(chained, tmp_path):
     assert len(folders(tmp_path / "runs")) == 1
 
 
-def test_a_slurm_task_trains_what_its_cell_starts_from_first(chained, tmp_path, monkeypatch):
+def test_a_cell_waits_for_what_it_starts_from_which_its_slurm_task_trains_first(chained, monkeypatch):
+    first, *rest = make_grid(os.environ, chained)
+    assert first.start is None and [cell.start for cell in rest] == [first.path] * 6
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    monkeypatch.setenv("JOBS", "2")
     end(begin(chained), 0)
-    assert len(folders(tmp_path / "runs")) == 2
-    assert all(runs.Run(path).status == "done" for path in folders(tmp_path / "runs"))
+    assert folders(first.path.parent) == sorted([first.path, rest[1].path])
+    assert all(runs.Run(path).status == "done" for path in (first.path, rest[1].path))
+    done = (first.path / "summary.json").stat().st_mtime_ns
+    assert (rest[1].path / "config.json").stat().st_mtime_ns > done
+    config = runs.Run(rest[1].path).config
+    assert config["started_from"]["run"] == first.path.name and config["options"]["reset_bn"]
 
 
 def test_batchnorm_first_ends_with_the_epoch_that_everything_ends_with(monkeypatch):
