@@ -10,7 +10,9 @@ that torchrun did not start, or started alone, is a group of one, in which nothi
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 import torch
 from torch import distributed
@@ -25,7 +27,7 @@ class Group:
 
     def __init__(self, rank: int = 0, count: int = 1, count_here: int = 1):
         self.rank, self.count, self.count_here = rank, count, count_here
-        self.connected, self.signalled = count > 1, False
+        self.connected, self.signalled, self.broken = count > 1, False, False
 
     @property
     def leads(self) -> bool:
@@ -39,6 +41,7 @@ class Group:
             except RuntimeError as error:
                 if tensor.is_cuda:  # nccl says itself what is wrong
                     raise
+                self.broken = True
                 raise ConnectionError("another process of this run has ended; torchrun says which") from error
         return tensor
 
@@ -100,7 +103,19 @@ def joined() -> Iterator[Group]:
     if here < gpus:  # options.check_processes refuses more processes than GPUs
         torch.cuda.set_device(here)
     distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+    group = Group(rank(), count, count_here)
     try:
-        yield Group(rank(), count, count_here)
+        yield group
     finally:
-        distributed.destroy_process_group()
+        if not group.broken:
+            distributed.destroy_process_group()
+
+
+def leave(status: int) -> NoReturn:
+    """End this process. One that torchrun started does so at once: where another has gone, gloo's threads may
+    abort it as they are taken down ("terminate called without an active exception")."""
+    if distributed.is_torchelastic_launched():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

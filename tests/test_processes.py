@@ -329,3 +329,4 @@ def test_a_group_over_nccl_takes_the_step_that_is_taken_without(tmp_path):
 
 if __name__ == "__main__":
     in_each(*sys.argv[1:])
+    processes.leave(0)
