@@ -41,6 +41,7 @@ import data
 import floor
 import freeze
 import models
+import provenance
 import rivals
 import step as steps
 
@@ -341,14 +342,12 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
 
 def complete(rows: list[dict], options: argparse.Namespace) -> list[dict]:
     """The rows with every key, and with what they were measured on."""
-    device_name, cpu_info = platform.machine(), Path("/proc/cpuinfo")
-    if options.device.type == "cuda":
-        device_name = torch.cuda.get_device_name(options.device)
-    elif cpu_info.exists():
-        named = [line for line in cpu_info.read_text().splitlines() if line.startswith("model name")]
-        device_name = named[0].split(": ")[1] if named else device_name
     versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
-    where = {"device_name": device_name, "threads": torch.get_num_threads(), "versions": versions}
+    where = {
+        "device_name": provenance.device_name(options.device),
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+    }
     where |= {"date": datetime.date.today().isoformat(), "warm_up": options.warm_up}
     usual = dict.fromkeys(KEYS) | {"part": options.part, "device": options.device.type}
     usual |= {"dtype": options.dtype, "batch_size": options.batch_size}

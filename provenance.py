@@ -90,6 +90,16 @@ def differing_course(options: dict) -> dict:
     return differing
 
 
+def device_name(device: torch.device) -> str:
+    """What its maker calls it; of a CPU that tells nothing, the architecture."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpu_info = Path("/proc/cpuinfo")
+    lines = cpu_info.read_text().splitlines() if cpu_info.exists() else []
+    named = [line.split(": ")[1] for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.machine()
+
+
 def describe(
     options: Options,
     recipe: dict,
@@ -106,14 +116,6 @@ def describe(
         except importlib.metadata.PackageNotFoundError:
             return None
 
-    device_name = platform.machine()
-    if device.type == "cuda":
-        device_name = torch.cuda.get_device_name(device)
-    elif (cpu_info := Path("/proc/cpuinfo")).exists():
-        lines = [line for line in cpu_info.read_text().splitlines() if line.startswith("model name")]
-        device_name = (
-            f"{lines[0].split(': ')[1] if lines else device_name}, {torch.get_num_threads()} threads"
-        )
     try:
         command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
         commit = subprocess.run(
@@ -121,6 +123,7 @@ def describe(
         ).stdout.strip()
     except OSError:
         commit = ""
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     versions = {package: version(package) for package in ("torch", "triton", "ffcv", "numpy")}
     return {
         "options": dataclasses.asdict(options) | {"milestones": list(options.milestones)},
@@ -129,7 +132,7 @@ def describe(
         "started_from": start,
         "data_title": dataset.title,
         "device": device.type,
-        "device_name": device_name,
+        "device_name": device_name(device) + threads,
         "versions": {"python": platform.python_version(), "cuda": torch.version.cuda, **versions},
         "git_commit": commit or None,
     }

@@ -43,17 +43,13 @@ def references(series: list[Series], by_params: bool) -> list[Line]:
     """What others report, at its depth or, of the paper's networks, its number of trained parameters."""
     lines = []
     modes = {s.mode for s in series if s.done}
-    for i, who in enumerate(("paper", "port")):
-        for mode in ("bn_only", "all"):
-            found = {
-                figures.cifar_depth(arch): both[i]
-                for (arch, m), both in REPORTED.items()
-                if m == mode and both[i]
-            }
-            x = [PARAMS[depth][mode == "all"] if by_params else depth for depth in found]
-            if found and mode in modes:
+    for who, look in (("paper", "paper"), ("TensorFlow port", "port")):
+        for mode, found in REPORTED[who].items():
+            depths = map(figures.cifar_depth, found)
+            x = [PARAMS[depth][mode == "all"] if by_params else depth for depth in depths]
+            if mode in modes:
                 y = [float(value.split()[-1]) for value in found.values()]
-                lines.append(Line(f"{mode}, {who}", mode, x, y, None, who))
+                lines.append(Line(f"{mode}, {look}", mode, x, y, None, look))
     return lines
 
 

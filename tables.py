@@ -9,23 +9,26 @@ from typing import NamedTuple
 from finished import Run, variant_text
 from gather import Mean, Series, mean_of
 
-# Test accuracy on CIFAR-10 in percent: of the paper (arXiv 2003.00152; about, where everything trains), of
-# the TensorFlow community port, and of a Keras study (Adam, batches of 1024; without and with augmentation)
+# Test accuracy on CIFAR-10 in percent, by architecture: of the paper (arXiv 2003.00152; about, where everything
+# trains), of the TensorFlow community port, and of a Keras study (batches of 1024; without and with augmentation)
 REPORTED = {
-    ("resnet14", "bn_only"): ("48", "46.7", ""),
-    ("resnet32", "bn_only"): ("", "51.3", ""),
-    ("resnet56", "bn_only"): ("", "55.2", ""),
-    ("resnet110", "bn_only"): ("69.5", "65.2", ""),
-    ("resnet218", "bn_only"): ("", "70.1", ""),
-    ("resnet434", "bn_only"): ("", "73.7", ""),
-    ("resnet866", "bn_only"): ("82", "77.8", ""),
-    ("resnet50", "bn_only"): ("", "", "69 and 73"),
-    ("resnet14", "all"): ("about 91", "", ""),
-    ("resnet110", "all"): ("about 93.3", "", ""),
-    ("resnet866", "all"): ("about 93", "", ""),
-    ("resnet50", "all"): ("", "", "86"),
+    "paper": {
+        "bn_only": {"resnet14": "48", "resnet110": "69.5", "resnet866": "82"},
+        "all": {"resnet14": "about 91", "resnet110": "about 93.3", "resnet866": "about 93"},
+    },
+    "TensorFlow port": {
+        "bn_only": {
+            **{"resnet14": "46.7", "resnet32": "51.3", "resnet56": "55.2", "resnet110": "65.2"},
+            **{"resnet218": "70.1", "resnet434": "73.7", "resnet866": "77.8"},
+        },
+    },
+    "Keras study": {"bn_only": {"resnet50": "69 and 73"}, "all": {"resnet50": "86"}},
 }
-NOT_REPORTED = ("", "", "")
+
+
+def reported(arch: str, mode: str) -> list[str]:
+    """What each of REPORTED has of it, or nothing."""
+    return [of.get(mode, {}).get(arch, "") for of in REPORTED.values()]
 
 
 class Table(NamedTuple):
@@ -46,25 +49,26 @@ def accuracy_table(series: list[Series], cifar10: bool, others: bool) -> Table:
     more |= {"chosen_test_acc": "test, at validation's best epoch (%)"}
     more = {name: column for name, column in more.items() if any(s.values[name] for s in series)}
     columns[4:4] = more.values()
-    columns += ["paper (%)", "TensorFlow port (%)", "Keras study (%)"] if cifar10 else []
+    columns += [f"{who} (%)" for who in REPORTED] if cifar10 else []
     rows = []
     for s in series:
         diverged = f"{s.diverged} of {s.done + s.diverged} diverged" if s.diverged else ""
         row = [s.arch, s.mode, s.variant, s.mean("final_test_acc"), *map(s.mean, more)]
         row += [s.mean("best_test_acc"), diverged]
-        published = REPORTED.get((s.arch, s.mode), NOT_REPORTED) if not s.variant else NOT_REPORTED
-        rows.append(row + list(published if cifar10 else ()))
+        theirs = [""] * len(REPORTED) if s.variant else reported(s.arch, s.mode)
+        rows.append(row + (theirs if cifar10 else []))
     ours = {(s.arch, s.mode) for s in series if not s.variant}
-    for (arch, mode), published in REPORTED.items() if cifar10 and others else ():
-        if (arch, mode) not in ours:
-            rows.append([arch, mode, "", None, *[None] * len(more), None, "", *published])
+    named = {(mode, arch) for of in REPORTED.values() for mode in of for arch in of[mode]}
+    for mode, arch in sorted(named, key=lambda key: (key[0] == "all", int(key[1].removeprefix("resnet")))):
+        if cifar10 and others and (arch, mode) not in ours:
+            rows.append([arch, mode, "", None, *[None] * len(more), None, "", *reported(arch, mode)])
     return Table(
         "accuracy", "Test accuracy after the last epoch, and of the best epoch", columns, rows, 2, True
     )
 
 
 def parameter_table(found: list[Run]) -> Table:
-    """Document 001's table: all parameters, those of BatchNorm that train, and their share."""
+    """All parameters, those of BatchNorm that train, and their share."""
     columns = ["architecture", "shortcut", "mode", "parameters", "BatchNorm, trained", "trained (%)"]
     rows = {}
     for run in found:
