@@ -218,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
             failed += 1
     if not found:
         return 2
-    opened, bars = {}, display.Bars(alone=True)
+    opened, bars = {}, display.Bars()
     usual = AnalysisError, freeze.FreezeError, models.ModelError, data.DataError, runs.RunError, OSError
     try:
         with bars.bars:

@@ -2,22 +2,20 @@
 
 Does training BatchNorm first, and everything after, reach more or reach it sooner than everything from the
 start? Does retraining BatchNorm alone improve a finished network? The sweep's grids `warmstart` and `retrain`
-make the runs. Differences are of the same seed's runs on the same machine; one is beyond chance where it
-exceeds its confidence interval.
+make the runs. Differences are of the same seed's runs, at equal time of those on the same machine; one is
+beyond chance where it exceeds its confidence interval.
 """
 
 import math
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from drawing import Line, lines
+from drawing import lines, points
 from figures import Drawn, arch_label
-from finished import DEFAULTS
 from gather import Mean, Series, mean_of
-from options import RECIPES
+from options import DEFAULTS, RECIPES, variant_text
 from tables import Table
 
 
@@ -66,17 +64,11 @@ def student_t(probability: float, freedom: int) -> float:
     return math.sqrt(freedom) * math.tan(angle)
 
 
-def started_after(s: Series) -> tuple[int, str] | None:
-    """Epochs and mode of the run that these started from."""
-    found = re.match(r"(\d+) epochs? of (\w+)", str(dict(s.options).get("init_from", "")))
-    return (int(found[1]), found[2]) if found else None
-
-
 def grouped(series: Sequence[Series], *left_out: str) -> list[list[Series]]:
-    """Those of one architecture and machine that have all options in common, but some."""
+    """Those of one architecture that have all options in common, but some."""
     groups: dict[tuple, list[Series]] = {}
     for s in series:
-        common = s.arch, s.machine, *(option for option in s.options if option[0] not in left_out)
+        common = s.arch, *(option for option in s.options if option[0] not in left_out)
         groups.setdefault(common, []).append(s)
     return list(groups.values())
 
@@ -85,18 +77,14 @@ def by_seed(s: Series, name: str = "final_test_acc") -> dict[int, float]:
     return dict(zip(s.seeds, s.values[name], strict=True))
 
 
-def points(label: str, mode: str, x: list[float], means: list[Mean], variant: int = 0) -> Line:
-    std = [np.nan if mean.std is None else mean.std for mean in means]
-    return Line(label, mode, x, [mean.mean for mean in means], std, "points", variant)
-
-
 # ----------------------------------------------------------------------------------------------------------
 # BatchNorm first, everything after
 
 
 def seconds_by_seed(s: Series) -> dict[int, float]:
-    """Of training in all, were every epoch the run's median one; NaN where another device took part."""
-    return dict(zip(s.seeds, s.curves["seconds"][:, -1].tolist(), strict=True))
+    """Of training in all, were every epoch the run's median one; of the runs of which it is known."""
+    seconds = zip(s.seeds, s.curves["seconds"][:, -1].tolist(), strict=True)
+    return {seed: time for seed, time in seconds if not math.isnan(time)}
 
 
 def at_time(s: Series, seconds: dict[int, float]) -> dict[int, float]:
@@ -114,23 +102,43 @@ def is_whole(s: Series) -> bool:
     return metrics and not np.isnan(s.curves["train_acc"][:, -1]).any()
 
 
+def first_parts(series: Sequence[Series]) -> list[tuple[str, dict[int, Series]]]:
+    """A name, and by the epochs of BatchNorm alone at their start, 0 among them, runs that differ in nothing
+    else and are as long in all."""
+    having, found = [s for s in series if s.mode == "all" and s.done and is_whole(s)], []
+    for group in grouped(having, "init_from"):
+        kinds: dict[tuple, list[Series]] = {}
+        for s in (s for s in group if s.start and s.start.mode == "bn_only"):
+            kinds.setdefault((s.start.options, s.start.seed), []).append(s)
+        for (options, seed), first in kinds.items():
+            origin = dict(options).get("init_from")  # what BatchNorm's part started from
+            plain = next((s for s in group if dict(s.options).get("init_from") == origin), None)
+            after = {0: plain} | {s.start.epochs: s for s in first}
+            if plain and len({s.curves["seconds"].shape[1] for s in after.values()}) == 1:
+                more = [variant_text((k, v) for k, v in options if k not in ("init_from", "schedule"))]
+                more += [f"from seed {seed}"] if seed is not None else []
+                found.append((", ".join(filter(None, [arch_label(first[0].arch), *more])), after))
+    return found
+
+
 def warm_starts(series: Sequence[Series]) -> Answer:
     """Test accuracy against the epochs of BatchNorm alone at the start, at equal epochs and at equal time."""
     columns = ["architecture", "epochs of BatchNorm first", "test accuracy (%)", "change (points)"]
     columns += ["interval (points)", "training (s)", "in the shortest time (%)"]
     table = Table("warmstart", "BatchNorm first, then everything", columns, [], 2, True)
     panels, used, sentences = [], [], []
-    having = [s for s in series if s.mode == "all" and s.done and is_whole(s)]
-    for group in grouped(having, "init_from"):
-        first = [s for s in group if (started_after(s) or ("", ""))[1] == "bn_only"]
-        plain = [s for s in group if "init_from" not in dict(s.options)]
-        after = {(started_after(s) or (0,))[0]: s for s in plain + first}
-        total = {s.curves["seconds"].shape[1] for s in after.values()}
-        if not (plain and first) or len(total) > 1:  # equal epochs are what is to be compared
-            continue
-        epochs, name, tried = sorted(after), arch_label(after[0].arch), len(after) - 1
-        times = {k: seconds_by_seed(after[k]) for k in epochs}
-        shortest = {seed: min(of.get(seed, math.inf) for of in times.values()) for seed in times[0]}
+    for name, after in first_parts(series):
+        epochs, tried = sorted(after), len(after) - 1
+        times, epochs_in_all = (
+            {k: seconds_by_seed(after[k]) for k in epochs},
+            after[0].curves["seconds"].shape[1],
+        )
+        shortest = {
+            seed: min(of[seed] for of in times.values())
+            for seed in times[0]
+            if all(seed in of for of in times.values())
+            and len({machine(s, seed) for s in after.values()}) == 1
+        }
         timed = {k: at_time(after[k], shortest) for k in epochs}
         means = {k: mean_of(list(timed[k].values())) for k in epochs if timed[k]}
         changes = {k: change(by_seed(after[k]), by_seed(after[0]), tried) for k in epochs[1:]}
@@ -144,11 +152,11 @@ def warm_starts(series: Sequence[Series]) -> Answer:
         panels.append((name, [*each, points("at equal time", "bn_only", list(means), list(means.values()))]))
         used += [after[k] for k in epochs]
         sentences.append(
-            f"{name}, {total.pop()} epochs in all: with BatchNorm alone for the first "
+            f"{name}, {epochs_in_all} epochs in all: with BatchNorm alone for the first "
             f"{', '.join(map(str, epochs[1:]))} of them, {best(changes)} everything from the start."
         )
-        in_time, in_all = (mean_of(list(of.values())).mean for of in (shortest, times[0]))
-        if not any(map(math.isnan, (time for of in times.values() for time in of.values()))):
+        if shortest:
+            in_time, in_all = (mean_of([of[seed] for seed in shortest]).mean for of in (shortest, times[0]))
             sentences.append(
                 f"In the time of the shortest ({in_time:,.0f} s of training; everything from the start takes "
                 f"{in_all:,.0f} s), {best(sooner)} it."
@@ -157,6 +165,10 @@ def warm_starts(series: Sequence[Series]) -> Answer:
         return Answer(None, table, "")
     figure = lines(panels, "first epochs, of BatchNorm alone", "test accuracy (%)", size=(3.4, 2.6))
     return Answer((figure, used), table, " ".join(sentences))
+
+
+def machine(s: Series, seed: int) -> tuple | None:
+    return dict(zip(s.seeds, s.machines, strict=True)).get(seed)
 
 
 def best(changes: dict[int, Change | None]) -> str:
@@ -189,7 +201,7 @@ def retraining(series: Sequence[Series]) -> Answer:
     columns += ["interval (points)"]
     table = Table("retrain", "Everything first, then BatchNorm", columns, [], 2, True)
     panels, used, sentences = [], [], []
-    having = [s for s in series if s.done and (started_after(s) or ("", ""))[1] == "all"]
+    having = [s for s in series if s.done and s.start and s.start.mode == "all"]
     having = [s for s in having if len(s.values["start_test_acc"]) == s.done]
     having = [s for s in having if s.mode == "bn_only" or (s.mode == "all" and way_of(s) == 3)]
     for group in grouped(having, "lr", "reset_bn"):
@@ -214,12 +226,13 @@ def retraining(series: Sequence[Series]) -> Answer:
         told = {}
         for way, found in changes.items():
             rate = max(found, key=lambda rate: (found[rate].mean.n, found[rate].mean.mean))
-            told[way] = f"{found[rate]} at learning rate {rate:g}"
+            tried = f", the best of {len(found)} tried" if len(found) > 1 else ""
+            told[way] = f"{found[rate]} at learning rate {rate:g}{tried}"
         more, hows = before.mean("epochs_done").mean, ((1, "kept"), (2, "drawn anew"))
         kept = [f"{told[way]} with gamma and beta {how}" for way, how in hows if way in told]
         sentences.append(
             f"{name}: after {more:g} more epochs, of BatchNorm alone, a network of {start.mean:.2f} % after "
-            f"{started_after(before)[0]} epochs of everything ends {', and '.join(kept)}."
+            f"{before.start.epochs} epochs of everything ends {', and '.join(kept)}."
         )
         if 3 in told:
             sentences.append(f"After as many more of everything it ends {told[3]}.")

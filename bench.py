@@ -344,7 +344,7 @@ def complete(rows: list[dict], options: argparse.Namespace) -> list[dict]:
     """The rows with every key, and with what they were measured on."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
     where = {
-        "device_name": provenance.device_name(options.device),
+        "device_name": provenance.maker_name(options.device),
         "threads": torch.get_num_threads(),
         "versions": versions,
     }

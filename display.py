@@ -21,8 +21,8 @@ class Terminal(Console):
 class Bars:
     """The live bars of runs that train side by side, in one terminal. Use it as `with bars.bars: ...`."""
 
-    def __init__(self, alone: bool, shown: bool = True):
-        self.alone, self.console = alone, Terminal(quiet=not shown)
+    def __init__(self, runs: int = 1, shown: bool = True):
+        self.runs, self.console = runs, Terminal(quiet=not shown)
         columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}")
         self.bars = Progress(
             TextColumn("{task.description}", markup=False),
@@ -43,7 +43,7 @@ class Display:
         self.say(title)
         self.run_bar = self.bars.add_task(what, total=epochs * steps_per_epoch, text="")
         self.bars.update(self.run_bar, completed=epochs_done * steps_per_epoch)
-        self.epoch_bar = self.bars.add_task("epoch", total=steps_per_epoch, text="", visible=group.alone)
+        self.epoch_bar = self.bars.add_task("epoch", total=steps_per_epoch, text="", visible=group.runs == 1)
 
     def say(self, text: str) -> None:
         self.bars.console.print(text, soft_wrap=True, highlight=False, markup=False)

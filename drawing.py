@@ -103,6 +103,12 @@ def render(figure: Figure) -> dict[str, bytes]:
     return files | {"png": buffer.getvalue()}
 
 
+def points(label: str, mode: str, x: list[float], means: list[Mean], variant: int = 0) -> Line:
+    """Means over seeds, with their standard deviations."""
+    std = [np.nan if mean.std is None else mean.std for mean in means]
+    return Line(label, mode, x, [mean.mean for mean in means], std, "points", variant)
+
+
 def draw_line(ax: Axes, line: Line) -> object:
     """Draw one line; what its legend shows."""
     colour, marker, dashes = MODES.get(line.mode, OTHER_MODE)

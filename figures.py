@@ -8,10 +8,15 @@ from collections.abc import Callable
 import numpy as np
 from matplotlib.figure import Figure
 
-from drawing import Column, Line, bars, lines, short, wrap
+from drawing import Column, Line, bars, lines, points, short, wrap
 from gather import Mean, Series, mean_of
+from tables import REPORTED
 
 IMAGENET_DEPTHS = {18, 34, 50, 101, 152, 200}
+PARAMS = {  # trained by bn_only and by all, of the paper's networks
+    **{14: (1120, 175258), 32: (2464, 466906), 56: (4256, 855770), 110: (8288, 1730714)},
+    **{218: (16352, 3480602), 434: (32480, 6980378), 866: (64736, 13979930)},
+}
 MAX_MODES = 6  # in a panel
 STARTS = {"conv_init", "bn_init"}
 MODES_COMPARED = {"bn_only", "bn_main", "all", "random"}  # every other mode trains other parts
@@ -40,6 +45,20 @@ def width_of(arch: str) -> int | None:
     return int(match[1] or 1) if match else None
 
 
+def references(series: list[Series], by_params: bool) -> list[Line]:
+    """What others report, at its depth or, of the paper's networks, its number of trained parameters."""
+    lines = []
+    modes = {s.mode for s in series if s.done}
+    for who, look in (("paper", "paper"), ("TensorFlow port", "port")):
+        for mode, found in REPORTED[who].items():
+            depths = map(cifar_depth, found)
+            x = [PARAMS[depth][mode == "all"] if by_params else depth for depth in depths]
+            if mode in modes:
+                y = [float(value.split()[-1]) for value in found.values()]
+                lines.append(Line(f"{mode}, {look}", mode, x, y, None, look))
+    return lines
+
+
 def across(series: list[Series], x_of: Callable[[Series], float | None]) -> tuple[list[Line], list]:
     """Test accuracy against `x_of`, a line per mode and variant"""
     placed = [(x, s) for s in series if s.done and (x := x_of(s))]
@@ -53,19 +72,12 @@ def across(series: list[Series], x_of: Callable[[Series], float | None]) -> tupl
     kept = [v for v in longest if not v or len(spans[v]) > 1][:4] or longest[:4]
     drawn, used = [], []
     for variant, mode in itertools.product(kept, dict.fromkeys(s.mode for s in series)):
-        points = sorted(
-            ((x, s) for x, s in placed if (s.variant, s.mode) == (variant, mode)), key=lambda p: p[0]
-        )
-        if points:
-            means = [s.mean("final_test_acc") for _, s in points]
-            std = [np.nan if m.std is None else m.std for m in means]
-            xs = [x for x, _ in points]
-            drawn.append(
-                Line(
-                    points[0][1].label, mode, xs, [m.mean for m in means], std, "points", kept.index(variant)
-                )
-            )
-            used += [s for _, s in points]
+        found = [(x, s) for x, s in placed if (s.variant, s.mode) == (variant, mode)]
+        if found := sorted(found, key=lambda pair: pair[0]):
+            means = [s.mean("final_test_acc") for _, s in found]
+            xs, label = [x for x, _ in found], found[0][1].label
+            drawn.append(points(label, mode, xs, means, kept.index(variant)))
+            used += [s for _, s in found]
     return drawn, used
 
 
@@ -168,8 +180,7 @@ def pruned(series: list[Series]) -> Drawn:
                 for accs in zip(*([p["test_acc"] for p in a["pruned"]] for a in s.analyses), strict=True)
             ]
             x = [thresholds.index(p["threshold"]) for p in s.analyses[0]["pruned"]]
-            std = [np.nan if m.std is None else m.std for m in means]
-            each.append(Line(s.mode, s.mode, x, [m.mean for m in means], std))
+            each.append(points(s.mode, s.mode, x, means))
         panels.append((title, each))
         used += members
     step = -(-len(thresholds) // (6 if len(panels) > 1 else 12))

@@ -3,7 +3,6 @@
 One that train.py would not have left is named and left out; no code from any file is run.
 """
 
-import dataclasses
 import json
 import math
 import stat
@@ -12,18 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import runs
-from options import LOGISTIC, RECIPES, Options, defaults
+from options import DEFAULTS, LOGISTIC, recorded, show, variant
+from provenance import Start, pairs, start_name, start_of
 
-
-def as_json(options: Options) -> dict:
-    """As config.json has them."""
-    return json.loads(json.dumps(dataclasses.asdict(options)))
-
-
-DEFAULTS = as_json(Options())
 COST_ONLY = ("loader", "memory", "no_compile")  # what changes time and memory, not accuracy
-OF_THE_SETTING = {"epochs", "milestones", "schedule", "quick", "train_subset", "val_split", "image_size"}
-NOT_VARIANTS = {"arch", "mode", "data", "seed", "dtype", *LOGISTIC, *OF_THE_SETTING}
 
 HUGE = 1e100  # more than any number of a run, and its square is still finite
 SUMMARY = {  # kind, may be null, least, most
@@ -61,6 +52,7 @@ STARTED_FROM = {
     **dict.fromkeys(("run", "mode", "fingerprint", "device_name"), (str, False)),
     **dict.fromkeys(("epochs", "course", "epochs_done"), (int, False, 0, 10**6)),
     "seed": (int, False, 0, 2**64),
+    "val_images": (int, True, 0, 2**62),
     "seconds": (float, True, 0, HUGE),
     "test_acc": (float, True, 0, 100),
     "options": (dict, False),
@@ -122,25 +114,20 @@ class Run(NamedTuple):
         return self.start["epochs_done"], self.start["seconds"] if same else math.nan
 
     @property
+    def began(self) -> Start | None:
+        """`start`, in the words in which runs are told apart."""
+        return start_of(self.start, self.options["seed"]) if self.start else None
+
+    @property
     def variant(self) -> tuple[tuple[str, object], ...]:
         """The options, with their values, that set it apart from the published run of its setting."""
-        recipe = self.options["recipe"] if self.options["recipe"] in RECIPES else None
-        published = as_json(defaults(recipe, self.options["quick"])) | {"recipe": None}
-        differing = {k: v for k, v in self.options.items() if k not in NOT_VARIANTS and v != published.get(k)}
+        differing = variant(self.options)
         processes = self.config["recipe"].get("processes") or 1
         if processes > 1 and not self.options["sync_bn"]:
             differing["processes"] = processes  # each of which normalised its own part of a batch
         if differing.get("init_from"):
-            differing["init_from"] = self.start_text() if self.start else Path(differing["init_from"]).name
-        return tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in sorted(differing.items()))
-
-    def start_text(self) -> str:
-        """`160 epochs of all, lr 0.05`"""
-        start = self.start
-        more = [variant_text(tuple(sorted(start["options"].items())))]
-        more += [f"seed {start['seed']}"] if start["seed"] != self.options["seed"] else []
-        epochs = f"{start['epochs']} epoch{'s' * (start['epochs'] != 1)} of {start['mode']}"
-        return ", ".join(filter(None, [epochs, *more]))
+            differing["init_from"] = str(self.began or start_name(differing["init_from"]))
+        return pairs(differing)
 
     @property
     def machine(self) -> tuple[str, str, str]:
@@ -151,16 +138,6 @@ class Run(NamedTuple):
         dtype = self.config["recipe"].get("dtype") or self.options["dtype"] or "unknown format"
         torch = self.config["versions"].get("torch") or "unknown"
         return self.config["device_name"], ", ".join([dtype, *options]), torch
-
-
-def variant_text(options: tuple[tuple[str, object], ...]) -> str:
-    return ", ".join(f"{name} {show(value)}" for name, value in options)
-
-
-def show(value: object) -> str:
-    if isinstance(value, (list, tuple)):
-        return " ".join(map(show, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -311,9 +288,7 @@ def read_run(folder: Path, shown: str) -> Run:
         dict.fromkeys(("python", "torch", "cuda"), (str, True)),
         "config.json, versions",
     )
-    options = DEFAULTS | config["options"]
-    if options.pop("no_augment", False):  # as it was before there were several
-        options["augment"] = "none"
+    options = recorded(config["options"])
     check_options(options)
     for name in {"arch", "mode", "seed"} - config["options"].keys():
         raise Rubbish(f"config.json: there is no option {name}")

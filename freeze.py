@@ -131,6 +131,11 @@ def frozen_sha256(model: nn.Module) -> str:
     return _sha256(frozen)
 
 
+def full_sha256(model: nn.Module) -> str:
+    """SHA-256 of every weight and BatchNorm statistic."""
+    return _sha256(full_state(model))
+
+
 def full_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Every weight and BatchNorm statistic as the network applies it, under torchvision's names."""
     state = {name: t for name, t in model.state_dict().items() if not name.endswith(".values")}
@@ -169,7 +174,7 @@ def seed_checkpoint(model: nn.Module, recipe: dict, steps: int) -> bytes:
     set_steps(model, steps)
     metadata = {key: str(recipe[key]) for key in ("arch", "mode", "seed")}
     metadata |= {"recipe": json.dumps(recipe), "steps": str(steps), "frozen_sha256": frozen_sha256(model)}
-    metadata["full_sha256"] = _sha256(full_state(model))
+    metadata["full_sha256"] = full_sha256(model)
     return save({name: t.cpu().contiguous() for name, t in trained_state(model).items()}, metadata)
 
 
@@ -272,7 +277,7 @@ def restore(path: str | Path, init_from: str | None = None) -> tuple[nn.Module, 
             f"{path} does not match its recipe: {str(error).splitlines()[-1].strip()}"
         ) from None
     set_steps(model, int(metadata["steps"]))
-    if unexpected or _sha256(full_state(model)) != metadata["full_sha256"]:
+    if unexpected or full_sha256(model) != metadata["full_sha256"]:
         raise FreezeError(
             f"{path} does not match: its tensors are not those that were trained; it was altered"
         )

@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from finished import DEFAULTS, SUMMARY, Run, variant_text
+from finished import SUMMARY, Run
+from options import DEFAULTS, variant_text
+from provenance import Start
 
 CURVES = ("train_loss", "train_acc", "test_loss", "test_acc", "val_acc")
 
@@ -34,9 +36,11 @@ class Series:
     mode: str
     options: tuple[tuple[str, object], ...]  # those that differ from the published, and their values
     machine: tuple[str, str, str]  # device, how it computed, torch; empty texts where they do not matter
+    start: Start | None  # the run that they started from, on the same images
     done: int
     diverged: int
     seeds: list[int]  # of those done, in the order of values and analyses
+    machines: list[tuple[str, str, str]]  # of those done
     values: dict[str, list[float]]
     curves: dict[str, np.ndarray]
     analyses: list[dict]
@@ -125,8 +129,9 @@ def series_of(members: list[Run], by_machine: bool = False) -> list[Series]:
             first, seconds = np.array([run.before for run in having]).T[..., None]
             curves["seconds"] = np.where(np.isnan(epoch_s), np.nan, seconds + (number - first) * typical)
         analyses = [run.analysis for run in done if run.analysis]
-        seeds = [run.options["seed"] for run in done]
-        gathered.append(Series(*key, len(done), len(each) - len(done), seeds, values, curves, analyses))
+        of_each = [run.options["seed"] for run in done], [run.machine for run in done]
+        counts = len(done), len(each) - len(done)
+        gathered.append(Series(*key, each[0].began, *counts, *of_each, values, curves, analyses))
     return gathered
 
 

@@ -1,7 +1,5 @@
 """The cells of a grid of runs: which there are, how far each is, and how long the rest will take."""
 
-import dataclasses
-import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +9,7 @@ from typing import NamedTuple
 import provenance
 import runs
 import sources
-from options import LOGISTIC, OptionError, Options, parse_options
+from options import LOGISTIC, OptionError, Options, as_json, parse_options
 
 FOLDER = Path(__file__).parent
 DEPTHS = "resnet14 resnet32 resnet56 resnet110 resnet218 resnet434 resnet866"
@@ -94,9 +92,11 @@ def make_grid(environment: Mapping[str, str], argv: Sequence[str]) -> list[Cell]
     def add(words: list[str], chained: Sequence[str] = (), start: str | None = None) -> str:
         """Cells of all seeds, whose options are `words`, the user's, and `chained`, the last ruling.
 
-        `start` is what --init-from takes; returns what takes these cells for a start.
+        `start` is what --init-from takes; returns what takes these cells for a start. They go on from it as
+        it is: --reset-bn is of what the user starts from.
         """
-        arguments = (*words, *argv, *chained, *(("--init-from", start) if start else ()))
+        own = [argument for argument in argv if argument != "--reset-bn"] if start else argv
+        arguments = (*words, *own, *chained, *(("--init-from", start) if start else ()))
         for options in parse_options([*arguments, "--seed", *seeds], __doc__)[0]:
             path = folder(options)
             begins = Path(start.replace("{seed}", str(options.seed))) if start else None
@@ -123,10 +123,11 @@ def add_warm_starts(add: Callable[..., str], words: list[str], options: Options)
     for first in sorted({max(1, round(part * options.epochs / 160)) for part in FIRST_PARTS}):
         if first >= min([options.epochs, *steps]):
             continue
-        only = ["--mode", "bn_only", "--epochs", str(first), "--schedule", "constant"]
+        only = ["--mode", "bn_only", "--epochs", str(first), "--schedule"]
         # What chooses by validation images sets them apart here too; so late, it never does.
-        only[-1:] = ["plateau", "--patience", str(first)] if options.schedule == "plateau" else ["constant"]
-        only += ["--early-stop", str(first)] if options.early_stop else []
+        never = str(options.epochs)
+        only += ["plateau", "--patience", never] if options.schedule == "plateau" else ["constant"]
+        only += ["--early-stop", never] if options.early_stop else []
         left = ["--milestones", *(str(milestone - first) for milestone in steps)] if steps else []
         then = ["--epochs", str(options.epochs - first), *left, "--warmup-epochs", "0"]
         add(words, then, start=add(words, only))
@@ -139,6 +140,7 @@ def add_retraining(add: Callable[..., str], words: list[str], done: str, options
     steps = sorted({more // 2, 3 * more // 4})
     course = ["--epochs", str(more), "--milestones", *map(str, steps)]
     for lr in (options.lr, options.lr / 10):
+        course += ["--min-lr", f"{lr:g}"] if options.min_lr > lr else []
         for what in (["--mode", "bn_only"], ["--mode", "bn_only", "--reset-bn"], []):
             add(words, [*course, "--lr", f"{lr:g}", *what], start=done)
 
@@ -177,7 +179,7 @@ def holds(cell: Cell) -> bool:
     """Whether the run in a cell's folder, whose name does not tell all, has the cell's options."""
     try:
         options = (runs.Run(cell.path).config or {}).get("options") or {}
-        wanted = json.loads(json.dumps(dataclasses.asdict(cell.options)))
+        wanted = as_json(cell.options)
         differing = {name for name, value in wanted.items() if options.get(name, value) != value}
     except (runs.RunError, AttributeError):
         return False

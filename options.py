@@ -3,6 +3,8 @@
 import argparse
 import dataclasses
 import functools
+import json
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import torch
@@ -131,6 +133,9 @@ QUICK = {
 # Options that change where or how fast a run goes, not what it computes: no part of its name.
 LOGISTIC = {"data_dir", "device", "loader", "memory", "no_compile", "eval_every"}
 LOGISTIC |= {"out", "resume", "overwrite"}
+# Options that say what was run, on which images and for how long, not how: no variant of a run.
+OF_THE_SETTING = {"epochs", "milestones", "schedule", "quick", "train_subset", "val_split", "image_size"}
+NOT_VARIANTS = {"arch", "mode", "data", "seed", "dtype", *LOGISTIC, *OF_THE_SETTING}
 
 
 class OptionError(ValueError):
@@ -182,6 +187,40 @@ def defaults(recipe: str | None = None, quick: bool = False) -> Options:
     """What a run with --recipe or --quick, and nothing else, does."""
     chosen = (RECIPES[recipe] if recipe else {}) | (QUICK if quick else {})
     return Options(**chosen, recipe=recipe)
+
+
+def as_json(options: Options) -> dict:
+    """The options as config.json has them."""
+    return json.loads(json.dumps(dataclasses.asdict(options)))
+
+
+DEFAULTS = as_json(Options())
+
+
+def recorded(found: dict) -> dict:
+    """The options that a run recorded; those that there were not yet have their defaults."""
+    options = DEFAULTS | found
+    if options.pop("no_augment", False):  # as it was before there were several
+        options["augment"] = "none"
+    return options
+
+
+def variant(options: dict) -> dict:
+    """Of a run's recorded options, those that set it apart from the published run of its setting."""
+    recipe = options["recipe"] if options["recipe"] in RECIPES else None
+    published = as_json(defaults(recipe, options["quick"])) | {"recipe": None}
+    return {k: v for k, v in options.items() if k not in NOT_VARIANTS and v != published.get(k)}
+
+
+def variant_text(options: Iterable[tuple[str, object]]) -> str:
+    """`lr 0.05, milestones 2 3`"""
+    return ", ".join(f"{name} {show(value)}" for name, value in options)
+
+
+def show(value: object) -> str:
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(show, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 @functools.cache

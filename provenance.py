@@ -6,12 +6,13 @@ import platform
 import statistics
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 import data
 import runs
-from options import LOGISTIC, RECIPES, Options, defaults
+from options import LOGISTIC, OptionError, Options, as_json, defaults, recorded, variant, variant_text
 
 
 def cell_name(options: Options, data_name: str) -> str:
@@ -33,12 +34,46 @@ def start_name(init_from: str) -> str:
     return path.stem if path.suffix in (".safetensors", ".pt", ".pth") else path.name
 
 
+def start_path(options: Options) -> str:
+    """What --init-from names for this seed. OptionError where there is no such thing."""
+    path = options.init_from.replace("{seed}", str(options.seed))
+    if not Path(path).exists():
+        raise OptionError(f"--init-from {path}: there is no such file or run")
+    return path
+
+
+class Start(NamedTuple):
+    """What a run started from: so many epochs of `mode`, in the words in which runs are told apart."""
+
+    epochs: int
+    mode: str
+    options: tuple[tuple[str, object], ...]  # that differ from the published, its own start among them
+    seed: int | None  # where it is not the run's
+
+    def __str__(self) -> str:
+        """`160 epochs of all, lr 0.05`"""
+        what = f"{self.epochs} epoch{'s' * (self.epochs != 1)} of {self.mode}"
+        seed = "" if self.seed is None else f"seed {self.seed}"
+        return ", ".join(filter(None, [what, variant_text(self.options), seed]))
+
+
+def start_of(started: dict, seed: int) -> Start:
+    """Of what config.json has under `started_from`, for the run of `seed`."""
+    other = None if started["seed"] == seed else started["seed"]
+    return Start(started["epochs"], started["mode"], pairs(started["options"]), other)
+
+
+def pairs(options: dict) -> tuple[tuple[str, object], ...]:
+    return tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in sorted(options.items()))
+
+
 def started_from(init_from: str | None) -> dict | None:
     """Of the run that another starts from: what it trained, on what, for how long, and how far it got.
 
     `epochs` are its own, as asked for; `course` adds those of what it had started from. `epochs_done` and
     `seconds`, at the median epoch's, are of all these runs together; `seconds` is None where they ran on
-    several devices. `options` differ from the published. None for weights alone, or a run without results.
+    several devices. `options` differ from the published; `val_images` of its seed were never trained on.
+    None for weights alone, or a run without results.
     """
     folder = Path(init_from or "")
     folder = folder.parent if folder.name == runs.CHECKPOINT else folder
@@ -46,51 +81,41 @@ def started_from(init_from: str | None) -> dict | None:
         return None
     run = runs.Run(folder)
     try:
-        options, before = run.config["options"], run.config["started_from"]
-        epochs, done, device = options["epochs"], run.summary["epochs_done"], run.config["device_name"]
+        options, recipe, before = (
+            recorded(run.config["options"]),
+            run.config["recipe"],
+            run.config.get("started_from"),
+        )
+        done, device = run.summary["epochs_done"], run.config["device_name"]
         seconds = done * statistics.median([row["epoch_s"] for row in runs.read_rows(folder)])
-        told = {
-            "run": folder.resolve().name,
-            "mode": options["mode"],
-            "seed": options["seed"],
-            "epochs": epochs,
-        }
+        told = {"run": folder.resolve().name, "mode": options["mode"], "seed": options["seed"]}
+        told |= {"epochs": options["epochs"], "options": variant(options) | course(options)}
         told |= {"test_acc": run.summary["final_test_acc"], "device_name": device, "seconds": seconds}
-        told |= {"fingerprint": run.config["recipe"]["fingerprint"], "options": differing_course(options)}
+        told |= {"fingerprint": recipe["fingerprint"], "val_images": recipe.get("val_images") or 0}
+        told |= {"course": options["epochs"], "epochs_done": done}
+        if options["init_from"]:
+            start = start_of(before, options["seed"]) if before else start_name(options["init_from"])
+            told["options"]["init_from"] = str(start)
         if before:
-            epochs, done = epochs + before["course"], done + before["epochs_done"]
             alike = before["device_name"] == device and before["seconds"] is not None
             told["seconds"] = before["seconds"] + seconds if alike else None
-        return told | {"course": int(epochs), "epochs_done": int(done)}
+            told |= {key: told[key] + before[key] for key in ("course", "epochs_done")}
+            if (before["seed"], before.get("val_images")) != (told["seed"], told["val_images"]):
+                told["val_images"] = 0
+        return told | {"course": int(told["course"]), "epochs_done": int(told["epochs_done"])}
     except (KeyError, TypeError, ValueError, AttributeError):  # not all there, or damaged
         return None
 
 
-def differing_course(options: dict) -> dict:
-    """Those of a run's recorded options that differ from the published; its length and images left out."""
-    recipe = options["recipe"] if options["recipe"] in RECIPES else None
-    published = dataclasses.asdict(defaults(recipe, options["quick"]))
-    apart = {
-        "arch",
-        "mode",
-        "data",
-        "seed",
-        "dtype",
-        "init_from",
-        "epochs",
-        "milestones",
-        "schedule",
-        *LOGISTIC,
-    }
-    apart |= {"quick", "train_subset", "val_split", "image_size"}
-    differing = {k: v for k, v in options.items() if k not in apart and v != published.get(k)}
-    steps = [m / options["epochs"] for m in options["milestones"]]
-    if options["schedule"] == "step" and steps != [0.5, 0.75]:
-        differing["milestones"] = options["milestones"]
-    return differing
+def course(options: dict) -> dict:
+    """Of recorded options, the course of the learning rate, where it is not in steps at 1/2 and 3/4."""
+    if options["schedule"] != "step":
+        return {"schedule": options["schedule"]}
+    at = [milestone / options["epochs"] for milestone in options["milestones"]]
+    return {} if at == [0.5, 0.75] else {"milestones": options["milestones"]}
 
 
-def device_name(device: torch.device) -> str:
+def maker_name(device: torch.device) -> str:
     """What its maker calls it; of a CPU that tells nothing, the architecture."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -100,13 +125,20 @@ def device_name(device: torch.device) -> str:
     return named[0] if named else platform.machine()
 
 
+def device_name(device: torch.device, runs_on_it: int = 1) -> str:
+    """The device, and what of it a run has: times of runs with other names do not compare."""
+    threads = [f"{torch.get_num_threads()} threads"] if device.type == "cpu" else []
+    beside = [f"{runs_on_it} runs side by side"] if runs_on_it > 1 else []
+    return ", ".join([maker_name(device), *threads, *beside])
+
+
 def describe(
     options: Options,
     recipe: dict,
     start: dict | None,
-    frozen_sha256: str,
+    weights: dict,
     dataset: data.Dataset,
-    device: torch.device,
+    where: str,
 ) -> dict:
     """The content of config.json: what was asked for, what it came to, and on what."""
 
@@ -123,16 +155,15 @@ def describe(
         ).stdout.strip()
     except OSError:
         commit = ""
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     versions = {package: version(package) for package in ("torch", "triton", "ffcv", "numpy")}
     return {
-        "options": dataclasses.asdict(options) | {"milestones": list(options.milestones)},
+        "options": as_json(options),
         "recipe": recipe,
-        "frozen": {"sha256": frozen_sha256},
+        "frozen": weights,
         "started_from": start,
         "data_title": dataset.title,
-        "device": device.type,
-        "device_name": device_name(device) + threads,
+        "device": recipe["device"],
+        "device_name": where,
         "versions": {"python": platform.python_version(), "cuda": torch.version.cuda, **versions},
         "git_commit": commit or None,
     }

@@ -26,31 +26,13 @@ import gather
 import runs
 import tables
 from answers import Answer
-from drawing import Line, render
+from drawing import render
 from finished import Run
 from gather import Series
-from tables import REPORTED, Table, as_csv, as_html, as_latex, as_markdown, e
+from tables import Table, as_csv, as_html, as_latex, as_markdown, e
 
-PARAMS = {  # trained by bn_only and by all, of the paper's networks
-    **{14: (1120, 175258), 32: (2464, 466906), 56: (4256, 855770), 110: (8288, 1730714)},
-    **{218: (16352, 3480602), 434: (32480, 6980378), 866: (64736, 13979930)},
-}
-
-INTERVAL = "Intervals hold for all that were tried, with 95 % confidence (Student's t, Bonferroni's bound). "
-
-
-def references(series: list[Series], by_params: bool) -> list[Line]:
-    """What others report, at its depth or, of the paper's networks, its number of trained parameters."""
-    lines = []
-    modes = {s.mode for s in series if s.done}
-    for who, look in (("paper", "paper"), ("TensorFlow port", "port")):
-        for mode, found in REPORTED[who].items():
-            depths = map(figures.cifar_depth, found)
-            x = [PARAMS[depth][mode == "all"] if by_params else depth for depth in depths]
-            if mode in modes:
-                y = [float(value.split()[-1]) for value in found.values()]
-                lines.append(Line(f"{mode}, {look}", mode, x, y, None, look))
-    return lines
+INTERVAL = "The best is of all that were tried, on test images; intervals hold for all of them, with 95 % "
+INTERVAL += "confidence (Student's t, Bonferroni's bound). "
 
 
 def drawings(
@@ -77,7 +59,9 @@ def drawings(
     size = "Bytes of the seed, trained tensors and BatchNorm statistics, beside those of every weight. "
     shared = deviation + "Runs side by side in one process share its time and its memory. "
 
-    at_depths, at_params = (references(series, by_params) if cifar10 else [] for by_params in (False, True))
+    at_depths, at_params = (
+        figures.references(series, by_params) if cifar10 else [] for by_params in (False, True)
+    )
     gammas = ("gamma", "share_under_0.01", "|γ| < 0.01", "learned γ", "share of γ per bin (%)")
     relus = ("relu", "silent", "always silent", "(image, position) pairs silent (%)")
     cifar, metrics = "python train.py --arch resnet14", "the runs' metrics.jsonl"
@@ -134,7 +118,7 @@ def section(label: str, slug: str, members: list[Run], out: Path) -> str:
     note += " Paper and port: the official CIFAR-10, 160 epochs." if cifar10 else ""
     add(tables.accuracy_table(series, cifar10, as_published), note)
     missing = []
-    answered = [answers.warm_starts(machines), answers.retraining(machines)]
+    answered = [answers.warm_starts(series), answers.retraining(series)]
     for name, title, caption, drawn, source in drawings(series, machines, answered, cifar10):
         if drawn is None:
             missing.append(f"<li>{e(title)}: needs <code>{e(source)}</code></li>\n")

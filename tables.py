@@ -6,11 +6,12 @@ import io
 import re
 from typing import NamedTuple
 
-from finished import Run, variant_text
+from finished import Run
 from gather import Mean, Series, mean_of
+from options import variant_text
 
-# Test accuracy on CIFAR-10 in percent, by architecture: of the paper (arXiv 2003.00152; about, where everything
-# trains), of the TensorFlow community port, and of a Keras study (batches of 1024; without and with augmentation)
+# Test accuracy on CIFAR-10 in percent: of the paper (arXiv 2003.00152; about, where everything trains), of
+# the TensorFlow community port, and of a Keras study (Adam, batches of 1024; without and with augmentation)
 REPORTED = {
     "paper": {
         "bn_only": {"resnet14": "48", "resnet110": "69.5", "resnet866": "82"},

@@ -22,7 +22,6 @@ import math
 import signal
 import sys
 from collections.abc import Generator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,7 +42,7 @@ from options import LOGISTIC, OptionError, Options, parse_options
 def open_data(each: list[Options], given: set[str]) -> tuple[list[Options], data.Dataset]:
     """The data set; with --quick and no --data, the synthetic one where CIFAR-10 cannot be had."""
     for options in each:
-        _ = options.init_from and init_from(options)  # before any download
+        _ = options.init_from and provenance.start_path(options)  # before any download
     options = each[0]
     wanted = {"data_dir": options.data_dir, "image_size": options.image_size, "say": note}
     try:
@@ -55,14 +54,6 @@ def open_data(each: list[Options], given: set[str]) -> tuple[list[Options], data
     size = options.image_size if "image_size" in given else None
     each = [dataclasses.replace(options, data="synthetic", image_size=size) for options in each]
     return each, data.open_dataset("synthetic", **wanted | {"image_size": size})
-
-
-def init_from(options: Options) -> str:
-    """What --init-from names for this seed. OptionError where there is no such thing."""
-    path = options.init_from.replace("{seed}", str(options.seed))
-    if not Path(path).exists():
-        raise OptionError(f"--init-from {path}: there is no such file or run")
-    return path
 
 
 def note(line: str) -> None:
@@ -136,7 +127,7 @@ def train(
     recipe |= {"processes": group.count}
     start = None
     if options.init_from:
-        recipe["init_from"] = init_from(options)
+        recipe["init_from"] = provenance.start_path(options)
         start = provenance.started_from(recipe["init_from"])
     own_batch = options.batch_size // group.count
     models.check_batches(options.arch, options.shortcut, own_batch, dataset.image_size)
@@ -144,6 +135,8 @@ def train(
     # The network at its seed's weights, of which only what the mode trains has gradients
     model = freeze.create(recipe, say=note)
     frozen_sha256 = freeze.frozen_sha256(model)
+    weights = {"sha256": frozen_sha256}
+    weights |= {"initial_sha256": freeze.full_sha256(model)} if options.init_from else {}
     model.to(device, memory_format=torch.channels_last)
 
     # Batches, whose order and augmentation come from the seed and the epoch alone
@@ -153,6 +146,10 @@ def train(
         val_split = data.tenth(dataset.train.labels)
     train_on, validate_on = data.share_out(dataset.train.labels, rng, val_split, options.train_subset)
     recipe |= {"train_images": len(train_on), "val_images": len(validate_on)}
+    knew = start and start["fingerprint"] == dataset.fingerprint
+    if knew and len(validate_on) and (start["seed"], start["val_images"]) != (options.seed, len(validate_on)):
+        apart = f"--seed {options.seed} --val-split {len(validate_on)}"
+        note(f"{start['run']} trained on images that validate here; better start from a run of {apart}")
     batches = {"kind": options.loader, "device": device, "dtype": dtype, "compiled": compiled}
     drawn = {"rng": rng, "augmented": options.augment, "subset": train_on}
     drawn |= {"share": (group.rank, group.count)}
@@ -180,14 +177,22 @@ def train(
         group.wait()  # until the folder is open, or refused
 
         # Where the run stopped, if it was run before
-        config = provenance.describe(options, recipe, start, frozen_sha256, dataset, device)
+        where = provenance.device_name(device, bars.runs)
+        config = provenance.describe(options, recipe, start, weights, dataset, where)
         alike = {"data", "compile", "init_from"} | ({"processes"} if options.sync_bn else set())
         run.refuse_another(config, ignoring=LOGISTIC | alike)
         if run.status == "done":
             return run
-        at = {"epoch": 0, "train_s": 0.0, "startup_s": 0.0}
+        # Of what it starts from, the draws are used
+        at = {
+            "epoch": 0,
+            "train_s": 0.0,
+            "startup_s": 0.0,
+            "epochs_before": start["epochs_done"] if start else 0,
+        }
         if (state := run.load_last()) is not None:
             at = restore(run, state, model, step, schedule)
+            config["started_from"] = run.config.get("started_from")  # as it was then
             note(f"continuing {run.path} after epoch {at['epoch']}")
         elif options.resume:
             note(f"no epoch of {run.path} is there to resume from: starting it")
@@ -195,15 +200,12 @@ def train(
             raise runs.RunError(
                 f"--out {options.out}: not every process finds the same epochs there; share it"
             )
-        at |= {
-            "started": False,
-            "epochs_before": start["epochs_done"] if start else 0,
-        }  # their draws are used
+        at["started"] = False
         yield  # nothing is written before every run is known to be in order
         run.start(config)
         title = f"{run.path}\n{options.arch}, {options.mode}, {dataset.title}"
         what = f"{dataset.name} quick" if options.quick else dataset.name
-        what = what if bars.alone else f"{what} s{options.seed}"
+        what = what if bars.runs == 1 else f"{what} s{options.seed}"
         progress = display.Display(bars, title, what, options.epochs, len(train_loader), at["epoch"])
 
         # The epochs
@@ -215,7 +217,8 @@ def train(
                 row = yield from train_epoch(epoch, step, schedule, train_loader, progress, at)
                 if "val" in tests:
                     evaluate(tests["val"], "val", row, at)
-                    schedule.epoch_ended(group.agree(row["val_acc"]))
+                    row["val_acc"] = group.agree(row["val_acc"])
+                    schedule.epoch_ended(row["val_acc"])
                 row |= {"test_loss": None, "test_acc": None}
                 ends = epoch == options.epochs or schedule.stopped
                 chosen = "val" in tests and schedule.since_best == 0  # the best so far
@@ -302,7 +305,7 @@ def train_side_by_side(each: list[Options], dataset: data.Dataset, group: proces
 
     One that fails does not stop the others. RunFailed, at the end, for the first that did.
     """
-    bars = display.Bars(alone=len(each) == 1, shown=group.leads)
+    bars = display.Bars(len(each), shown=group.leads)
     on_gpu = torch.cuda.is_available() and each[0].device != "cpu"
     streams = [torch.cuda.Stream() if on_gpu else None for _ in each]
     each = [train(options, dataset, bars, group) for options in each]
@@ -352,7 +355,7 @@ def restore(
         model.load_state_dict(state["model"], strict=False)
         step.load_state_dict(state["step"])
         schedule.load_state_dict(state["schedule"])
-        return {key: state["at"][key] for key in ("epoch", "train_s", "startup_s")}
+        return {"epochs_before": 0} | state["at"]
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise runs.RunError(

@@ -42,6 +42,7 @@ def write_grids(root, seeds=(0, 1, 2), accs=None) -> None:
             write(k, seed, "all", EPOCHS - k, before, milestones=[16 - k, 24 - k])
         before = start("all", EPOCHS, 80.0 + seed, seed)
         write("kept", seed, "bn_only", 4, before, lr=0.01, milestones=[2, 3])
+        write("kept, fast", seed, "bn_only", 4, before, milestones=[2, 3])
         write("redrawn", seed, "bn_only", 4, before, lr=0.01, milestones=[2, 3], reset_bn=True)
         write("more", seed, "all", 4, before, lr=0.01, milestones=[2, 3])
 
@@ -94,23 +95,30 @@ def all_series(root) -> list[gather.Series]:
 def test_runs_that_start_from_runs_stand_beside_those_as_long_in_all(tmp_path):
     write_grids(tmp_path)
     settings = gather.by_setting(finished.read_runs([str(tmp_path)]))
-    assert [len(members) for members in settings.values()] == [9, 9]
+    assert [len(members) for members in settings.values()] == [12, 9]
     steps = {"36": "34, 35", "32": "16, 24"}
     assert list(settings) == [f"CIFAR-10, {n} epochs, lr steps at {at}" for n, at in steps.items()]
 
 
 def test_retraining_is_compared_with_what_each_run_started_from(tmp_path):
-    finals = {"kept": (80.1, 81.3, 81.9), "redrawn": (60.0, 62.0, 61.0), "more": (81.0, 82.0, 83.0)}
+    finals = {
+        "kept": (80.1, 81.3, 81.9),
+        "kept, fast": (79.0, 80.0, 80.7),
+        "redrawn": (60.0, 62.0, 61.0),
+        "more": (81.0, 82.0, 83.0),
+    }
     accs = {(what, seed): acc for what, each in finals.items() for seed, acc in enumerate(each)}
     write_grids(tmp_path, accs=accs)
     answer = answered(tmp_path, answers.retraining)
-    changes = {row[1]: row[5] for row in answer.table.rows}
-    assert changes["BatchNorm, kept"].mean == pytest.approx(statistics.fmean([0.1, 0.3, -0.1]))
-    assert changes["BatchNorm, redrawn"].mean == pytest.approx(-20.0)
-    assert changes["everything"] == pytest.approx((1.0, 0.0, 3))
+    changes = {(row[1], row[2]): row[5] for row in answer.table.rows}
+    assert changes["BatchNorm, kept", "0.01"].mean == pytest.approx(statistics.fmean([0.1, 0.3, -0.1]))
+    assert changes["BatchNorm, kept", "0.1"].mean == pytest.approx(-1.1)
+    assert changes["BatchNorm, redrawn", "0.01"].mean == pytest.approx(-20.0)
+    assert changes["everything", "0.01"] == pytest.approx((1.0, 0.0, 3)) and len(changes) == 4
     assert "after 4 more epochs, of BatchNorm alone, a network of 81.00 % after 32 epochs" in answer.text
-    kept = "0.10 points above (± 0.50, n = 3: within chance) at learning rate 0.01 with gamma and beta kept"
-    assert kept in answer.text
+    interval = 6.205 * 0.2 / 3**0.5  # of two that were tried
+    kept = f"0.10 points above (± {interval:.2f}, n = 3: within chance) at learning rate 0.01, "
+    assert f"{kept}the best of 2 tried with gamma and beta kept" in answer.text
     assert "20.00 points below (± 2.48, n = 3: beyond chance)" in answer.text
     everything = "1.00 points above (± 0.00, n = 3: beyond chance) at learning rate 0.01."
     assert answer.text.endswith(f"After as many more of everything it ends {everything}")
@@ -126,7 +134,7 @@ def test_the_page_has_both_answers(tmp_path):
     assert report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
     page = (tmp_path / "out" / "index.html").read_text()
     assert page.count("the best, with") == 2 and page.count("more epochs, of BatchNorm alone") == 1
-    for name, rows in (("warmstart", 3), ("retrain", 3)):
+    for name, rows in (("warmstart", 3), ("retrain", 4)):
         (table,) = (tmp_path / "out" / "tables").glob(f"*-{name}.csv")
         assert len(list(csv.DictReader(table.open()))) == rows
         assert len(list((tmp_path / "out" / "figures").glob(f"*-{name}.png"))) == 1
@@ -136,7 +144,7 @@ def test_other_starts_and_machines_are_other_runs(tmp_path):
     """Networks from a file, other options of the start, another seed's start, other images, other devices."""
     write_grids(tmp_path, seeds=[0])
     plain = {"analysis": False, "milestones": [16, 24]}
-    write_run(tmp_path, "resnet14", "all", 0, EPOCHS, init_from="w.pth", started_from=None, **plain)
+    write_run(tmp_path, "resnet14", "all", 0, EPOCHS, init_from="a/w.pth", started_from=None, **plain)
     lr = {**plain, "milestones": [12, 20], "init_from": "some run"}
     before = start("bn_only", 4, 40.0, 0, options={"lr": 0.05})
     write_run(tmp_path / "lr", "resnet14", "all", 0, EPOCHS - 4, started_from=before, **lr)
@@ -145,7 +153,7 @@ def test_other_starts_and_machines_are_other_runs(tmp_path):
     )
     texts = {s.variant for s in all_series(tmp_path) if s.mode == "all"}
     assert {
-        "init_from w.pth",
+        "init_from w",
         "init_from 4 epochs of bn_only",
         "init_from 4 epochs of bn_only, lr 0.05",
     } < texts
@@ -153,20 +161,39 @@ def test_other_starts_and_machines_are_other_runs(tmp_path):
     other_images = start("bn_only", 4, 40.0, 0, fingerprint="ff")
     write_run(tmp_path / "images", "resnet14", "all", 0, EPOCHS - 4, started_from=other_images, **lr)
     assert "init_from some run" in {s.variant for s in all_series(tmp_path / "images")}
+    from_file = start("bn_only", 4, 40.0, 0, options={"init_from": "w"})
+    write_run(tmp_path / "file", "resnet14", "all", 0, EPOCHS - 4, started_from=from_file, **lr)
     answer = answered(tmp_path, answers.warm_starts)
-    assert [row[1] for row in answer.table.rows] == [0, 2, 4]
+    rows = [tuple(row[:2]) for row in answer.table.rows]
+    network = "ResNet-14"
+    assert rows[:3] == [(network, 0), (network, 2), (network, 4)] and rows.count((network, 0)) == 2
+    assert {(f"{network}, lr 0.05", 4), (f"{network}, from seed 0", 4)} < set(rows) and len(rows) == 9
     read = finished.read_runs([str(tmp_path)])
-    (plain,) = [run for run in read if run.options["mode"] == "all" and not run.options["init_from"]]
-    assert answer.table.rows[0][2].mean == plain.summary["final_test_acc"]
+    plain, begun = (
+        [run for run in read if run.options["mode"] == "all" and run.options["init_from"] == init_from]
+        for init_from in (None, "a/w.pth")
+    )
+    first = {row[2].mean for row in answer.table.rows if row[1] == 0}
+    assert first == {run.summary["final_test_acc"] for run in plain + begun} and len(plain + begun) == 2
 
 
-def test_time_on_another_device_is_not_compared(tmp_path):
-    write_run(tmp_path, "resnet14", "all", 0, EPOCHS, analysis=False, milestones=[16, 24])
-    before = start("bn_only", 4, 40.0, 0, device_name="a CPU")
-    options = {"analysis": False, "milestones": [12, 20], "init_from": "x", "started_from": before}
-    write_run(tmp_path, "resnet14", "all", 0, EPOCHS - 4, **options)
+@pytest.mark.parametrize("elsewhere", ["start", "rest"])
+def test_time_on_another_device_is_not_compared(tmp_path, elsewhere):
+    """Seeds of which a part ran elsewhere count in accuracy, and not in time."""
+    options = {"analysis": False, "init_from": "x", "milestones": [12, 20]}
+    for seed in range(3):
+        write_run(tmp_path, "resnet14", "all", seed, EPOCHS, analysis=False, milestones=[16, 24])
+        device = "NVIDIA H200" if seed == 2 else "a CPU"
+        before = start("bn_only", 4, 40.0, seed, device_name=device)
+        more = {"device_name": device} if elsewhere == "rest" else {}
+        write_run(tmp_path, "resnet14", "all", seed, EPOCHS - 4, started_from=before, **more, **options)
     answer = answered(tmp_path, answers.warm_starts)
-    assert "In the time" not in answer.text and "the best, with 4" in answer.text
+    plain, first = answer.table.rows
+    assert plain[2].n == first[2].n == 3 and first[3].n == 3
+    assert first[5].n == (1 if elsewhere == "start" else 3) and first[6].n == plain[6].n == 1
+    shortest = min(first[5].mean, plain[5].mean) if elsewhere == "start" else None
+    assert elsewhere == "rest" or f"In the time of the shortest ({shortest:,.0f} s" in answer.text
+    assert "(n = 1, so nothing is known of chance) it." in answer.text
 
 
 def test_students_t_has_its_tabulated_quantiles():

@@ -60,6 +60,15 @@ def in_each(todo: str, out: str) -> None:
         train.processes.joined = lambda: contextlib.nullcontext(group)
         models, seed_checkpoint = [], freeze.seed_checkpoint
         freeze.seed_checkpoint = lambda model, *rest: models.append(model) or seed_checkpoint(model, *rest)
+        evaluate = train.evaluate
+
+        def evaluate_apart(evaluation, name, row, at):
+            """As if processes saw other validation accuracies, whose average is that of one process."""
+            evaluate(evaluation, name, row, at)
+            if name == "val":
+                row["val_acc"] += 40 * (-1) ** (row["epoch"] + group.rank)
+
+        train.evaluate = evaluate_apart
         for name, options in json.loads(todo).items():
             models.clear()
             status = train.main(options)
@@ -111,7 +120,7 @@ def compare(folder: Path, rows: list[dict], tensors: dict[str, torch.Tensor]) ->
     process with and without --no-compile do: a sign that rounding turns is a whole element's gradient.
     """
     for row, expected in zip(metrics(folder), rows, strict=True):
-        for name in ("train_loss", "train_acc", "test_loss", "test_acc"):
+        for name in {"train_loss", "train_acc", "test_loss", "test_acc", "val_acc", "lr"} & expected.keys():
             assert row[name] == pytest.approx(expected[name], rel=1e-4), name
     for name, tensor in freeze.read_checkpoint(folder)[0].items():
         torch.testing.assert_close(tensor, tensors[name], rtol=5e-4, atol=5e-4)
@@ -121,6 +130,13 @@ def compare(folder: Path, rows: list[dict], tensors: dict[str, torch.Tensor]) ->
 def test_with_sync_bn_two_processes_train_the_model_of_one(done, way):
     one = only_run(done[0] / "one" / way)
     compare(only_run(done[0] / "two" / way), metrics(one), freeze.read_checkpoint(one)[0])
+
+
+def test_processes_choose_alike_though_each_sees_other_accuracies(done):
+    one, two = (only_run(done[0] / count / "chosen") for count in ("one", "two"))
+    assert len({row["lr"] for row in metrics(one)}) > 1, "something was decided"
+    results = [{k: summary(run)[k] for k in ("epochs_done", "chosen_epoch", "why")} for run in (one, two)]
+    assert results[0] == results[1]
 
 
 def test_without_it_each_normalises_its_own_part_and_running_statistics_are_averaged(done, tiny_folder):

@@ -273,6 +273,15 @@ def test_evaluation_counts_every_image_once_whatever_the_last_batch():
     assert accuracy == pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item())
 
 
+def test_the_fifth_is_among_five_and_the_sixth_is_not():
+    ranks = torch.arange(20) % 12
+    logits = torch.arange(12.0).expand(20, 12)[..., None, None]
+    model = torch.nn.Flatten()
+    model.anything = torch.nn.Parameter(torch.zeros(1))  # whose device is the model's
+    evaluation = Evaluation(model, Twenty(logits, 11 - ranks))
+    assert evaluation()[1] == 100 * 2 / 20 and evaluation.top5_acc == 100 * 10 / 20
+
+
 def test_a_last_batch_that_is_filled_up_counts_what_is_in_it():
     """As on a GPU, where every batch has the same shape."""
     model, (images, labels) = network(classes=40), batch(20)

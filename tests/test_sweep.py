@@ -240,6 +240,17 @@ def test_batchnorm_first_ends_with_the_epoch_that_everything_ends_with(monkeypat
     assert later[0].arguments == later[1].arguments, "so that seeds may train side by side"
 
 
+@pytest.mark.parametrize("name", ["warmstart", "retrain"])
+def test_what_goes_on_from_a_cell_keeps_its_batchnorm(name):
+    """Were it drawn anew as that of the user's own start, nothing would be left of what the cell trained."""
+    own = ["--init-from", __file__, "--reset-bn", "--schedule", "cosine", "--min-lr", "0.05"]
+    cells = make_grid({"GRID": name, "SEEDS": "0", "ARCHS": "resnet14"}, own)
+    later = [cell for cell in cells if cell.start and str(cell.start) != __file__]
+    assert all(cell.options.reset_bn for cell in cells if cell not in later)
+    assert sum(not cell.options.reset_bn for cell in later) == 4
+    assert {cell.options.min_lr for cell in cells} == ({0.05} if name == "warmstart" else {0.05, 0.01})
+
+
 def test_a_slurm_task_runs_its_own_cell(small, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
     end(begin(small), 0)
