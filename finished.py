@@ -90,14 +90,16 @@ class Run(NamedTuple):
     @property
     def setting(self) -> tuple:
         """What two runs must share to stand on one page section."""
-        o, recipe, before = self.options, self.config["recipe"], self.start["course"] if self.start else 0
-        steps = (
-            tuple(m + before for m in o["milestones"] if m < o["epochs"]) if o["schedule"] == "step" else ()
-        )
+        o, recipe = self.options, self.config["recipe"]
         size = recipe.get("image_size") or o["image_size"]
-        course = before + o["epochs"], o["schedule"], steps
         images = o["quick"], o["train_subset"], recipe.get("val_images", o["val_split"]) or 0
-        return self.config["data_title"], *course, *images, size, recipe.get("fingerprint")
+        epochs = self.course + o["epochs"]
+        return self.config["data_title"], epochs, *images, size, recipe.get("fingerprint")
+
+    @property
+    def course(self) -> int:
+        """Epochs that were asked for of what it started from."""
+        return self.start["course"] if self.start else 0
 
     @property
     def start(self) -> dict | None:
@@ -121,7 +123,7 @@ class Run(NamedTuple):
     @property
     def variant(self) -> tuple[tuple[str, object], ...]:
         """The options, with their values, that set it apart from the published run of its setting."""
-        differing = variant(self.options)
+        differing = variant(self.options, self.course)
         processes = self.config["recipe"].get("processes") or 1
         if processes > 1 and not self.options["sync_bn"]:
             differing["processes"] = processes  # each of which normalised its own part of a batch

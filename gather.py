@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from finished import SUMMARY, Run
-from options import DEFAULTS, variant_text
+from options import variant_text
 from provenance import Start
 
 CURVES = ("train_loss", "train_acc", "test_loss", "test_acc", "val_acc")
@@ -65,14 +65,9 @@ def mean_of(values: list[float]) -> Mean | None:
 
 
 def setting_label(setting: tuple) -> str:
-    """`CIFAR-10, 4 epochs, lr steps at 2, 3, --quick, 3,000 training images`; the fingerprint is left out."""
-    title, epochs, schedule, steps, quick, subset, held_out, size, _ = setting
+    """`CIFAR-10, 4 epochs, --quick, 3,000 training images`; the fingerprint is left out."""
+    title, epochs, quick, subset, held_out, size, _ = setting
     parts = [title, f"{epochs} epoch{'s' if epochs > 1 else ''}"]
-    if schedule != "step":
-        parts.append(f"{schedule} lr")
-    elif (epochs, steps) != (DEFAULTS["epochs"], tuple(DEFAULTS["milestones"])):
-        at = "s at " if steps[1:] else " at "
-        parts.append(f"lr step{at}{', '.join(map(str, steps))}" if steps else "no lr step")
     parts += ["--quick"] if quick else []
     parts += [f"{subset:,} training images"] if subset else []
     parts += [f"{held_out:,} for validation"] if held_out else []

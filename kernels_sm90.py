@@ -16,7 +16,12 @@ from torch import nn
 from kernels_cuda import CONFIGS, DTYPES, ELEMENTWISE, Config, CudaPasses, empty_image
 from kernels_torch import Conv
 
-HOPPER, BYTES_PER_S, FLOP_PER_S, LAUNCH_S = ("cuda", 90, 32), 4.3e12, 790e12, 2e-6  # an H200, measured elsewhere
+HOPPER, BYTES_PER_S, FLOP_PER_S, LAUNCH_S = (
+    ("cuda", 90, 32),
+    4.3e12,
+    790e12,
+    2e-6,
+)  # an H200, measured elsewhere
 
 
 class Forecast(CudaPasses):

@@ -134,8 +134,8 @@ QUICK = {
 LOGISTIC = {"data_dir", "device", "loader", "memory", "no_compile", "eval_every"}
 LOGISTIC |= {"out", "resume", "overwrite"}
 # Options that say what was run, on which images and for how long, not how: no variant of a run.
-OF_THE_SETTING = {"epochs", "milestones", "schedule", "quick", "train_subset", "val_split", "image_size"}
-NOT_VARIANTS = {"arch", "mode", "data", "seed", "dtype", *LOGISTIC, *OF_THE_SETTING}
+NOT_VARIANTS = {"arch", "mode", "data", "seed", "dtype", *LOGISTIC}
+NOT_VARIANTS |= {"epochs", "milestones", "quick", "train_subset", "val_split", "image_size"}
 
 
 class OptionError(ValueError):
@@ -205,11 +205,19 @@ def recorded(found: dict) -> dict:
     return options
 
 
-def variant(options: dict) -> dict:
-    """Of a run's recorded options, those that set it apart from the published run of its setting."""
+def variant(options: dict, before: int = 0) -> dict:
+    """Of a run's recorded options, those that set it apart from the published run of as many epochs, whose
+    learning rate falls after 1/2 and 3/4 of them. It came after `before` epochs of what it started from.
+    """
     recipe = options["recipe"] if options["recipe"] in RECIPES else None
     published = as_json(defaults(recipe, options["quick"])) | {"recipe": None}
-    return {k: v for k, v in options.items() if k not in NOT_VARIANTS and v != published.get(k)}
+    differing = {k: v for k, v in options.items() if k not in NOT_VARIANTS and v != published.get(k)}
+    if options["schedule"] == "step":
+        epochs = before + options["epochs"]
+        steps = [before + milestone for milestone in options["milestones"] if milestone < options["epochs"]]
+        if steps != [epochs / 2, 3 * epochs / 4]:
+            differing["milestones"] = steps or "none"
+    return differing
 
 
 def variant_text(options: Iterable[tuple[str, object]]) -> str:

@@ -89,7 +89,7 @@ def started_from(init_from: str | None) -> dict | None:
         done, device = run.summary["epochs_done"], run.config["device_name"]
         seconds = done * statistics.median([row["epoch_s"] for row in runs.read_rows(folder)])
         told = {"run": folder.resolve().name, "mode": options["mode"], "seed": options["seed"]}
-        told |= {"epochs": options["epochs"], "options": variant(options) | course(options)}
+        told |= {"epochs": options["epochs"], "options": variant(options, (before or {}).get("course", 0))}
         told |= {"test_acc": run.summary["final_test_acc"], "device_name": device, "seconds": seconds}
         told |= {"fingerprint": recipe["fingerprint"], "val_images": recipe.get("val_images") or 0}
         told |= {"course": options["epochs"], "epochs_done": done}
@@ -105,14 +105,6 @@ def started_from(init_from: str | None) -> dict | None:
         return told | {"course": int(told["course"]), "epochs_done": int(told["epochs_done"])}
     except (KeyError, TypeError, ValueError, AttributeError):  # not all there, or damaged
         return None
-
-
-def course(options: dict) -> dict:
-    """Of recorded options, the course of the learning rate, where it is not in steps at 1/2 and 3/4."""
-    if options["schedule"] != "step":
-        return {"schedule": options["schedule"]}
-    at = [milestone / options["epochs"] for milestone in options["milestones"]]
-    return {} if at == [0.5, 0.75] else {"milestones": options["milestones"]}
 
 
 def maker_name(device: torch.device) -> str:

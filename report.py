@@ -3,8 +3,8 @@
     python report.py runs                  # every run folder in runs/, at any depth, to report/index.html
     python report.py results other/RUN --out report
 
-Runs are averaged over seeds alone. Data, epochs, learning-rate steps, --quick and training subsets are never
-mixed: each has its own section, figures (PNG, PDF) and tables (CSV, Markdown, LaTeX). A folder that train.py
+Runs are averaged over seeds alone. Data, epochs, --quick and training subsets are never mixed: each has its
+own section, figures (PNG, PDF) and tables (CSV, Markdown, LaTeX). A folder that train.py
 would not have left is named on stderr and left out. Exit status: 0 done, 2 no usable run or nowhere to write.
 """
 
@@ -96,8 +96,8 @@ def section(label: str, slug: str, members: list[Run], out: Path) -> str:
     series, machines = gather.series_of(members), gather.series_of(members, by_machine=True)
     data_title = members[0].config["data_title"]
     cifar10 = re.fullmatch(r"CIFAR-10( \(not the official bytes\))?", data_title) is not None
-    _, *course, quick, subset, held_out, _, _ = members[0].setting
-    as_published = cifar10 and course == [160, "step", (80, 120)] and not (quick or subset or held_out)
+    _, epochs, quick, subset, held_out, _, _ = members[0].setting
+    as_published = cifar10 and epochs == 160 and not (quick or subset or held_out)
     done = sum(run.summary["status"] == "done" for run in members)
     ended = f"{done} run{'s' if done != 1 else ''} done"
     ended += f", {len(members) - done} not finished" if done < len(members) else ""

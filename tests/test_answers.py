@@ -96,8 +96,10 @@ def test_runs_that_start_from_runs_stand_beside_those_as_long_in_all(tmp_path):
     write_grids(tmp_path)
     settings = gather.by_setting(finished.read_runs([str(tmp_path)]))
     assert [len(members) for members in settings.values()] == [12, 9]
-    steps = {"36": "34, 35", "32": "16, 24"}
-    assert list(settings) == [f"CIFAR-10, {n} epochs, lr steps at {at}" for n, at in steps.items()]
+    assert list(settings) == ["CIFAR-10, 36 epochs", "CIFAR-10, 32 epochs"]
+    steps = {label: {run.variant for run in members} for label, members in settings.items()}
+    assert all(("milestones", (34, 35)) in variant for variant in steps["CIFAR-10, 36 epochs"])
+    assert not any("milestones" in dict(variant) for variant in steps["CIFAR-10, 32 epochs"])
 
 
 def test_retraining_is_compared_with_what_each_run_started_from(tmp_path):
@@ -160,7 +162,8 @@ def test_other_starts_and_machines_are_other_runs(tmp_path):
     assert "init_from 4 epochs of bn_only, seed 0" in texts
     other_images = start("bn_only", 4, 40.0, 0, fingerprint="ff")
     write_run(tmp_path / "images", "resnet14", "all", 0, EPOCHS - 4, started_from=other_images, **lr)
-    assert "init_from some run" in {s.variant for s in all_series(tmp_path / "images")}
+    variants = {s.variant for s in all_series(tmp_path / "images")}
+    assert "init_from some run, milestones 12 20" in variants, "its epochs do not count as that start's"
     from_file = start("bn_only", 4, 40.0, 0, options={"init_from": "w"})
     write_run(tmp_path / "file", "resnet14", "all", 0, EPOCHS - 4, started_from=from_file, **lr)
     answer = answered(tmp_path, answers.warm_starts)

@@ -160,7 +160,7 @@ def read(*given: Path) -> list[finished.Run]:
 @pytest.mark.parametrize(
     "other",
     [
-        *({"epochs": 8}, {"milestones": [1]}, {"quick": True}, {"train_subset": 10}, {"schedule": "cosine"}),
+        *({"epochs": 8}, {"quick": True}, {"train_subset": 10}, {"val_split": 10}),
         *({"data_title": "CIFAR-10 (not official)"}, {"image_size": 64}, {"recipe": {"fingerprint": "ff"}}),
     ],
 )
@@ -170,6 +170,16 @@ def test_settings_are_never_mixed(tmp_path, other):
     settings = gather.by_setting(read(tmp_path))
     assert sorted(len(members) for members in settings.values()) == [1, 1]
     assert len(set(report.slugs(list(settings)))) == 2
+
+
+@pytest.mark.parametrize("other", [{"milestones": [1]}, {"milestones": []}, {"schedule": "cosine"}])
+def test_another_course_of_the_rate_is_another_series(tmp_path, other):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", seed=1, **other)
+    (members,) = gather.by_setting(read(tmp_path)).values()
+    text = {"milestones": "milestones 1", "schedule": "schedule cosine"}[next(iter(other))]
+    text = "milestones none" if other == {"milestones": []} else text
+    assert [(s.variant, s.seeds) for s in gather.series_of(members)] == [("", [0]), (text, [1])]
 
 
 def test_other_options_make_other_series_and_logistics_do_not(tmp_path):
