@@ -1,9 +1,9 @@
-"""The Keras study's two questions, answered by the runs at hand: a figure, a table and plain sentences each.
+"""Three questions, answered by the runs at hand: a figure, a table and plain sentences each.
 
 Does training BatchNorm first, and everything after, reach more or reach it sooner than everything from the
-start? Does retraining BatchNorm alone improve a finished network? The sweep's grids `warmstart` and `retrain`
-make the runs. Differences are of the same seed's runs, at equal time of those on the same machine; one is
-beyond chance where it exceeds its confidence interval.
+start? Does retraining BatchNorm alone improve a finished network? Which recipe reaches the most? The sweep's
+grids `warmstart`, `retrain` and `recipe` make the runs. Differences are of the same seed's runs, at equal
+time of those on the same machine; one is beyond chance where it exceeds its confidence interval.
 """
 
 import math
@@ -13,10 +13,15 @@ from typing import NamedTuple
 import numpy as np
 
 from drawing import lines, points
-from figures import Drawn, arch_label
+from figures import Drawn, accuracy_bars, arch_label
 from gather import Mean, Series, mean_of
 from options import DEFAULTS, RECIPES, variant_text
 from tables import Table
+
+INTERVAL = "The change is of the same seeds' runs. Intervals have 95 % confidence (Student's t)"
+OF_ALL = (
+    f"{INTERVAL} for all that were tried at once (Bonferroni's bound), the best of which test images tell. "
+)
 
 
 class Answer(NamedTuple):
@@ -25,6 +30,7 @@ class Answer(NamedTuple):
     drawn: Drawn
     table: Table
     text: str
+    note: str
 
 
 class Change(NamedTuple):
@@ -162,9 +168,9 @@ def warm_starts(series: Sequence[Series]) -> Answer:
                 f"{in_all:,.0f} s), {best(sooner)} it."
             )
     if not panels:
-        return Answer(None, table, "")
+        return Answer(None, table, "", "")
     figure = lines(panels, "first epochs, of BatchNorm alone", "test accuracy (%)", size=(3.4, 2.6))
-    return Answer((figure, used), table, " ".join(sentences))
+    return Answer((figure, used), table, " ".join(sentences), OF_ALL)
 
 
 def machine(s: Series, seed: int) -> tuple | None:
@@ -237,7 +243,43 @@ def retraining(series: Sequence[Series]) -> Answer:
         if 3 in told:
             sentences.append(f"After as many more of everything it ends {told[3]}.")
     if not panels:
-        return Answer(None, table, "")
+        return Answer(None, table, "", "")
     ticks = {i: text.replace(", ", ",\n") for i, text in enumerate(WAYS)}
     figure = lines(panels, "what was trained on", "test accuracy (%)", ticks, size=(4.6, 2.8))
-    return Answer((figure, used), table, " ".join(sentences))
+    return Answer((figure, used), table, " ".join(sentences), OF_ALL)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Recipes
+
+
+def recipes(series: Sequence[Series]) -> Answer:
+    """Validation and test accuracy of each set of options that was tried on validation images."""
+    columns = ["architecture", "mode", "other options", "best on validation (%)", "test accuracy (%)"]
+    columns += ["change in test (points)", "interval (points)"]
+    table = Table("recipe", "Recipes, by validation images", columns, [], 2, True)
+    used, sentences, note = [], [], f"{INTERVAL}, each for itself. "
+    having = [s for s in series if s.done and not s.start and len(s.values["best_val_acc"]) == s.done]
+    groups: dict[tuple, list[Series]] = {}
+    for s in having:
+        groups.setdefault((s.arch, s.mode), []).append(s)
+    for (arch, mode), group in groups.items():
+        published = next((s for s in group if not s.options), None)
+        if not published or len(group) == 1:
+            continue
+        group = sorted(group, key=lambda s: -s.mean("best_val_acc").mean)
+        for s in group:
+            found = change(by_seed(s), by_seed(published)) if s is not published else None
+            row = [arch, mode, s.variant or "as published", s.mean("best_val_acc"), s.mean("final_test_acc")]
+            table.rows.append([*row, found and found.mean, found and found.interval])
+        used += group
+        chosen, name = group[0], f"{arch_label(arch)}, {mode}: of {len(group)} recipes"
+        told = f"{name} the published one is the best on validation images."
+        if chosen is not published and (found := change(by_seed(chosen), by_seed(published))):
+            told = f"{name}, {chosen.variant} is the best on validation images; beside the published one it "
+            told += f"ends {found} in test."
+        sentences.append(told)
+    if not used:
+        return Answer(None, table, "", "")
+    names = [f"{arch_label(s.arch)}, {s.mode}, {s.variant or 'as published'}" for s in used]
+    return Answer(accuracy_bars(used, names, validation=True), table, " ".join(sentences), note)

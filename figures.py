@@ -232,10 +232,16 @@ def costs(series: list[Series]) -> Drawn:
     ), used
 
 
-def _accuracy_bars(used: list[Series], names: list[str]) -> Drawn:
-    values = [s.mean("final_test_acc") for s in used]
-    texts = [f"{v.mean:.2f}" + (f" ± {v.std:.2f}" if v.std is not None else "") for v in values]
-    return bars(names, [s.mode for s in used], [Column("test accuracy (%)", values, texts)]), used
+def accuracy_bars(used: list[Series], names: list[str], validation: bool = False) -> Drawn:
+    """A named bar per series, of test accuracy, and beside it of the best on validation images."""
+    columns = {"test accuracy (%)": "final_test_acc"}
+    columns = {"best on validation (%)": "best_val_acc"} | columns if validation else columns
+    drawn = []
+    for label, name in columns.items():
+        values = [s.mean(name) for s in used]
+        texts = [f"{v.mean:.2f}" + (f" ± {v.std:.2f}" if v.std is not None else "") for v in values]
+        drawn.append(Column(label, values, texts))
+    return bars(names, [s.mode for s in used], drawn), used
 
 
 def parts(series: list[Series]) -> Drawn:
@@ -243,7 +249,7 @@ def parts(series: list[Series]) -> Drawn:
     done = [s for s in series if s.done]
     grids = {(s.arch, s.variant) for s in done if s.mode not in MODES_COMPARED}
     used = [s for s in done if (s.arch, s.variant) in grids]
-    return _accuracy_bars(used, _names(used)) if used[1:] else None
+    return accuracy_bars(used, _names(used)) if used[1:] else None
 
 
 def starts(series: list[Series]) -> Drawn:
@@ -257,4 +263,4 @@ def starts(series: list[Series]) -> Drawn:
     names = [
         name if s.options else f"{name}, published start" for name, s in zip(_names(used), used, strict=True)
     ]
-    return _accuracy_bars(used, names) if used else None
+    return accuracy_bars(used, names) if used else None

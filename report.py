@@ -31,9 +31,6 @@ from finished import Run
 from gather import Series
 from tables import Table, as_csv, as_html, as_latex, as_markdown, e
 
-INTERVAL = "The best is of all that were tried, on test images; intervals hold for all of them, with 95 % "
-INTERVAL += "confidence (Student's t, Bonferroni's bound). "
-
 
 def drawings(
     series: list[Series], machines: list[Series], answered: list[Answer], cifar10: bool
@@ -85,7 +82,7 @@ def drawings(
         ("parts", "Test accuracy by what trains", final, draw.parts(series), grid("parts")),
         ("starts", "Test accuracy by initialisation", final, draw.starts(series), grid("init")),
         *(
-            (*(a.table.name, a.table.title, f"{a.text} {final}{INTERVAL}"), a.drawn, grid(a.table.name))
+            (*(a.table.name, a.table.title, f"{a.text} {final}{a.note}"), a.drawn, grid(a.table.name))
             for a in answered
         ),
     ]
@@ -118,7 +115,7 @@ def section(label: str, slug: str, members: list[Run], out: Path) -> str:
     note += " Paper and port: the official CIFAR-10, 160 epochs." if cifar10 else ""
     add(tables.accuracy_table(series, cifar10, as_published), note)
     missing = []
-    answered = [answers.warm_starts(series), answers.retraining(series)]
+    answered = [ask(series) for ask in (answers.warm_starts, answers.retraining, answers.recipes)]
     for name, title, caption, drawn, source in drawings(series, machines, answered, cifar10):
         if drawn is None:
             missing.append(f"<li>{e(title)}: needs <code>{e(source)}</code></li>\n")
@@ -143,7 +140,7 @@ def section(label: str, slug: str, members: list[Run], out: Path) -> str:
         text = f"<b>{e(title)}.</b> {e(caption)} {' '.join(links)}"
         parts.append(f"<figure>{image}\n<figcaption>{text}</figcaption></figure>\n")
     for answer in answered:
-        add(answer.table, "The change is of the same seeds' runs. " + INTERVAL)
+        add(answer.table, answer.note)
     add(tables.parameter_table(members))
     add(
         tables.time_table(machines),

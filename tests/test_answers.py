@@ -199,6 +199,25 @@ def test_time_on_another_device_is_not_compared(tmp_path, elsewhere):
     assert "(n = 1, so nothing is known of chance) it." in answer.text
 
 
+def test_recipes_are_chosen_by_validation_and_compared_in_test(tmp_path):
+    """The one that test images like best is not chosen."""
+    found = {"": (40.0, 41.0), "lr": (45.0, 43.0), "lr and more": (44.0, 50.0)}
+    options = {"": {}, "lr": {"lr": 1.0}, "lr and more": {"lr": 1.0, "schedule": "cosine"}}
+    for name, (validation, test) in found.items():
+        for seed in (0, 1):
+            accs = {"best_val_acc": validation + seed, "final_test_acc": test + seed * (1 + (name == "lr"))}
+            folder = write_run(tmp_path, seed=seed, val_split=10, analysis=False, **options[name])
+            summary = json.loads((folder / "summary.json").read_text()) | accs
+            (folder / "summary.json").write_text(json.dumps(summary))
+    write_run(tmp_path / "apart", arch="resnet32", analysis=False)  # without validation images
+    answer = answered(tmp_path, answers.recipes)
+    assert [row[2] for row in answer.table.rows] == ["lr 1", "lr 1, schedule cosine", "as published"]
+    change, interval = answer.table.rows[0][5:]
+    assert change == pytest.approx((2.5, 0.5**0.5, 2)) and interval == pytest.approx(12.706 * 0.5, rel=1e-3)
+    assert "of 3 recipes, lr 1 is the best on validation images" in answer.text
+    assert "it ends 2.50 points above (± 6.35, n = 2: within chance) in test." in answer.text
+
+
 def test_students_t_has_its_tabulated_quantiles():
     quantiles = {1: 12.706, 2: 4.303, 5: 2.571, 30: 2.042}
     assert {df: answers.student_t(0.975, df) for df in quantiles} == pytest.approx(quantiles, rel=1e-3)
