@@ -21,8 +21,10 @@ TRIALS = """
 --lr 0.03, --lr 0.3, --lr 1, --weight-decay 0, --weight-decay 0.001, --batch-size 32, --batch-size 64,
 --batch-size 256, --label-smoothing 0.1, --schedule cosine, --bn-init ones, --bn-init signed_uniform,
 --bn-init he_normal, --conv-init orthogonal, --optimizer adam --lr 0.01 --weight-decay 0,
---optimizer adam --lr 0.001 --weight-decay 0, --optimizer adam --lr 0.03 --weight-decay 0
-"""
+--optimizer adam --lr 0.001 --weight-decay 0, --optimizer adam --lr 0.03 --weight-decay 0,
+--lr 3, --lr 1 --schedule cosine, --lr 1 --weight-decay 0, --lr 1 --batch-size 64, --lr 0.3 --batch-size 32,
+--lr 1 --bn-init he_normal
+"""  # one thing each; then, of what that brought, two
 TRIALS = [f"--val-split 5000 {trial.strip()}" for trial in ["", *TRIALS.split(",")]]
 FIRST_PARTS = (5, 10, 20, 40)  # of 160 epochs, in which BatchNorm alone trains before everything does
 DEFAULT = {"ARCHS": "resnet32 resnet56 resnet110", "MODES": "all bn_only random", "SEEDS": "0 1 2"}

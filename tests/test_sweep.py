@@ -72,7 +72,7 @@ def test_the_named_grids_are_those_of_the_paper(monkeypatch):
     counts = {name: len(make_grid({"GRID": name}, [])) for name in ("", *grid.GRIDS)}
     counts_of_the_questions = {name: counts.pop(name) for name in ("recipe", "warmstart", "retrain")}
     assert counts == {"": 27, "depth": 63, "width": 54, "vgg": 36, "parts": 54, "init": 72}
-    assert counts_of_the_questions == {"recipe": 18, "warmstart": 3 * (1 + 2 * 4), "retrain": 3 * (1 + 6)}
+    assert counts_of_the_questions == {"recipe": 24, "warmstart": 3 * (1 + 2 * 4), "retrain": 3 * (1 + 6)}
     assert [cell.path.name for cell in make_grid({"SEEDS": "0 1"}, [])[:3]] == [
         "cifar10-resnet32-all-s0",
         "cifar10-resnet32-all-s1",
