@@ -312,9 +312,8 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     if options.device == "cuda" and not on_gpu:
         raise BenchError("--device cuda: torch finds no CUDA GPU here; leave it out, or use --device cpu")
     options.device = torch.device("cuda" if on_gpu else "cpu")
-    weighed = (
-        rivals.STEPS if on_gpu else ("stock", "amp", "lean", "recompute")
-    )  # elsewhere compiling takes minutes
+    # Elsewhere compiling takes minutes
+    weighed = rivals.STEPS if on_gpu else ("stock", "amp", "lean", "recompute")
     modes = {"speed": ["bn_only", "all"], "memory": ["bn_only", "random", "all"]}
     options.impl = options.impl or (weighed if part == "memory" else IMPLS[part])
     options.mode = [freeze.canonical_mode(mode) for mode in options.mode or modes.get(part, ["bn_only"])]
@@ -388,12 +387,12 @@ def show(rows: list[dict]) -> None:
     names = [name for name in ("arch", "mode", "impl", "dtype") if any(row[name] for row in rows)]
     columns = {title: [cell(template, row) for row in rows] for title, template in columns.items()}
     columns = {title: cells for title, cells in columns.items() if any(cells)}
-    caption = f"{first['device_name']}, {first['threads']} threads, torch {first['versions']['torch']}"
-    caption += f", {first['date']}"
+    versions, queued = first["versions"], lead_in("stock")
+    caption = (
+        f"{first['device_name']}, {first['threads']} threads, torch {versions['torch']}, {first['date']}"
+    )
     if part in ("speed", "data"):
-        caption += (
-            f"\nwarm-up: {first['warm_up']} steps, then 1 before each turn ({lead_in('stock')} if queued)"
-        )
+        caption += f"\nwarm-up: {first['warm_up']} steps, then 1 before each turn ({queued} if queued)"
     table = Table(title=f"{part}, batches of {first['batch_size']}", caption=caption, box=box.SIMPLE_HEAD)
     for name in names:
         table.add_column(name, no_wrap=True)

@@ -183,13 +183,8 @@ def train(
         run.refuse_another(config, ignoring=LOGISTIC | alike)
         if run.status == "done":
             return run
-        # Of what it starts from, the draws are used
-        at = {
-            "epoch": 0,
-            "train_s": 0.0,
-            "startup_s": 0.0,
-            "epochs_before": start["epochs_done"] if start else 0,
-        }
+        at = {"epoch": 0, "train_s": 0.0, "startup_s": 0.0}
+        at["epochs_before"] = start["epochs_done"] if start else 0  # whose draws are used
         if (state := run.load_last()) is not None:
             at = restore(run, state, model, step, schedule)
             config["started_from"] = run.config.get("started_from")  # as it was then
@@ -355,7 +350,8 @@ def restore(
         model.load_state_dict(state["model"], strict=False)
         step.load_state_dict(state["step"])
         schedule.load_state_dict(state["schedule"])
-        return {"epochs_before": 0} | state["at"]
+        at = {"epochs_before": 0} | state["at"]
+        return {key: at[key] for key in ("epoch", "train_s", "startup_s", "epochs_before")}
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise runs.RunError(
