@@ -109,19 +109,22 @@ def is_whole(s: Series) -> bool:
 
 
 def first_parts(series: Sequence[Series]) -> list[tuple[str, dict[int, Series]]]:
-    """A name, and by the epochs of BatchNorm alone at their start, 0 among them, runs that differ in nothing
-    else and are as long in all."""
+    """A name, and by the epochs of BatchNorm alone at their start, 0 among them, runs that are as long in all
+    and differ in nothing else but what the name says."""
     having, found = [s for s in series if s.mode == "all" and s.done and is_whole(s)], []
-    for group in grouped(having, "init_from"):
+    of_the_start = ("init_from", "reset_bn", "warmup_epochs")  # which the first part has, of the plain run's
+    for group in grouped(having, *of_the_start):
         kinds: dict[tuple, list[Series]] = {}
         for s in (s for s in group if s.start and s.start.mode == "bn_only"):
             kinds.setdefault((s.start.options, s.start.seed), []).append(s)
         for (options, seed), first in kinds.items():
-            origin = dict(options).get("init_from")  # what BatchNorm's part started from
-            plain = next((s for s in group if dict(s.options).get("init_from") == origin), None)
+            origin = [dict(options).get(name) for name in of_the_start]
+            alike = (s for s in group if [dict(s.options).get(name) for name in of_the_start] == origin)
+            plain = next(alike, None)
             after = {0: plain} | {s.start.epochs: s for s in first}
             if plain and len({s.curves["seconds"].shape[1] for s in after.values()}) == 1:
-                more = [variant_text((k, v) for k, v in options if k not in ("init_from", "schedule"))]
+                hidden = {"patience", "early_stop", *of_the_start}
+                more = [variant_text(o for o in options if o[0] not in hidden and o[1] != "constant")]
                 more += [f"from seed {seed}"] if seed is not None else []
                 found.append((", ".join(filter(None, [arch_label(first[0].arch), *more])), after))
     return found
@@ -210,11 +213,15 @@ def retraining(series: Sequence[Series]) -> Answer:
     having = [s for s in series if s.done and s.start and s.start.mode == "all"]
     having = [s for s in having if len(s.values["start_test_acc"]) == s.done]
     having = [s for s in having if s.mode == "bn_only" or (s.mode == "all" and way_of(s) == 3)]
-    for group in grouped(having, "lr", "reset_bn"):
+    varied = {"lr", "min_lr", "reset_bn"}
+    for group in grouped(having, *varied):
         if not any(s.mode == "bn_only" for s in group):
             continue
         group = sorted(group, key=lambda s: (way_of(s), -rate_of(s)))
-        name, rates = arch_label(group[0].arch), sorted({rate_of(s) for s in group}, reverse=True)
+        rates = sorted({rate_of(s) for s in group}, reverse=True)
+        others = dict(group[0].options) | dict(group[0].start.options)
+        others = [(k, v) for k, v in sorted(others.items()) if k not in {"init_from", "milestones", *varied}]
+        name = ", ".join(filter(None, [arch_label(group[0].arch), variant_text(others)]))
         before = max(group, key=lambda s: s.done)
         start = before.mean("start_test_acc")
         each, changes = [points("", "all", [0], [start])], {}
@@ -258,28 +265,33 @@ def recipes(series: Sequence[Series]) -> Answer:
     columns = ["architecture", "mode", "other options", "best on validation (%)", "test accuracy (%)"]
     columns += ["change in test (points)", "interval (points)"]
     table = Table("recipe", "Recipes, by validation images", columns, [], 2, True)
-    used, sentences, note = [], [], f"{INTERVAL}, each for itself. "
+    used, names, sentences, note = [], [], [], f"{INTERVAL}, each for itself. "
     having = [s for s in series if s.done and not s.start and len(s.values["best_val_acc"]) == s.done]
     groups: dict[tuple, list[Series]] = {}
     for s in having:
         groups.setdefault((s.arch, s.mode), []).append(s)
     for (arch, mode), group in groups.items():
-        published = next((s for s in group if not s.options), None)
-        if not published or len(group) == 1:
+        common = set.intersection(*(set(s.options) for s in group))
+        base = next((s for s in group if set(s.options) == common), None)
+        if not base or len(group) == 1:
             continue
+        told = {id(s): variant_text(o for o in s.options if o not in common) or "as it comes" for s in group}
         group = sorted(group, key=lambda s: -s.mean("best_val_acc").mean)
         for s in group:
-            found = change(by_seed(s), by_seed(published)) if s is not published else None
-            row = [arch, mode, s.variant or "as published", s.mean("best_val_acc"), s.mean("final_test_acc")]
+            found = change(by_seed(s), by_seed(base)) if s is not base else None
+            row = [arch, mode, told[id(s)], s.mean("best_val_acc"), s.mean("final_test_acc")]
             table.rows.append([*row, found and found.mean, found and found.interval])
         used += group
-        chosen, name = group[0], f"{arch_label(arch)}, {mode}: of {len(group)} recipes"
-        told = f"{name} the published one is the best on validation images."
-        if chosen is not published and (found := change(by_seed(chosen), by_seed(published))):
-            told = f"{name}, {chosen.variant} is the best on validation images; beside the published one it "
-            told += f"ends {found} in test."
-        sentences.append(told)
+        names += [f"{arch_label(arch)}, {mode}, {told[id(s)]}" for s in group]
+        seeds = max((set(s.seeds) & set(base.seeds) for s in group if s is not base), key=len)
+        rivals = [s for s in group if seeds and seeds <= set(s.seeds)]
+        if rivals:
+            chosen = max(rivals, key=lambda s: sum(by_seed(s, "best_val_acc")[seed] for seed in seeds))
+            text = f"{arch_label(arch)}, {mode}: of {len(rivals)} recipes, the best on validation images is "
+            text += f"{told[id(chosen)]}"
+            if chosen is not base:
+                text += f"; beside that as it comes it ends {change(by_seed(chosen), by_seed(base))} in test"
+            sentences.append(f"{text}.")
     if not used:
         return Answer(None, table, "", "")
-    names = [f"{arch_label(s.arch)}, {s.mode}, {s.variant or 'as published'}" for s in used]
     return Answer(accuracy_bars(used, names, validation=True), table, " ".join(sentences), note)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import runs
 from options import DEFAULTS, LOGISTIC, recorded, show, variant
-from provenance import Start, pairs, start_name, start_of
+from provenance import Start, pairs, start_of, start_text
 
 COST_ONLY = ("loader", "memory", "no_compile")  # what changes time and memory, not accuracy
 
@@ -52,7 +52,8 @@ STARTED_FROM = {
     **dict.fromkeys(("run", "mode", "fingerprint", "device_name"), (str, False)),
     **dict.fromkeys(("epochs", "course", "epochs_done"), (int, False, 0, 10**6)),
     "seed": (int, False, 0, 2**64),
-    "val_images": (int, True, 0, 2**62),
+    **dict.fromkeys(("val_images", "train_subset", "processes"), (int, True, 0, 2**62)),
+    "quick": (bool, True),
     "seconds": (float, True, 0, HUGE),
     "test_acc": (float, True, 0, 100),
     "options": (dict, False),
@@ -104,8 +105,7 @@ class Run(NamedTuple):
     @property
     def start(self) -> dict | None:
         """The run on the same images that this one started from."""
-        start = self.config["started_from"]
-        return start if start and start["fingerprint"] == self.config["recipe"].get("fingerprint") else None
+        return self.config["started_from"] if self.began else None
 
     @property
     def before(self) -> tuple[int, float]:
@@ -118,7 +118,7 @@ class Run(NamedTuple):
     @property
     def began(self) -> Start | None:
         """`start`, in the words in which runs are told apart."""
-        return start_of(self.start, self.options["seed"]) if self.start else None
+        return start_of(self.config)
 
     @property
     def variant(self) -> tuple[tuple[str, object], ...]:
@@ -128,7 +128,7 @@ class Run(NamedTuple):
         if processes > 1 and not self.options["sync_bn"]:
             differing["processes"] = processes  # each of which normalised its own part of a batch
         if differing.get("init_from"):
-            differing["init_from"] = str(self.began or start_name(differing["init_from"]))
+            differing["init_from"] = start_text(self.config)
         return pairs(differing)
 
     @property

@@ -217,8 +217,8 @@ def variant(options: dict, before: int = 0) -> dict:
     if options["schedule"] == "step":
         epochs = before + options["epochs"]
         steps = [before + milestone for milestone in options["milestones"] if milestone < options["epochs"]]
-        if steps != [epochs / 2, 3 * epochs / 4]:
-            differing["milestones"] = steps or "none"
+        if steps != [epochs // 2, 3 * epochs // 4]:
+            differing["milestones"] = steps
     return differing
 
 
@@ -229,8 +229,8 @@ def variant_text(options: Iterable[tuple[str, object]]) -> str:
 
 def show(value: object) -> str:
     if isinstance(value, (list, tuple)):
-        return " ".join(map(show, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+        return " ".join(map(show, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
 
 
 @functools.cache

@@ -57,10 +57,21 @@ class Start(NamedTuple):
         return ", ".join(filter(None, [what, variant_text(self.options), seed]))
 
 
-def start_of(started: dict, seed: int) -> Start:
-    """Of what config.json has under `started_from`, for the run of `seed`."""
-    other = None if started["seed"] == seed else started["seed"]
-    return Start(started["epochs"], started["mode"], pairs(started["options"]), other)
+def start_of(config: dict) -> Start | None:
+    """What the run of a config.json started from, on the same images; None for nothing, or other images."""
+    started, recipe, options = config.get("started_from"), config["recipe"], recorded(config["options"])
+    if not started or started["fingerprint"] != recipe.get("fingerprint"):
+        return None
+    own = {"quick": options["quick"], "train_subset": options["train_subset"]}
+    own |= {"val_images": recipe.get("val_images") or 0, "processes": recipe.get("processes") or 1}
+    other = {name: started[name] for name, value in own.items() if started.get(name, value) != value}
+    seed = None if started["seed"] == options["seed"] else started["seed"]
+    return Start(started["epochs"], started["mode"], pairs(started["options"] | other), seed)
+
+
+def start_text(config: dict) -> str:
+    """What --init-from came to, in the words in which runs are told apart."""
+    return str(start_of(config) or start_name(config["options"]["init_from"]))
 
 
 def pairs(options: dict) -> tuple[tuple[str, object], ...]:
@@ -81,11 +92,8 @@ def started_from(init_from: str | None) -> dict | None:
         return None
     run = runs.Run(folder)
     try:
-        options, recipe, before = (
-            recorded(run.config["options"]),
-            run.config["recipe"],
-            run.config.get("started_from"),
-        )
+        options, recipe = recorded(run.config["options"]), run.config["recipe"]
+        before = run.config["started_from"] if start_of(run.config) else None
         done, device = run.summary["epochs_done"], run.config["device_name"]
         seconds = done * statistics.median([row["epoch_s"] for row in runs.read_rows(folder)])
         told = {"run": folder.resolve().name, "mode": options["mode"], "seed": options["seed"]}
@@ -93,9 +101,10 @@ def started_from(init_from: str | None) -> dict | None:
         told |= {"test_acc": run.summary["final_test_acc"], "device_name": device, "seconds": seconds}
         told |= {"fingerprint": recipe["fingerprint"], "val_images": recipe.get("val_images") or 0}
         told |= {"course": options["epochs"], "epochs_done": done}
+        told |= {"quick": options["quick"], "train_subset": options["train_subset"]}
+        told |= {"processes": recipe.get("processes") or 1}
         if options["init_from"]:
-            start = start_of(before, options["seed"]) if before else start_name(options["init_from"])
-            told["options"]["init_from"] = str(start)
+            told["options"]["init_from"] = start_text(run.config)
         if before:
             alike = before["device_name"] == device and before["seconds"] is not None
             told["seconds"] = before["seconds"] + seconds if alike else None
@@ -130,9 +139,8 @@ def describe(
     start: dict | None,
     weights: dict,
     dataset: data.Dataset,
-    where: str,
 ) -> dict:
-    """The content of config.json: what was asked for, what it came to, and on what."""
+    """The content of config.json, but for `device_name`: what was asked for, what it came to, and on what."""
 
     def version(package: str) -> str | None:
         try:
@@ -155,7 +163,6 @@ def describe(
         "started_from": start,
         "data_title": dataset.title,
         "device": recipe["device"],
-        "device_name": where,
         "versions": {"python": platform.python_version(), "cuda": torch.version.cuda, **versions},
         "git_commit": commit or None,
     }

@@ -60,8 +60,9 @@ def accuracy_table(series: list[Series], cifar10: bool, others: bool) -> Table:
         rows.append(row + (theirs if cifar10 else []))
     ours = {(s.arch, s.mode) for s in series if not s.variant}
     named = {(mode, arch) for of in REPORTED.values() for mode in of for arch in of[mode]}
+    named = named if cifar10 and others else ()
     for mode, arch in sorted(named, key=lambda key: (key[0] == "all", int(key[1].removeprefix("resnet")))):
-        if cifar10 and others and (arch, mode) not in ours:
+        if (arch, mode) not in ours:
             rows.append([arch, mode, "", None, *[None] * len(more), None, "", *reported(arch, mode)])
     return Table(
         "accuracy", "Test accuracy after the last epoch, and of the best epoch", columns, rows, 2, True

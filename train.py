@@ -177,8 +177,7 @@ def train(
         group.wait()  # until the folder is open, or refused
 
         # Where the run stopped, if it was run before
-        where = provenance.device_name(device, bars.runs)
-        config = provenance.describe(options, recipe, start, weights, dataset, where)
+        config = provenance.describe(options, recipe, start, weights, dataset)
         alike = {"data", "compile", "init_from"} | ({"processes"} if options.sync_bn else set())
         run.refuse_another(config, ignoring=LOGISTIC | alike)
         if run.status == "done":
@@ -197,7 +196,7 @@ def train(
             )
         at["started"] = False
         yield  # nothing is written before every run is known to be in order
-        run.start(config)
+        run.start(config | {"device_name": provenance.device_name(device, bars.runs)})
         title = f"{run.path}\n{options.arch}, {options.mode}, {dataset.title}"
         what = f"{dataset.name} quick" if options.quick else dataset.name
         what = what if bars.runs == 1 else f"{what} s{options.seed}"
@@ -322,6 +321,8 @@ def train_side_by_side(each: list[Options], dataset: data.Dataset, group: proces
 
     with bars.bars:
         try:
+            turns = [turn for turn in turns if goes_on(*turn)]
+            bars.runs = len(turns)  # without those that were done before
             while turns:
                 turns = [turn for turn in turns if goes_on(*turn)]
         except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""The answers to the two questions are those of the runs' summaries, paired by seed."""
+"""The answers to the questions are those of the runs' summaries, paired by seed."""
 
 import csv
 import json
@@ -142,8 +142,8 @@ def test_the_page_has_both_answers(tmp_path):
         assert len(list((tmp_path / "out" / "figures").glob(f"*-{name}.png"))) == 1
 
 
-def test_other_starts_and_machines_are_other_runs(tmp_path):
-    """Networks from a file, other options of the start, another seed's start, other images, other devices."""
+def test_other_starts_are_other_runs(tmp_path):
+    """Networks from a file, other options of the start, another seed's start, other images."""
     write_grids(tmp_path, seeds=[0])
     plain = {"analysis": False, "milestones": [16, 24]}
     write_run(tmp_path, "resnet14", "all", 0, EPOCHS, init_from="a/w.pth", started_from=None, **plain)
@@ -180,6 +180,29 @@ def test_other_starts_and_machines_are_other_runs(tmp_path):
     assert first == {run.summary["final_test_acc"] for run in plain + begun} and len(plain + begun) == 2
 
 
+def test_a_start_on_other_images_of_the_set_is_another(tmp_path):
+    options = {"init_from": "some run", "epochs": 4, "analysis": False}
+    others = {}, {"train_subset": 50}, {"quick": True}, {"val_images": 5}, {"processes": 2}
+    for seed, other in enumerate(others):
+        before = start("all", 8, 50.0, seed, options={"milestones": []}, train_subset=None, quick=False)
+        write_run(tmp_path, "resnet14", "bn_only", seed, started_from=before | other, **options)
+    common = "init_from 8 epochs of all, milestones none"
+    texts = {s.variant.split(", milestones 10")[0].removeprefix(common) for s in all_series(tmp_path)}
+    assert texts == {"", ", train_subset 50", ", quick True", ", val_images 5", ", processes 2"}
+
+
+def test_batchnorm_first_from_a_file_drawn_anew_is_compared_with_everything_from_it(tmp_path):
+    """As the sweep has it: what goes on from the first part no longer draws BatchNorm anew, or warms up."""
+    own = {"init_from": "w.pth", "reset_bn": True, "warmup_epochs": 1, "analysis": False}
+    write_run(tmp_path, "resnet14", "all", 0, EPOCHS, milestones=[16, 24], **own)
+    begun = {"init_from": "w", "reset_bn": True, "warmup_epochs": 1, "schedule": "constant"}
+    before = start("bn_only", 4, 40.0, 0, options=begun)
+    then = {"init_from": "x", "started_from": before, "milestones": [12, 20], "analysis": False}
+    write_run(tmp_path, "resnet14", "all", 0, EPOCHS - 4, **then)
+    rows = answered(tmp_path, answers.warm_starts).table.rows
+    assert [row[:2] for row in rows] == [["ResNet-14", 0], ["ResNet-14", 4]]
+
+
 @pytest.mark.parametrize("elsewhere", ["start", "rest"])
 def test_time_on_another_device_is_not_compared(tmp_path, elsewhere):
     """Seeds of which a part ran elsewhere count in accuracy, and not in time."""
@@ -206,16 +229,32 @@ def test_recipes_are_chosen_by_validation_and_compared_in_test(tmp_path):
     for name, (validation, test) in found.items():
         for seed in (0, 1):
             accs = {"best_val_acc": validation + seed, "final_test_acc": test + seed * (1 + (name == "lr"))}
-            folder = write_run(tmp_path, seed=seed, val_split=10, analysis=False, **options[name])
-            summary = json.loads((folder / "summary.json").read_text()) | accs
-            (folder / "summary.json").write_text(json.dumps(summary))
+            validated(tmp_path, accs, seed=seed, **options[name])
     write_run(tmp_path / "apart", arch="resnet32", analysis=False)  # without validation images
     answer = answered(tmp_path, answers.recipes)
-    assert [row[2] for row in answer.table.rows] == ["lr 1", "lr 1, schedule cosine", "as published"]
+    assert [row[2] for row in answer.table.rows] == ["lr 1", "lr 1, schedule cosine", "as it comes"]
     change, interval = answer.table.rows[0][5:]
     assert change == pytest.approx((2.5, 0.5**0.5, 2)) and interval == pytest.approx(12.706 * 0.5, rel=1e-3)
-    assert "of 3 recipes, lr 1 is the best on validation images" in answer.text
+    assert "of 3 recipes, the best on validation images is lr 1; beside that as it comes" in answer.text
     assert "it ends 2.50 points above (± 6.35, n = 2: within chance) in test." in answer.text
+    for seed in range(3, 6):  # of which the others have none
+        validated(tmp_path, {"best_val_acc": 99.0}, seed=seed, lr=2.0)
+    answer = answered(tmp_path, answers.recipes)
+    assert answer.table.rows[0][2] == "lr 2"
+    assert "of 3 recipes, the best on validation images is lr 1;" in answer.text
+
+
+def test_recipes_are_told_by_what_not_all_have(tmp_path):
+    for more in ({}, {"lr": 1.0}):
+        validated(tmp_path, {"best_val_acc": 50.0}, milestones=[], label_smoothing=0.1, **more)
+    rows = answered(tmp_path, answers.recipes).table.rows
+    assert {row[2] for row in rows} == {"as it comes", "lr 1"}
+
+
+def validated(root, accs: dict, **options) -> None:
+    """A run of ten validation images, with these accuracies in its summary."""
+    path = write_run(root, val_split=10, analysis=False, **options) / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | accs))
 
 
 def test_students_t_has_its_tabulated_quantiles():
