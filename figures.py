@@ -84,7 +84,7 @@ def across(series: list[Series], x_of: Callable[[Series], float | None]) -> tupl
 def depth(series: list[Series], references: list[Line]) -> Drawn:
     """Test accuracy against depth; `references` are what others report, at their depths."""
     drawn, used = across(series, lambda s: cifar_depth(s.arch))
-    drawn += references if drawn else []
+    drawn = _compared(drawn, references)
     ticks = {x: f"{x:g}" for x in sorted({x for line in drawn for x in line.x})}
     last = 0.0
     for x in list(ticks):  # no label over its neighbour
@@ -98,7 +98,14 @@ def depth(series: list[Series], references: list[Line]) -> Drawn:
 def trained(series: list[Series], references: list[Line]) -> Drawn:
     """Test accuracy against the number of trained parameters, of the networks that `depth` shows."""
     drawn, used = across(series, lambda s: s.values["params_trained"][0] if cifar_depth(s.arch) else None)
-    return (_accuracy(drawn + references, "trained parameters"), used) if drawn else None
+    drawn = _compared(drawn, references)
+    return (_accuracy(drawn, "trained parameters"), used) if drawn else None
+
+
+def _compared(drawn: list[Line], references: list[Line]) -> list[Line]:
+    """All lines, or none where there is a single place."""
+    every = drawn + references if drawn else []
+    return every if len({x for line in every for x in line.x}) > 1 else []
 
 
 def width(series: list[Series]) -> Drawn:
@@ -194,8 +201,10 @@ def _names(series: list[Series]) -> list[str]:
 
 
 def checkpoints(series: list[Series]) -> Drawn:
-    """The seed checkpoint's bytes, before the outlined bar of every weight's."""
-    used = [s for s in series if s.values["checkpoint_bytes"]]
+    """The seed checkpoint's bytes, before the outlined bar of every weight's; by architecture and mode, for
+    other options hardly change them."""
+    first = {(s.arch, s.mode): s for s in reversed(series) if s.values["checkpoint_bytes"]}
+    used = list(first.values())[::-1]
     if not used:
         return None
     sizes, full = [s.mean("checkpoint_bytes") for s in used], [s.mean("full_bytes").mean for s in used]
@@ -203,7 +212,8 @@ def checkpoints(series: list[Series]) -> Drawn:
         f"{short(m.mean)} of {short(f)}, {100 * m.mean / f:.3g} %" for m, f in zip(sizes, full, strict=True)
     ]
     column = Column("bytes; outlined: every weight", sizes, texts, full, log=True)
-    return bars(_names(used), [s.mode for s in used], [column]), used
+    names = [f"{arch_label(s.arch)}, {s.mode}" for s in used]
+    return bars(names, [s.mode for s in used], [column]), used
 
 
 def costs(series: list[Series]) -> Drawn:

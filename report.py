@@ -33,14 +33,14 @@ from tables import Table, as_csv, as_html, as_latex, as_markdown, e
 
 
 def drawings(
-    series: list[Series], machines: list[Series], answered: list[Answer], cifar10: bool
+    series: list[Series], machines: list[Series], answered: list[Answer], whole: bool
 ) -> list[tuple]:
     """(name, title, caption, figure and its series or None, what would give it): each figure of a setting."""
     deviation = "Error bars are one sample standard deviation over seeds. "
     final = "After the last epoch. " + deviation
     band = "Mean over seeds, in a band of one sample standard deviation; dashed in training, solid in test. "
     others = placed = ""
-    if cifar10:
+    if whole:
         others = (
             "Hollow are values others report on the official CIFAR-10 after 160 epochs: squares the paper "
         )
@@ -57,7 +57,7 @@ def drawings(
     shared = deviation + "Runs side by side in one process share its time and its memory. "
 
     at_depths, at_params = (
-        figures.references(series, by_params) if cifar10 else [] for by_params in (False, True)
+        figures.references(series, by_params) if whole else [] for by_params in (False, True)
     )
     gammas = ("gamma", "share_under_0.01", "|γ| < 0.01", "learned γ", "share of γ per bin (%)")
     relus = ("relu", "silent", "always silent", "(image, position) pairs silent (%)")
@@ -94,7 +94,7 @@ def section(label: str, slug: str, members: list[Run], out: Path) -> str:
     data_title = members[0].config["data_title"]
     cifar10 = re.fullmatch(r"CIFAR-10( \(not the official bytes\))?", data_title) is not None
     _, epochs, quick, subset, held_out, _, _ = members[0].setting
-    as_published = cifar10 and epochs == 160 and not (quick or subset or held_out)
+    whole = cifar10 and not (quick or subset or held_out)
     done = sum(run.summary["status"] == "done" for run in members)
     ended = f"{done} run{'s' if done != 1 else ''} done"
     ended += f", {len(members) - done} not finished" if done < len(members) else ""
@@ -112,11 +112,11 @@ def section(label: str, slug: str, members: list[Run], out: Path) -> str:
     note = "Mean ± sample standard deviation over seeds."
     note += " The best epoch is chosen on the test set, of those that were tested: not a result."
     note += " Device and number format are not told apart; a seed counts once."
-    note += " Paper and port: the official CIFAR-10, 160 epochs." if cifar10 else ""
-    add(tables.accuracy_table(series, cifar10, as_published), note)
+    note += " Paper and port: the official CIFAR-10, 160 epochs." if whole else ""
+    add(tables.accuracy_table(series, whole, whole and epochs == 160), note)
     missing = []
     answered = [ask(series) for ask in (answers.warm_starts, answers.retraining, answers.recipes)]
-    for name, title, caption, drawn, source in drawings(series, machines, answered, cifar10):
+    for name, title, caption, drawn, source in drawings(series, machines, answered, whole):
         if drawn is None:
             missing.append(f"<li>{e(title)}: needs <code>{e(source)}</code></li>\n")
             continue
