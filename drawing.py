@@ -86,7 +86,7 @@ def wrap(text: str, width: int, lines: int = 3) -> str:
 
 
 def render(figure: Figure) -> dict[str, bytes]:
-    """The figure as PNG (200 dpi, of 256 colours, a third of the size) and PDF, laid out once; no dates."""
+    """The figure as PNG (160 dpi, of 256 colours, a third of the size) and PDF, laid out once; no dates."""
     files = {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # of a name in another script
@@ -94,11 +94,11 @@ def render(figure: Figure) -> dict[str, bytes]:
         figure.set_layout_engine(None)  # "none" would lay out again for each file
         for kind, metadata in (("png", {}), ("pdf", {"CreationDate": None})):
             buffer = io.BytesIO()
-            figure.savefig(buffer, format=kind, dpi=200, metadata=metadata)
+            figure.savefig(buffer, format=kind, dpi=160, metadata=metadata)
             files[kind] = buffer.getvalue()
     buffer = io.BytesIO()
     Image.open(io.BytesIO(files["png"])).convert("RGB").quantize(256).save(
-        buffer, "png", optimize=True, dpi=(200, 200)
+        buffer, "png", optimize=True, dpi=(160, 160)
     )
     return files | {"png": buffer.getvalue()}
 
