@@ -239,7 +239,7 @@ def retraining(series: Sequence[Series]) -> Answer:
         told = {}
         for way, found in changes.items():
             rate = max(found, key=lambda rate: (found[rate].mean.n, found[rate].mean.mean))
-            tried = f", the best of {len(found)} tried" if len(found) > 1 else ""
+            tried = f", the better of {len(found)}," if len(found) > 1 else ""
             told[way] = f"{found[rate]} at learning rate {rate:g}{tried}"
         more, hows = before.mean("epochs_done").mean, ((1, "kept"), (2, "drawn anew"))
         kept = [f"{told[way]} with gamma and beta {how}" for way, how in hows if way in told]
@@ -248,7 +248,7 @@ def retraining(series: Sequence[Series]) -> Answer:
             f"{before.start.epochs} epochs of everything ends {', and '.join(kept)}."
         )
         if 3 in told:
-            sentences.append(f"After as many more of everything it ends {told[3]}.")
+            sentences.append(f"After as many more of everything it ends {told[3].rstrip(',')}.")
     if not panels:
         return Answer(None, table, "", "")
     ticks = {i: text.replace(", ", ",\n") for i, text in enumerate(WAYS)}

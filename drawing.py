@@ -86,7 +86,7 @@ def wrap(text: str, width: int, lines: int = 3) -> str:
 
 
 def render(figure: Figure) -> dict[str, bytes]:
-    """The figure as PNG (160 dpi, of 256 colours, a third of the size) and PDF, laid out once; no dates."""
+    """The figure as PDF, and as PNG and WebP (160 dpi, 256 colours: a third of the bytes); without dates."""
     files = {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # of a name in another script
@@ -96,11 +96,12 @@ def render(figure: Figure) -> dict[str, bytes]:
             buffer = io.BytesIO()
             figure.savefig(buffer, format=kind, dpi=160, metadata=metadata)
             files[kind] = buffer.getvalue()
-    buffer = io.BytesIO()
-    Image.open(io.BytesIO(files["png"])).convert("RGB").quantize(256).save(
-        buffer, "png", optimize=True, dpi=(160, 160)
-    )
-    return files | {"png": buffer.getvalue()}
+    image = Image.open(io.BytesIO(files["png"])).convert("RGB").quantize(256)
+    for kind, options in (("png", {"optimize": True, "dpi": (160, 160)}), ("webp", {"lossless": True})):
+        buffer = io.BytesIO()
+        image.save(buffer, kind, **options)
+        files[kind] = buffer.getvalue()
+    return files
 
 
 def points(label: str, mode: str, x: list[float], means: list[Mean], variant: int = 0) -> Line:

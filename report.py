@@ -135,7 +135,7 @@ def section(label: str, slug: str, members: list[Run], out: Path) -> str:
             file = f"figures/{slug}-{name}.{kind}"
             runs.write_atomically(out / file, files[kind])
             links.append(f'<a href="{file}">{kind}</a>')
-        source = f"data:image/png;base64,{base64.b64encode(files['png']).decode()}"
+        source = f"data:image/webp;base64,{base64.b64encode(files['webp']).decode()}"
         image = f'<img src="{source}" alt="{e(title)}" style="width:{figure.get_figwidth():.2f}in">'
         text = f"<b>{e(title)}.</b> {e(caption)} {' '.join(links)}"
         parts.append(f"<figure>{image}\n<figcaption>{text}</figcaption></figure>\n")

@@ -120,7 +120,7 @@ def test_retraining_is_compared_with_what_each_run_started_from(tmp_path):
     assert "after 4 more epochs, of BatchNorm alone, a network of 81.00 % after 32 epochs" in answer.text
     interval = 6.205 * 0.2 / 3**0.5  # of two that were tried
     kept = f"0.10 points above (± {interval:.2f}, n = 3: within chance) at learning rate 0.01, "
-    assert f"{kept}the best of 2 tried with gamma and beta kept" in answer.text
+    assert f"{kept}the better of 2, with gamma and beta kept" in answer.text
     assert "20.00 points below (± 2.48, n = 3: beyond chance)" in answer.text
     everything = "1.00 points above (± 0.00, n = 3: beyond chance) at learning rate 0.01."
     assert answer.text.endswith(f"After as many more of everything it ends {everything}")

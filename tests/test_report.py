@@ -2,13 +2,16 @@
 
 import base64
 import csv
+import io
 import json
+import re
 import statistics
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from made_runs import write_run
+from PIL import Image
 
 import finished
 import gather
@@ -118,8 +121,11 @@ def test_every_figure_is_there(full):
         files = list((out / "figures").glob(f"*.{kind}"))
         assert {file.stem.rpartition("-")[2] for file in files} == names
         assert all(file.read_bytes().startswith(start) for file in files)
-    for file in (out / "figures").glob("*.png"):
-        assert base64.b64encode(file.read_bytes()).decode() in page
+    shown = [
+        Image.open(io.BytesIO(base64.b64decode(data))) for data in re.findall(r"webp;base64,([^\"]+)", page)
+    ]
+    shown = {image.convert("RGB").tobytes() for image in shown}
+    assert shown == {Image.open(file).convert("RGB").tobytes() for file in (out / "figures").glob("*.png")}
     for name in ("accuracy", "parameters", "time", "runs", "not-finished"):
         assert {file.suffix for file in (out / "tables").glob(f"*-{name}.*")} == {".csv", ".md", ".tex"}
 
