@@ -274,10 +274,10 @@ def test_evaluation_counts_every_image_once_whatever_the_last_batch():
 
 
 def test_the_fifth_is_among_five_and_the_sixth_is_not():
-    ranks = torch.arange(20) % 12
+    ranks = torch.arange(20) % 12  # of the right class
     logits = torch.arange(12.0).expand(20, 12)[..., None, None]
     model = torch.nn.Flatten()
-    model.anything = torch.nn.Parameter(torch.zeros(1))  # whose device is the model's
+    model.fc = torch.nn.Linear(1, 12)  # not applied: logits are the images; it tells classes and device
     evaluation = Evaluation(model, Twenty(logits, 11 - ranks))
     assert evaluation()[1] == 100 * 2 / 20 and evaluation.top5_acc == 100 * 10 / 20
 
