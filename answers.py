@@ -20,7 +20,7 @@ from tables import Table
 
 INTERVAL = "The change is of the same seeds' runs. Intervals have 95 % confidence (Student's t)"
 OF_ALL = (
-    f"{INTERVAL} for all that were tried at once (Bonferroni's bound), the best of which test images tell. "
+    f"{INTERVAL} for all that were tried at once (Bonferroni's bound); test images tell the best of them. "
 )
 
 
@@ -138,10 +138,8 @@ def warm_starts(series: Sequence[Series]) -> Answer:
     panels, used, sentences = [], [], []
     for name, after in first_parts(series):
         epochs, tried = sorted(after), len(after) - 1
-        times, epochs_in_all = (
-            {k: seconds_by_seed(after[k]) for k in epochs},
-            after[0].curves["seconds"].shape[1],
-        )
+        epochs_in_all = after[0].curves["seconds"].shape[1]
+        times = {k: seconds_by_seed(after[k]) for k in epochs}
         shortest = {
             seed: min(of[seed] for of in times.values())
             for seed in times[0]
@@ -290,7 +288,7 @@ def recipes(series: Sequence[Series]) -> Answer:
             text = f"{arch_label(arch)}, {mode}: of {len(rivals)} recipes, the best on validation images is "
             text += f"{told[id(chosen)]}"
             if chosen is not base:
-                text += f"; beside that as it comes it ends {change(by_seed(chosen), by_seed(base))} in test"
+                text += f": in test {change(by_seed(chosen), by_seed(base))} the recipe as it comes"
             sentences.append(f"{text}.")
     if not used:
         return Answer(None, table, "", "")

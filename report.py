@@ -4,8 +4,8 @@
     python report.py results other/RUN --out report
 
 Runs are averaged over seeds alone. Data, epochs, --quick and training subsets are never mixed: each has its
-own section, figures (PNG, PDF) and tables (CSV, Markdown, LaTeX). A folder that train.py
-would not have left is named on stderr and left out. Exit status: 0 done, 2 no usable run or nowhere to write.
+own section, figures (PNG, PDF) and tables (CSV, Markdown, LaTeX). A folder that train.py would not have left
+is named on stderr and left out. Exit status: 0 done, 2 no usable run or nowhere to write.
 """
 
 import argparse

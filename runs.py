@@ -41,10 +41,8 @@ def run_name(data: str, arch: str, mode: str, seed: int, differing: dict) -> str
 
     name = joined([data, arch, mode, f"s{seed}"])
     more = joined([o if value is True else f"{o}{text(value)}" for o, value in differing.items()])
-    if len(more.encode()) > 160:  # file systems take 255 bytes, and a log's name is longer
-        more = (
-            f"{more.encode()[:150].decode(errors='ignore')}-{hashlib.sha256(more.encode()).hexdigest()[:8]}"
-        )
+    if len(whole := more.encode()) > 160:  # file systems take 255 bytes, and a log's name is longer
+        more = f"{whole[:150].decode(errors='ignore')}-{hashlib.sha256(whole).hexdigest()[:8]}"
     return f"{name}-{more}" if more else name
 
 

@@ -235,13 +235,13 @@ def test_recipes_are_chosen_by_validation_and_compared_in_test(tmp_path):
     assert [row[2] for row in answer.table.rows] == ["lr 1", "lr 1, schedule cosine", "as it comes"]
     change, interval = answer.table.rows[0][5:]
     assert change == pytest.approx((2.5, 0.5**0.5, 2)) and interval == pytest.approx(12.706 * 0.5, rel=1e-3)
-    assert "of 3 recipes, the best on validation images is lr 1; beside that as it comes" in answer.text
-    assert "it ends 2.50 points above (± 6.35, n = 2: within chance) in test." in answer.text
+    told = "2.50 points above (± 6.35, n = 2: within chance) the recipe as it comes."
+    assert f"of 3 recipes, the best on validation images is lr 1: in test {told}" in answer.text
     for seed in range(3, 6):  # of which the others have none
         validated(tmp_path, {"best_val_acc": 99.0}, seed=seed, lr=2.0)
     answer = answered(tmp_path, answers.recipes)
     assert answer.table.rows[0][2] == "lr 2"
-    assert "of 3 recipes, the best on validation images is lr 1;" in answer.text
+    assert "of 3 recipes, the best on validation images is lr 1:" in answer.text
 
 
 def test_recipes_are_told_by_what_not_all_have(tmp_path):
