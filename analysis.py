@@ -22,14 +22,14 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 import data
-import display
 import freeze
 import kernels
 import loaders
 import models
+import progress as display
 import runs
-import sources
 import step as steps
+from datasets import sources
 
 GAMMA_EDGES = [i / 20 for i in range(-60, 61)]
 SHARE_EDGES = [i / 20 for i in range(21)]

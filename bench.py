@@ -38,12 +38,12 @@ from rich.table import Table
 from torch import nn
 
 import data
-import floor
 import freeze
 import models
 import provenance
 import rivals
 import step as steps
+from kernels import roofline as floor
 
 IMPLS = {"data": ("stock", "resident", "ffcv"), "startup": ("cold", "warm")}
 IMPLS |= {"speed": rivals.STEPS, "memory": rivals.STEPS}

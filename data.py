@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from rich import progress as bars
 
-import sources
-from sources import DataError
+from datasets import sources
+from datasets.sources import DataError
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import provenance
 import runs
-import sources
-from options import LOGISTIC, OptionError, Options, as_json, parse_options
+from config import LOGISTIC, OptionError, Options, as_json, parse_options
+from datasets import sources
 
 FOLDER = Path(__file__).parent
 DEPTHS = "resnet14 resnet32 resnet56 resnet110 resnet218 resnet434 resnet866"

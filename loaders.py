@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import augment
 from data import DataError, Dataset, import_ffcv
+from datasets import augment
 
 SPLITS = {"train": "train", "validation": "train", "test": "test"}  # where each one's images lie
 

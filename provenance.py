@@ -12,7 +12,7 @@ import torch
 
 import data
 import runs
-from options import LOGISTIC, OptionError, Options, as_json, defaults, recorded, variant, variant_text
+from config import LOGISTIC, OptionError, Options, as_json, defaults, recorded, variant, variant_text
 
 
 def cell_name(options: Options, data_name: str) -> str:

@@ -19,17 +19,15 @@ from collections import Counter
 from pathlib import Path
 from typing import NoReturn
 
-import answers
-import figures
-import finished
-import gather
 import runs
-import tables
-from answers import Answer
-from drawing import render
-from finished import Run
-from gather import Series
-from tables import Table, as_csv, as_html, as_latex, as_markdown, e
+from reporting import answers, figures, tables
+from reporting import reading as finished
+from reporting import series as gather
+from reporting.answers import Answer
+from reporting.drawing import render
+from reporting.reading import Run
+from reporting.series import Series
+from reporting.tables import Table, as_csv, as_html, as_latex, as_markdown, e
 
 
 def drawings(

@@ -23,13 +23,13 @@ from PIL import Image, ImageOps
 from torch import nn
 from torch.nn import functional as F
 
-import augment
 import data
 import freeze
 import kernels
 import loaders
 import models
 import step as steps
+from datasets import augment
 
 STEPS = ("stock", "amp", "compiled", "plain", "lean", "recompute")
 OURS = {

@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import kernels
-from kernels_torch import cache_folder
-from processes import ALONE, Group
+from kernels.distributed import ALONE, Group
+from kernels.reference import cache_folder
 
 torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; for speed there is bf16
 torch.backends.cudnn.benchmark = True  # shapes never change, so the fastest algorithm is worth looking for

@@ -25,8 +25,9 @@ from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-import display
+import progress as display
 import train
+from config import OptionError
 from grid import (
     FOLDER,
     Cell,
@@ -41,7 +42,6 @@ from grid import (
     title,
     with_starts,
 )
-from options import OptionError
 
 LOOK_AGAIN_S = 2.0  # at cells that another sweep has
 

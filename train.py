@@ -27,16 +27,16 @@ from typing import Any
 import torch
 
 import data
-import display
 import freeze
 import loaders
 import models
-import processes
+import progress as display
 import provenance
 import runs
 import step as steps
-from augment import AugmentError
-from options import LOGISTIC, OptionError, Options, parse_options
+from config import LOGISTIC, OptionError, Options, parse_options
+from datasets.augment import AugmentError
+from kernels import distributed as processes
 
 
 def open_data(each: list[Options], given: set[str]) -> tuple[list[Options], data.Dataset]:

@@ -9,7 +9,7 @@ import torch
 from layouts import ROWS
 from PIL import Image
 
-import sources
+from datasets import sources
 
 if not torch.cuda.is_available():  # before anything imports Triton: without a GPU its kernels run in Python
     os.environ.setdefault("TRITON_INTERPRET", "1")

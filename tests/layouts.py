@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-import sources
+from datasets import sources
 
 ROWS = 20  # images in each of the six tiny CIFAR-10 files
 CIFAR10_CLASSES = sources.CLASSES["cifar10"].split()

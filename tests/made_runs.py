@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-import finished
 import runs
+from reporting import reading as finished
 
 
 def write_run(root: Path, arch="resnet14", mode="bn_only", seed=0, epochs=4, analysis=True, **more) -> Path:

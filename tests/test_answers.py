@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from made_runs import write_run
 
-import answers
-import finished
-import gather
 import report
+from reporting import answers
+from reporting import reading as finished
+from reporting import series as gather
 
 EPOCHS = 32
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from layouts import naive_crop_and_flip, stream
 
-import augment
+from datasets import augment
 
 COLUMNS = dict(
     zip(

@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 import bench
 import data
-import floor
 import rivals
+from kernels import roofline as floor
 
 ROOT = Path(bench.__file__).parent
 SMALL = ["--arch", "resnet8", "--batch-size", "16", "--device", "cpu"]

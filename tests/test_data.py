@@ -29,7 +29,7 @@ from layouts import (
 
 import data
 import loaders
-import sources
+from datasets import sources
 
 pytestmark = pytest.mark.usefixtures("small_and_offline")
 

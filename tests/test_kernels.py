@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import kernels
-import kernels_cpu
-from kernels_torch import TorchPasses, pack, unpack
+from kernels import cpu as kernels_cpu
+from kernels.reference import TorchPasses, pack, unpack
 from models import Conv2d
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 import kernels
-import kernels_cuda
 import models
-from kernels_cuda import CONFIGS, Choices, Config, CudaPasses
-from kernels_torch import Conv, TorchPasses, pack
+from kernels import cuda as kernels_cuda
+from kernels.cuda import CONFIGS, Choices, Config, CudaPasses
+from kernels.reference import Conv, TorchPasses, pack
 
 GPU = torch.cuda.is_available()
 ROOT = Path(kernels_cuda.__file__).parent

@@ -27,11 +27,11 @@ import freeze
 import kernels
 import loaders
 import models
-import processes
 import runs
 import step as steps
 import train
-from options import OptionError, parse_options
+from config import OptionError, parse_options
+from kernels import distributed as processes
 
 ROOT = Path(train.__file__).parent
 FP32 = [*(option for option in SMALL if option != "--no-compile"), "--dtype", "fp32"]

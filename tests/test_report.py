@@ -13,9 +13,9 @@ import pytest
 from made_runs import write_run
 from PIL import Image
 
-import finished
-import gather
 import report
+from reporting import reading as finished
+from reporting import series as gather
 
 
 def render(*given: Path, out: Path) -> tuple[int, str]:

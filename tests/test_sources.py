@@ -29,7 +29,7 @@ from layouts import (
 from PIL import Image
 
 import data
-import sources
+from datasets import sources
 
 pytestmark = pytest.mark.usefixtures("small_and_offline")
 

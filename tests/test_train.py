@@ -21,10 +21,10 @@ import freeze
 import loaders
 import models
 import runs
-import sources
 import step as steps
 import train
-from options import RECIPES
+from config import RECIPES
+from datasets import sources
 
 ROOT = Path(train.__file__).parent
 SMALL = ["--arch", "resnet8", "--batch-size", "32", "--epochs", "3", "--milestones", "1", "2"]

@@ -9,12 +9,12 @@ from typing import Any, NoReturn
 
 import torch
 
-import augment as augmentation
 import freeze
 import kernels
 import models
 import step as steps
-from processes import ALONE, Group
+from datasets import augment as augmentation
+from kernels.distributed import ALONE, Group
 
 # What --recipe stands for. `best` is what reached the most on validation images in the runs of results/.
 # 000-1 to 000-3 are the experiments of a Keras study of ResNet-50, made honest: what it chose on test images

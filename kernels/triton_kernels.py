@@ -1,7 +1,7 @@
 """The kernels of kernels_cuda.py, in Triton.
 
 Activations are `[positions, C]`, a position being a pixel of an image, numbered in memory order; per-channel
-values are `[4, C]` in float32, as in kernels_torch.py. A convolution is a matrix product for every tap of its
+values are `[4, C]` in float32, as in reference.py. A convolution is a matrix product for every tap of its
 window: `[BLOCK, C_IN]` inputs, gathered, by `[C_IN, C_OUT]` weights. Optional tensors may be None.
 
 Sums over positions go through `partial`, `[2, C, programs]`: each program writes its own, and finish_norm or
@@ -11,12 +11,12 @@ finish_sums adds them up, always in the same order.
 import triton
 import triton.language as tl
 
-import kernels_torch
+from kernels import reference
 
-_MEAN, _RSTD = tl.constexpr(kernels_torch.MEAN), tl.constexpr(kernels_torch.RSTD)
-_SCALE, _SHIFT = tl.constexpr(kernels_torch.SCALE), tl.constexpr(kernels_torch.SHIFT)
-_D_GAMMA, _D_BETA = tl.constexpr(kernels_torch.D_GAMMA), tl.constexpr(kernels_torch.D_BETA)
-_D_B, _D_C = tl.constexpr(kernels_torch.D_B), tl.constexpr(kernels_torch.D_C)
+_MEAN, _RSTD = tl.constexpr(reference.MEAN), tl.constexpr(reference.RSTD)
+_SCALE, _SHIFT = tl.constexpr(reference.SCALE), tl.constexpr(reference.SHIFT)
+_D_GAMMA, _D_BETA = tl.constexpr(reference.D_GAMMA), tl.constexpr(reference.D_BETA)
+_D_B, _D_C = tl.constexpr(reference.D_B), tl.constexpr(reference.D_C)
 
 
 @triton.jit

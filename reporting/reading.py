@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import runs
-from options import DEFAULTS, LOGISTIC, recorded, show, variant
+from config import DEFAULTS, LOGISTIC, recorded, show, variant
 from provenance import Start, pairs, start_of, start_text
 
 COST_ONLY = ("loader", "memory", "no_compile")  # what changes time and memory, not accuracy

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import numpy as np
 from matplotlib.figure import Figure
 
-from drawing import Column, Line, bars, lines, points, short, wrap
-from gather import Mean, Series, mean_of
-from tables import REPORTED
+from reporting.drawing import Column, Line, bars, lines, points, short, wrap
+from reporting.series import Mean, Series, mean_of
+from reporting.tables import REPORTED
 
 IMAGENET_DEPTHS = {18, 34, 50, 101, 152, 200}
 PARAMS = {  # trained by bn_only and by all, of the paper's networks

@@ -21,12 +21,12 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from kernels_torch import Conv, TorchPasses, cache_folder
+from kernels.reference import Conv, TorchPasses, cache_folder
 
 try:
     import triton
 
-    import kernels_triton as kernels
+    from kernels import triton_kernels as kernels
 except ImportError:  # see passes
     triton = kernels = None
 

@@ -6,9 +6,9 @@ import io
 import re
 from typing import NamedTuple
 
-from finished import Run
-from gather import Mean, Series, mean_of
-from options import variant_text
+from config import variant_text
+from reporting.reading import Run
+from reporting.series import Mean, Series, mean_of
 
 # Test accuracy on CIFAR-10 in percent: of the paper (arXiv 2003.00152; about, where everything trains), of
 # the TensorFlow community port, and of a Keras study (Adam, batches of 1024; without and with augmentation)

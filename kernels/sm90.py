@@ -13,8 +13,8 @@ import torch
 import triton
 from torch import nn
 
-from kernels_cuda import CONFIGS, DTYPES, ELEMENTWISE, Config, CudaPasses, empty_image
-from kernels_torch import Conv
+from kernels.cuda import CONFIGS, DTYPES, ELEMENTWISE, Config, CudaPasses, empty_image
+from kernels.reference import Conv
 
 HOPPER, BYTES_PER_S, FLOP_PER_S, LAUNCH_S = (
     ("cuda", 90, 32),

@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 from PIL import Image
 
-from gather import Mean
+from reporting.series import Mean
 
 matplotlib.rcParams.update(
     {

@@ -28,7 +28,7 @@ from PIL import Image
 from rich import progress as bars
 from rich.console import Console
 
-import synthetic
+from datasets import synthetic
 
 NAMES = ("cifar10", "imagenette", "synthetic")
 URLS = {

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import torch
 
-from kernels_torch import TorchPasses, cache_folder
+from kernels.reference import TorchPasses, cache_folder
 
-SOURCE = Path(__file__).with_name("kernels_cpu.cpp")
+SOURCE = Path(__file__).with_name("cpu.cpp")
 FLAGS = "-std=c++17 -O3 -march=native -mprefer-vector-width=512 -fno-math-errno -fno-trapping-math"
 FLAGS += " -fopenmp -shared -fPIC"
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from finished import SUMMARY, Run
-from options import variant_text
+from config import variant_text
 from provenance import Start
+from reporting.reading import SUMMARY, Run
 
 CURVES = ("train_loss", "train_acc", "test_loss", "test_acc", "val_acc")
 

@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from drawing import lines, points
-from figures import Drawn, accuracy_bars, arch_label
-from gather import Mean, Series, mean_of
-from options import DEFAULTS, RECIPES, variant_text
-from tables import Table
+from config import DEFAULTS, RECIPES, variant_text
+from reporting.drawing import lines, points
+from reporting.figures import Drawn, accuracy_bars, arch_label
+from reporting.series import Mean, Series, mean_of
+from reporting.tables import Table
 
 INTERVAL = "The change is of the same seeds' runs. Intervals have 95 % confidence (Student's t)"
 OF_ALL = (

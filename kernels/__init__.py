@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import kernels_cpu
-from kernels_torch import D_B, D_BETA, D_GAMMA, Conv, TorchPasses
-from processes import Group
+from kernels import cpu
+from kernels.distributed import Group
+from kernels.reference import D_B, D_BETA, D_GAMMA, Conv, TorchPasses
 
 MEMORY = ("lean", "recompute", "stock")
 _memory, _compiled, _group = "lean", True, None
@@ -210,11 +210,11 @@ class Synced:
 
 def _passes(device_type: str) -> TorchPasses:
     if device_type == "cpu":
-        return kernels_cpu.passes()
+        return cpu.passes()
     if device_type == "cuda":
-        import kernels_cuda  # here, because Triton takes a second to import
+        from kernels import cuda  # here, because Triton takes a second to import
 
-        return kernels_cuda.passes()
+        return cuda.passes()
     return TorchPasses()
 
 

@@ -1,0 +1,98 @@
+"""The device a network runs on: which it is, what it computes in, its memory, and its replayed graphs."""
+
+import ctypes
+import os
+import resource
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+EAGER_CALLS = 3  # before a graph is captured: libraries set themselves up, kernels are compiled and chosen
+
+
+class DeviceError(ValueError):
+    """A device that is not there; the message says what would do."""
+
+    exit_status = 2
+
+
+def cache_folder() -> Path:
+    """The folder in which compiled and chosen kernels are kept between runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "batchnorm-only"
+
+
+def choose(name: str = "auto") -> torch.device:
+    """The device that `--device` names: `auto` is the GPU where there is one. Raises DeviceError."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("--device cuda: torch finds no CUDA GPU here; leave it out, or give --device cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def default_dtype(device: torch.device) -> str:
+    """The fastest dtype that the hardware computes in: bf16, else fp16 on a GPU and fp32 on a CPU."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    return "bf16" if getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() else "fp32"
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done all it was asked to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc reuse freed memory instead of returning it to the system.
+
+    On a CPU a step's activations would otherwise be new pages every time, which the system fills with zeros.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):  # another C library
+        return
+    mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its upper limit
+    mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Count a GPU's peak memory anew: starting up tries more than training needs."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory the whole process had in use at once: the GPU's by torch's count, or on a CPU all."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU's or a CPU's memory was not enough; torch has an exception of its own for the first only."""
+    messages = ("can't allocate memory", "CUDA error: out of memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in messages)
+
+
+class Captured:
+    """A function without arguments or result, replayed from a CUDA graph after its first calls.
+
+    It must read what changes between calls from tensors that stay where they are.
+    """
+
+    def __init__(self, function: Callable[[], None], eager_calls: int = EAGER_CALLS):
+        self.function, self.eager_calls, self.graph = function, eager_calls, None
+
+    def __call__(self) -> None:
+        if self.eager_calls > 0:
+            self.eager_calls -= 1
+            return self.function()
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            # On the run's own stream, whose cuBLAS workspace is in the graph; the default stream cannot be.
+            stream = torch.cuda.current_stream()
+            stream = None if stream == torch.cuda.default_stream() else stream
+            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+                self.function()
+        self.graph.replay()
