@@ -1,293 +1,264 @@
-"""The options of a run: their names, defaults and ranges. Every default is the published one."""
+"""The options of a run, once: names, defaults, help texts, ranges and presets. Every default is the published
+one.
+"""
 
 import argparse
 import dataclasses
 import functools
-import json
-from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 import freeze
 import kernels
 import models
-import step as steps
-from datasets import augment as augmentation
-from kernels.distributed import ALONE, Group
+import progress
+from datasets import augment
+from kernels import device
 
-# What --recipe stands for. `best` is what reached the most on validation images in the runs of results/.
-# 000-1 to 000-3 are the experiments of a Keras study of ResNet-50, made honest: what it chose on test images
-# is chosen on validation images.
-KERAS = {
-    **{"arch": "resnet50", "optimizer": "adam", "lr": 0.01, "weight_decay": 0.0, "bn_init": "he_normal"},
-    **{"schedule": "plateau", "min_lr": 1e-5, "early_stop": 20, "epochs": 500, "batch_size": 1024},
+# The optimisers of torch.optim, in lower case, and the options that each of them takes besides lr and
+# weight_decay.
+OPTIMIZERS = {"sgd": ("momentum",), "adam": ()}
+
+# --preset: other defaults, all at once. `best` reached the most on validation images in the short runs of
+# results/. 000-1 to 000-3 are the experiments of a Keras study of ResNet-50, except that validation images
+# choose here what test images chose there.
+_KERAS_STUDY = {
+    "arch": "resnet50",
+    "optimizer": "adam",
+    "lr": 0.01,
+    "weight_decay": 0.0,
+    "bn_init": "he_normal",
+    "schedule": "plateau",
+    "min_lr": 1e-5,
+    "early_stop": 20,
+    "epochs": 500,
+    "batch_size": 1024,
 }
-RECIPES = {
+PRESETS = {
     "best": {"lr": 1.0},
-    "000-1": {**KERAS, "augment": "none"},
-    "000-2": {**KERAS, "augment": "flip+brightness+rotation"},
-    "000-3": {**KERAS, "augment": "photo", "data": "imagenette", "image_size": 128, "batch_size": 128},
+    "000-1": _KERAS_STUDY | {"augment": "none"},
+    "000-2": _KERAS_STUDY | {"augment": "flip+brightness+rotation"},
+    "000-3": _KERAS_STUDY | {"augment": "photo", "data": "imagenette", "image_size": 128, "batch_size": 128},
 }
-
-
-def option(default: Any, help: str, **argparse_arguments: Any) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help, **argparse_arguments})
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """Each field is an option of the command line; its metadata is what argparse shows and checks."""
-
-    arch: str = option(
-        "resnet32", "resnetD (D = 6n+2), resnetD_wK, vgg11|13|16|19, resnet18|34|50|101|152|200"
-    )
-    mode: str = option(
-        "bn_only", f"what trains: all, none, random, or a sum of {', '.join(freeze.PARTS)} with +"
-    )
-    data: str = option(
-        "cifar10", "cifar10, imagenette, synthetic, or a folder: train/<class>/*, test/<class>/*"
-    )
-    data_dir: str = option("data", "where archives are looked for and kept")
-    image_size: int | None = option(
-        None,
-        "pixels a side; default: 32, imagenette 128, a folder its own if all are equal squares, else 128",
-        type=int,
-    )
-    train_subset: int | None = option(None, "train on N images, the same number of each class", type=int)
-    val_split: int | None = option(
-        None,
-        "set N training images apart, the same number of each class, to choose by; default: none, and a "
-        "tenth where plateau or --early-stop choose",
-        type=int,
-    )
-    augment: str = option(
-        "paper",
-        "of training images: paper (crop+flip), photo (all but crop), none, or a sum of "
-        f"{', '.join(augmentation.PARTS)} with +",
-    )
-    epochs: int = option(160, "passes over the training images", type=int)
-    milestones: tuple = option(
-        (80, 120), "epochs after which lr is multiplied by --gamma", type=int, nargs="*"
-    )
-    gamma: float = option(0.1, "factor at each milestone or plateau", type=float)
-    schedule: str = option(
-        "step", "the learning rate's course", choices=("step", "cosine", "plateau", "constant")
-    )
-    min_lr: float = option(0.0, "where cosine and plateau end", type=float)
-    patience: int = option(
-        10, "epochs without a better validation accuracy before plateau cuts the rate", type=int
-    )
-    early_stop: int | None = option(
-        None, "end after N epochs without a better validation accuracy; 0: never", type=int
-    )
-    warmup_epochs: int = option(0, "epochs of linear rise to --lr", type=int)
-    optimizer: str = option("sgd", "of the trained tensors", choices=("sgd", "adam"))
-    lr: float = option(0.1, "learning rate", type=float)
-    momentum: float = option(0.9, "of SGD", type=float)
-    weight_decay: float = option(1e-4, "on everything that trains", type=float)
-    batch_size: int = option(128, "images per step, of all processes together", type=int)
-    label_smoothing: float = option(0.0, "share of the target spread over all classes", type=float)
-    shortcut: str = option("projection", "of residual blocks that change shape", choices=models.SHORTCUTS)
-    conv_init: str = option("kaiming_normal", "of convolutions", choices=models.CONV_INITS)
-    bn_init: str = option("uniform", "of gamma and beta", choices=models.BN_INITS)
-    per_channel: int = option(2, "weights of every filter that --mode random trains", type=int)
-    init_from: str | None = option(
-        None,
-        "start from these weights, then freeze: a run folder, .safetensors, .pth or .pt; {seed} in the name "
-        "is the run's",
-    )
-    reset_bn: bool = option(False, "draw BatchNorm anew after --init-from")
-    seed: int = option(
-        0, "of everything random, 0 to 2**64 - 1; several train side by side", type=int, nargs="+"
-    )
-    device: str = option("auto", "where to train", choices=("auto", "cuda", "cpu"))
-    dtype: str | None = option(
-        None,
-        "default: bf16 where the hardware has it, else fp16 on a GPU, fp32 on a CPU",
-        choices=tuple(steps.DTYPES),
-    )
-    loader: str | None = option(None, "default: resident where the images fit", choices=("resident", "ffcv"))
-    memory: str = option(
-        "lean",
-        "kept for backward: convolutions' outputs; recompute: blocks' inputs; stock: all that autograd does",
-        choices=kernels.MEMORY,
-    )
-    sync_bn: bool = option(False, "under torchrun, BatchNorm over the whole batch, not each process's part")
-    no_compile: bool = option(False, "only PyTorch's own kernels, and no CUDA graph")
-    eval_every: int = option(1, "epochs between evaluations; the last epoch always has one", type=int)
-    recipe: str | None = option(
-        None, f"other defaults, all at once: {', '.join(RECIPES)}", choices=tuple(RECIPES)
-    )
-    out: str = option("runs", "the folder of run folders")
-    resume: bool = option(False, "continue the run where it stopped")
-    overwrite: bool = option(False, "start the run again")
-    quick: bool = option(
-        False,
-        "3,000 images, 8 epochs, batches of 64, a test every 2; cifar10 if it can be had, else synthetic",
-    )
-
-
 QUICK = {
-    **{"quick": True, "train_subset": 3000, "epochs": 8, "milestones": (4, 6), "batch_size": 64},
+    "quick": True,
+    "train_subset": 3000,
+    "epochs": 8,
+    "milestones": (4, 6),
+    "batch_size": 64,
     "eval_every": 2,
 }
-# Options that change where or how fast a run goes, not what it computes: no part of its name.
-LOGISTIC = {"data_dir", "device", "loader", "memory", "no_compile", "eval_every"}
-LOGISTIC |= {"out", "resume", "overwrite"}
-# Options that say what was run, on which images and for how long, not how: no variant of a run.
-NOT_VARIANTS = {"arch", "mode", "data", "seed", "dtype", *LOGISTIC}
-NOT_VARIANTS |= {"epochs", "milestones", "quick", "train_subset", "val_split", "image_size"}
 
 
 class OptionError(ValueError):
     """An option's value that cannot be used; the message says what can."""
 
+    exit_status = 2
 
-def parse_options(
-    argv: list[str] | None, description: str, group: Group = ALONE
-) -> tuple[list[Options], set[str]]:
-    """The options of each seed, and the names of those given.
 
-    OptionError, or what canonical names raise, for the first that is unusable.
+def option(default: Any, help: str, role: str = "variant", limits: tuple | None = None, **told: Any) -> Any:
+    """A field of Options: its default, its help text, and what else argparse is told of it.
+
+    `role` says what the option means for a run: "variant", how it is trained; "setting", what is trained, on
+    which images and for how long; "logistics", where and how fast it runs, which does not change its result.
+    `limits` are the least and the greatest value; numbers take the type of theirs.
     """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    told |= {"help": help} | ({"type": type(limits[0])} if limits else {})
+    return dataclasses.field(default=default, metadata={"argparse": told, "role": role, "limits": limits})
 
-    def refuse(message: str) -> NoReturn:
-        raise OptionError(f"{message}; python train.py --help lists the options")
 
-    parser.error = refuse
-    for field in dataclasses.fields(Options):
-        arguments = dict(field.metadata)
+setting, logistics = (functools.partial(option, role=role) for role in ("setting", "logistics"))
+COUNT, SIZE, EPOCHS, RATE = (0, 2**31), (1, 2**31), (1, 1_000_000), (0.0, 1e9)
+IMAGE_PARTS, MODE_PARTS = ", ".join(augment.PARTS), ", ".join(freeze.PARTS)
+DTYPES = tuple(device.DTYPES)
+# fmt: off
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Each field is an option of the command line; its metadata is what argparse shows and what is checked.
+    """
+
+    arch: str = setting("resnet32", "resnetD (D = 6n+2), resnetD_wK, vgg11|13|16|19, resnet18|34|50|...|200")
+    mode: str = setting("bn_only", f"what trains: all, none, random, or a sum of {MODE_PARTS} with +")
+    per_channel: int = option(2, "weights of every filter that --mode random trains", limits=SIZE)
+    shortcut: str = option("projection", "shortcut of a block that changes shape", choices=models.SHORTCUTS)
+    conv_init: str = option("kaiming_normal", "initial convolution weights", choices=models.CONV_INITS)
+    bn_init: str = option("uniform", "initial gamma and beta", choices=models.BN_INITS)
+    init_from: str | None = option(
+        None, "load these weights, then freeze: a run folder, .safetensors, .pth or .pt; {seed} in the name "
+        "stands for the run's seed")
+    reset_bn: bool = option(False, "draw gamma, beta and statistics anew after --init-from")
+
+    optimizer: str = option("sgd", "the optimiser of what trains", choices=tuple(OPTIMIZERS))
+    lr: float = option(0.1, "learning rate", limits=(1e-30, 1e9))
+    momentum: float = option(0.9, "SGD momentum", limits=RATE)
+    weight_decay: float = option(1e-4, "weight decay of everything that trains", limits=RATE)
+    label_smoothing: float = option(0.0, "share of the target spread over all classes", limits=(0.0, 0.999))
+    batch_size: int = option(128, "images per step, of all processes together", limits=SIZE)
+    schedule: str = option(
+        "step", "how the learning rate falls: at --milestones, along half a cosine, at plateaus, or never",
+        choices=("step", "cosine", "plateau", "constant"))
+    gamma: float = option(0.1, "factor of the learning rate at a milestone or plateau", limits=RATE)
+    min_lr: float = option(0.0, "learning rate at which cosine and plateau end", limits=RATE)
+    patience: int = option(10, "epochs without a better validation accuracy before a plateau", limits=SIZE)
+    early_stop: int | None = option(
+        None, "end after N epochs without a better validation accuracy; 0: never", limits=COUNT)
+    warmup_epochs: int = option(0, "epochs in which the learning rate rises linearly to --lr", limits=COUNT)
+    epochs: int = setting(160, "passes over the training images", limits=EPOCHS)
+    milestones: tuple[int, ...] = setting(
+        (80, 120), "epochs after which the learning rate is multiplied by --gamma", type=int, nargs="*")
+
+    data: str = setting("cifar10", "cifar10, imagenette, synthetic, or a folder: train/<class>/*, test/...")
+    data_dir: str = logistics("data", "the folder in which archives are looked for and kept")
+    image_size: int | None = setting(
+        None, "pixels a side; default: 32, imagenette 128, a folder its own if all are equal squares, "
+        "else 128", limits=(1, 65535))
+    augment: str = option(
+        "paper", "how training images are changed at random: paper (crop+flip), photo (all but crop), none, "
+        f"or a sum of {IMAGE_PARTS} with +")
+    train_subset: int | None = setting(None, "train on N images, the same number of each class", limits=SIZE)
+    val_split: int | None = setting(
+        None, "set N training images apart for validation, the same number of each class; default: none, "
+        "and a tenth where plateau or --early-stop need them", limits=COUNT)
+
+    device: str = logistics("auto", "where to train", choices=("auto", "cuda", "cpu"))
+    dtype: str | None = setting(
+        None, "number format of activations; default: bf16 where the hardware computes in it, else fp16 on a "
+        "GPU and fp32 on a CPU", choices=DTYPES)
+    loader: str | None = logistics(
+        None, "batches of images resident on the device, or streamed by FFCV; default: resident if they fit",
+        choices=("resident", "ffcv"))
+    memory: str = logistics(
+        "lean", "what is kept for backward: each convolution's output (lean), each block's input "
+        "(recompute), or all that autograd keeps (stock)", choices=kernels.MEMORY)
+    sync_bn: bool = option(False, "under torchrun, BatchNorm over the whole batch, not each process's part")
+    no_compile: bool = logistics(False, "use only PyTorch's own kernels, and no CUDA graph")
+
+    seed: int = setting(
+        0, "seed of everything random, 0 to 2**64 - 1; several train side by side", nargs="+",
+        limits=(0, 2**64 - 1))
+    preset: str | None = option(
+        None, f"other defaults, all at once: {', '.join(PRESETS)}", choices=tuple(PRESETS))
+    quick: bool = setting(
+        False, "3,000 images, 8 epochs, batches of 64, a test every 2 epochs; cifar10 where it can be had, "
+        "else synthetic")
+    eval_every: int = logistics(
+        1, "epochs between evaluations on the test images; the last epoch always has one", limits=SIZE)
+    log: str | None = logistics(
+        None, "also log to this tracker, which must be installed", choices=("wandb", "trackio"))
+    out: str = logistics("runs", "the folder of run folders")
+    resume: bool = logistics(False, "continue the run where it stopped")
+    overwrite: bool = logistics(False, "discard what the run's folder holds, and begin again")
+
+    __pydantic_config__ = {"extra": "forbid", "strict": True}  # noqa: RUF012, for whoever reads config.json
+
+
+# fmt: on
+SECTIONS = {  # of --help, by the first option in each
+    "arch": "the network",
+    "optimizer": "training",
+    "data": "images",
+    "device": "speed and memory",
+    "seed": "the run",
+}
+FIELDS = {field.name: field for field in dataclasses.fields(Options)}
+
+
+def names(*roles: str) -> set[str]:
+    """The options that play one of these roles, see `option`."""
+    return {name for name, field in FIELDS.items() if field.metadata["role"] in roles}
+
+
+def defaults(preset: str | None = None, quick: bool = False) -> Options:
+    """The options of a run with --preset or --quick, and nothing else."""
+    return Options(**(PRESETS[preset] if preset else {}) | (QUICK if quick else {}) | {"preset": preset})
+
+
+def make_parser(description: str) -> progress.Parser:
+    """The command line of train.py: every option once, in sections; those that are not given are left out."""
+    parser = group = progress.Parser("train.py", description)
+    for name, field in FIELDS.items():
+        group = parser.add_argument_group(SECTIONS[name]) if name in SECTIONS else group
+        told = dict(field.metadata["argparse"])
         if field.default is False:
-            arguments["action"] = "store_true"
+            told["action"] = "store_true"
         elif field.default is not None:
             shown = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-            arguments["help"] += f" [{shown}]"
-        parser.add_argument(f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, **arguments)
-    none = {"action": "store_const", "const": "none", "default": argparse.SUPPRESS}
-    parser.add_argument("--no-augment", dest="augment", help="--augment none", **none)
-    given = vars(parser.parse_args(argv))
-    options = dataclasses.replace(defaults(given.get("recipe"), "quick" in given), **given)
-    canonical = {"milestones": tuple(options.milestones), "mode": freeze.canonical_mode(options.mode)}
-    options = dataclasses.replace(options, **canonical, augment=augmentation.canonical(options.augment))
+            told["help"] += f" [{shown}]"
+        group.add_argument(flag(name), default=argparse.SUPPRESS, **told)
+    return parser
+
+
+def parse_options(argv: list[str] | None, description: str) -> tuple[list[Options], set[str]]:
+    """The options of each seed of a command line, and the names of those given.
+
+    Raises the error of the first that is unusable: an exception with exit_status 2, whose message says what
+    would do.
+    """
+    given = vars(make_parser(description).parse_args(argv))
+    options = dataclasses.replace(defaults(given.get("preset"), "quick" in given), **given)
+    options = dataclasses.replace(
+        options,
+        milestones=tuple(options.milestones),
+        mode=freeze.canonical_mode(options.mode),
+        augment=augment.canonical(options.augment),
+    )
     seeds = given.get("seed", [options.seed])
     if len(set(seeds)) < len(seeds):
         raise OptionError(f"--seed {' '.join(map(str, seeds))}: give each seed once")
+    if options.log and len(seeds) > 1:
+        raise OptionError(f"--log {options.log}: a tracker follows one run; give one seed")
     each = [dataclasses.replace(options, seed=seed) for seed in seeds]
     for options in each:
-        check_ranges(options)
-        check_processes(options, group)
-    if len(each) > 1 and group.count > 1:
-        raise OptionError(f"--seed {' '.join(map(str, seeds))}: torchrun trains one model; give one seed")
+        check(options)
     return each, set(given)
 
 
-def defaults(recipe: str | None = None, quick: bool = False) -> Options:
-    """What a run with --recipe or --quick, and nothing else, does."""
-    chosen = (RECIPES[recipe] if recipe else {}) | (QUICK if quick else {})
-    return Options(**chosen, recipe=recipe)
+def flag(name: str) -> str:
+    """An option's name on the command line."""
+    return f"--{name.replace('_', '-')}"
 
 
-def as_json(options: Options) -> dict:
-    """The options as config.json has them."""
-    return json.loads(json.dumps(dataclasses.asdict(options)))
-
-
-DEFAULTS = as_json(Options())
-
-
-def recorded(found: dict) -> dict:
-    """The options that a run recorded; those that there were not yet have their defaults."""
-    options = DEFAULTS | found
-    if options.pop("no_augment", False):  # as it was before there were several
-        options["augment"] = "none"
-    return options
-
-
-def variant(options: dict, before: int = 0) -> dict:
-    """Of a run's recorded options, those that set it apart from the published run of as many epochs, whose
-    learning rate falls after 1/2 and 3/4 of them. It came after `before` epochs of what it started from.
-    """
-    recipe = options["recipe"] if options["recipe"] in RECIPES else None
-    published = as_json(defaults(recipe, options["quick"])) | {"recipe": None}
-    differing = {k: v for k, v in options.items() if k not in NOT_VARIANTS and v != published.get(k)}
-    if options["schedule"] == "step":
-        epochs = before + options["epochs"]
-        steps = [before + milestone for milestone in options["milestones"] if milestone < options["epochs"]]
-        if steps != [epochs // 2, 3 * epochs // 4]:
-            differing["milestones"] = steps
-    return differing
-
-
-def variant_text(options: Iterable[tuple[str, object]]) -> str:
-    """`lr 0.05, milestones 2 3`"""
-    return ", ".join(f"{name} {show(value)}" for name, value in options)
-
-
-def show(value: object) -> str:
-    if isinstance(value, (list, tuple)):
-        return " ".join(map(show, value)) or "none"
-    return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
-
-
-@functools.cache
-def check_arch(arch: str, shortcut: str) -> None:
-    """ModelError for what names no network."""
-    with torch.device("meta"):
-        models.build(arch, shortcut=shortcut)
-
-
-def check_ranges(options: Options) -> None:
-    """OptionError for the first value that no run could use."""
+def check(options: Options) -> None:
+    """OptionError, or ModelError, for the first value that no run on this machine could use."""
 
     def need(condition: bool, name: str, what: str) -> None:
         if not condition:
-            value = getattr(options, name)
-            shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-            raise OptionError(f"--{name.replace('_', '-')} {shown}: must be {what}")
+            raise OptionError(f"{flag(name)} {show(getattr(options, name))}: must be {what}")
 
-    counts = ("epochs", "batch_size", "eval_every", "per_channel", "train_subset", "image_size")
-    for name in (*counts, "lr", "patience"):
-        value = getattr(options, name)
-        need(value is None or 0 < value < float("inf"), name, "greater than 0")
-    for name in ("warmup_epochs", "momentum", "weight_decay", "gamma", "early_stop", "val_split"):
-        need(0 <= (getattr(options, name) or 0) < float("inf"), name, "0 or more")
-    need(0 <= options.min_lr <= options.lr, "min_lr", f"from 0 to --lr, {options.lr:g}")
-    for name in ("arch", "data", "data_dir", "out", "init_from"):
-        need(getattr(options, name) != "", name, "a name, not nothing")
-    need(not options.image_size or options.image_size < 65536, "image_size", "below 65536")
-    need(0 <= options.seed < 2**64, "seed", "from 0 to 2**64 - 1")
-    need(0 <= options.label_smoothing < 1, "label_smoothing", "at least 0 and below 1")
-    increasing = sorted({m for m in options.milestones if m > 0})
+    for name, field in FIELDS.items():
+        value, limits = getattr(options, name), field.metadata["limits"]
+        if limits and value is not None:
+            need(
+                limits[0] <= value <= limits[1], name, f"from {show(limits[0])} to {show(limits[1])}"
+            )  # nor NaN
+        need(value != "", name, "a name, not nothing")
+    need(options.min_lr <= options.lr, "min_lr", f"from 0 to --lr, {options.lr:g}")
+    increasing = sorted({milestone for milestone in options.milestones if milestone > 0})
     need(increasing == list(options.milestones), "milestones", "increasing numbers of epochs")
-    need(
-        options.device != "cuda" or torch.cuda.is_available(),
-        "device",
-        "cpu or auto: there is no CUDA GPU here",
-    )
+    device.choose(options.device)
     check_arch(options.arch, options.shortcut)  # before any download
     chooses = [f"--early-stop {options.early_stop}"] if options.early_stop else []
     chooses += ["--schedule plateau"] if options.schedule == "plateau" else []
     if options.val_split == 0:
-        need(not chooses, "val_split", f"above 0, for {' and '.join(chooses)} to look at")
+        need(not chooses, "val_split", f"above 0, because {' and '.join(chooses)} needs validation images")
     if options.reset_bn and not options.init_from:
-        raise OptionError("--reset-bn: there is nothing to draw anew; it goes with --init-from")
+        raise OptionError("--reset-bn: every BatchNorm is drawn anyway; it goes with --init-from")
     if options.resume and options.overwrite:
         raise OptionError("--resume and --overwrite contradict each other; give one of them")
 
 
-def check_processes(options: Options, group: Group) -> None:
-    """OptionError for the first value that `group` could not share."""
-    if options.batch_size % group.count:
-        what = f"--batch-size {options.batch_size}: must be a multiple of {group.count}"
-        raise OptionError(f"{what}, the number of processes")
-    if options.sync_bn and options.memory == "stock" and group.count > 1:
-        what = "--sync-bn with --memory stock: autograd's BatchNorm knows its own process's batch only"
-        raise OptionError(f"{what}; give lean or recompute")
-    gpus = torch.cuda.device_count()
-    if group.count > 1 and options.device != "cpu" and torch.cuda.is_available() and group.count_here > gpus:
-        what = f"--device {options.device}: {group.count_here} processes need as many GPUs, here are {gpus}"
-        raise OptionError(f"{what}; start fewer, or give --device cpu")
+@functools.cache
+def check_arch(arch: str, shortcut: str) -> None:
+    """ModelError where these name no network."""
+    with torch.device("meta"):
+        models.build(arch, shortcut=shortcut)
+
+
+def show(value: object) -> str:
+    """An option's value as people write it."""
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(show, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)

@@ -1,14 +1,87 @@
-"""What a person sees of a run: live bars, or a line per epoch into a file or pipe; a table at the end."""
+"""What a person sees: live bars, or a line per epoch into a file or pipe; notes, errors and exit statuses."""
 
+import argparse
 import math
 import os
+import signal
 import sys
 import time
+from collections.abc import Callable
+from typing import NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+# ---- notes, command lines and exit statuses, the same for every script ----
+
+
+class UsageError(ValueError):
+    """A command line that cannot be read."""
+
+    exit_status = 2
+
+
+class Parser(argparse.ArgumentParser):
+    """A script's command line; `description` is shown as it is, and an error is one line."""
+
+    def __init__(self, prog: str, description: str | None = None):
+        as_it_is = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog, description=description, formatter_class=as_it_is, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; python {self.prog} --help lists the options")
+
+
+def speaks() -> bool:
+    """Whether this process speaks to people: of those that torchrun started together, the first does."""
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["RANK"] == "0"
+
+
+def note(script: str, text: str) -> None:
+    """Tell a person something in a line or two of standard error."""
+    if speaks():
+        print(f"{script}: {text}", file=sys.stderr, flush=True)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether torch found too little memory, of a GPU or of the machine."""
+    return any(text in str(error) for text in ("out of memory", "can't allocate memory"))
+
+
+def run(script: str, main: Callable[[], int | None]) -> int:
+    """A script's exit status: what `main` returns, None being 0, or what the exception that ends it stands
+    for.
+
+    An exception says what it stands for by an attribute `exit_status`: 1 the run failed, 2 unusable options
+    or data. It is told in a line or two, as are a failing disk, too little memory, and an interruption by
+    Ctrl-C or SIGTERM; each of these is 1. Every other exception passes.
+    """
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        return main() or 0
+    except KeyboardInterrupt as error:
+        note(script, str(error) or "interrupted")
+    except BrokenPipeError:  # the reader has seen enough, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        status = getattr(error, "exit_status", None)
+        if status is None and isinstance(error, RuntimeError) and out_of_memory(error):
+            note(script, "out of memory; try a smaller --batch-size")
+        elif status is None and not isinstance(error, OSError):
+            raise
+        else:
+            note(script, str(error))
+            return status or 1
+    return 1
+
+
+def interrupt(*_: object) -> NoReturn:
+    """End as by Ctrl-C: what a cluster's SIGTERM comes to. A second one changes nothing."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 class Terminal(Console):
@@ -17,36 +90,43 @@ class Terminal(Console):
     def on_broken_pipe(self) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
+    def say(self, text: str) -> None:
+        """Print a line as it is: brackets in it are no markup."""
+        self.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+# ---- a training run ----
+
 
 class Bars:
-    """The live bars of runs that train side by side, in one terminal. Use it as `with bars.bars: ...`."""
+    """The live bars of runs that train side by side, in one terminal. Use it as `with bars.live: ...`."""
 
-    def __init__(self, runs: int = 1, shown: bool = True):
-        self.runs, self.console = runs, Terminal(quiet=not shown)
-        columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}")
-        self.bars = Progress(
+    def __init__(self, runs: int = 1):
+        self.runs, self.console = runs, Terminal(quiet=not speaks())
+        self.live = Progress(
             TextColumn("{task.description}", markup=False),
-            *columns,
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}", markup=False),
             console=self.console,
-            disable=not (shown and self.console.is_terminal),
+            disable=not (speaks() and self.console.is_terminal),
         )
 
 
 class Display:
-    """Progress of a run of `epochs` epochs. `what` names its data, and that it is quick, on every line."""
+    """The progress of one run of `epochs` epochs, `done` of which are behind it.
 
-    def __init__(
-        self, group: Bars, title: str, what: str, epochs: int, steps_per_epoch: int, epochs_done: int
-    ):
-        self.bars, self.what, self.epochs = group.bars, what, epochs
+    `what` names its data, and that it is quick, on every line.
+    """
+
+    def __init__(self, bars: Bars, title: str, what: str, epochs: int, steps_per_epoch: int, done: int):
+        self.bars, self.console, self.what, self.epochs = bars.live, bars.console, what, epochs
         self.live = not self.bars.disable
-        self.say(title)
+        self.console.say(title)
         self.run_bar = self.bars.add_task(what, total=epochs * steps_per_epoch, text="")
-        self.bars.update(self.run_bar, completed=epochs_done * steps_per_epoch)
-        self.epoch_bar = self.bars.add_task("epoch", total=steps_per_epoch, text="", visible=group.runs == 1)
-
-    def say(self, text: str) -> None:
-        self.bars.console.print(text, soft_wrap=True, highlight=False, markup=False)
+        self.bars.update(self.run_bar, completed=done * steps_per_epoch)
+        self.epoch_bar = self.bars.add_task("epoch", total=steps_per_epoch, text="", visible=bars.runs == 1)
 
     def start_epoch(self, epoch: int) -> None:
         self.bars.reset(self.epoch_bar, description=f"epoch {epoch}/{self.epochs}")
@@ -64,39 +144,41 @@ class Display:
             rate = step.seen / (now - self.began)
             self.bars.update(self.epoch_bar, text=f"{rate:,.0f} images/s  loss {loss:.3f}  {accuracy:.1f} %")
 
-    def end_epoch(self, row: dict) -> None:
-        text = f"train {row['train_loss']:.3f} {row['train_acc']:5.2f} %"
+    def end_epoch(self, row) -> None:
+        """Show an epoch's metrics, a runs.Epoch."""
+        text = f"train {row.train_loss:.3f} {row.train_acc:5.2f} %"
         for name in ("val", "test"):
-            if row.get(f"{name}_acc") is not None:
-                loss = row[f"{name}_loss"]
-                text += f"  {name} {math.nan if loss is None else loss:.3f} {row[f'{name}_acc']:5.2f} %"
+            loss, accuracy = getattr(row, f"{name}_loss"), getattr(row, f"{name}_acc")
+            if accuracy is not None:
+                text += f"  {name} {math.nan if loss is None else loss:.3f} {accuracy:5.2f} %"
         self.bars.update(self.run_bar, text=text)
         if not self.live:
-            rate = f"{row['images_per_s']:,.0f} images/s" if row["images_per_s"] else ""
-            epoch = f"epoch {row['epoch']}/{self.epochs}  lr {row['lr']:.4g}"
-            self.say(f"[{self.what}] {epoch}  {text}  {row['epoch_s']:.1f} s  {rate}".rstrip())
+            rate = f"{row.images_per_s:,.0f} images/s" if row.images_per_s else ""
+            epoch = f"epoch {row.epoch}/{self.epochs}  lr {row.lr:.4g}"
+            self.console.say(f"[{self.what}] {epoch}  {text}  {row.epoch_s:.1f} s  {rate}".rstrip())
 
 
-def show_results(folder: str, result: dict) -> None:
-    """The table at the end of a run, from its summary. KeyError or TypeError for one that is not whole."""
-    size, epochs = result["checkpoint_bytes"], result["epochs_done"]
-    table = Table(title=f"{result['arch']}, {result['mode']}, seed {result['seed']}", show_header=False)
+def show_results(folder: str, result, epochs: int, quick: bool) -> None:
+    """The table at the end of a run, from its runs.Summary; `epochs` is how many were asked for."""
+    size, done = result.checkpoint_bytes, result.epochs_done
+    data = f"{result.data_title}, {done} epoch{'s' if done > 1 else ''}"
+    data += f", of {epochs}: {result.why}" if result.why else ""
+    accuracy = f"{result.final_test_acc:.2f} %  (best epoch {result.best_test_acc:.2f} %)"
+    if result.chosen_epoch is not None:
+        accuracy += (
+            f"; where validation was best: {result.chosen_test_acc:.2f} %, epoch {result.chosen_epoch}"
+        )
+    if result.final_test_top5_acc is not None:
+        accuracy += f"; top 5 {result.final_test_top5_acc:.2f} %"
+    table = Table(title=f"{result.arch}, {result.mode}, seed {result.seed}", show_header=False)
     table.add_column()
     table.add_column(overflow="fold")
-    data = f"{result['data_title']}, {epochs} epoch{'s' if epochs > 1 else ''}"
-    data += f", of {result['epochs']}: {result['why']}" if result["why"] else ""
-    accuracy = f"{result['final_test_acc']:.2f} %  (best epoch {result['best_test_acc']:.2f} %)"
-    if "chosen_epoch" in result:
-        chosen = f"{result['chosen_test_acc']:.2f} %, epoch {result['chosen_epoch']}"
-        accuracy += f"; where validation was best: {chosen}"
-    if "final_test_top5_acc" in result:
-        accuracy += f"; top 5 {result['final_test_top5_acc']:.2f} %"
     for name, value in {
-        "data": f"{data}, --quick" if result["quick"] else data,
+        "data": f"{data}, --quick" if quick else data,
         "test accuracy": accuracy,
-        "parameters trained": f"{result['params_trained']:,} of {result['params_total']:,}",
-        "time": f"{result['train_s']:,.1f} s, after {result['startup_s']:.1f} s of start-up",
-        "seed checkpoint": f"{size:,} bytes, {100 * size / result['full_bytes']:.2f} % of all weights",
+        "parameters trained": f"{result.params_trained:,} of {result.params_total:,}",
+        "time": f"{result.train_s:,.1f} s, after {result.startup_s:.1f} s of start-up",
+        "seed checkpoint": f"{size:,} bytes, {100 * size / result.full_bytes:.2f} % of all weights",
         "folder": folder,
     }.items():
         table.add_row(name, Text(value))  # as it is: brackets in a path are no markup

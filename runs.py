@@ -1,49 +1,500 @@
-"""The run folder: configuration, metrics, checkpoints.
+"""What a run is: its name, what sets it apart from the published one, its parent run, and the files of its
+folder.
 
-Every file is written beside its name and renamed onto it: a run killed at any moment leaves whole files only.
-
-    config.json         every option, resolved values, versions, device, data fingerprint
+    config.json         every option, the network's spec, the parent run, versions, device, git commit
     metrics.jsonl       a line per epoch
     last.pt             all that resuming needs; removed when the run is done
     model.safetensors   the seed checkpoint
     summary.json        status and results, written last
+    analysis.json       written by analysis.py
+
+The classes of records below are these files' schema, for whoever writes them and whoever reads them. Every
+file is written beside its name and renamed onto it, so a run that is killed at any moment leaves whole files
+only.
 """
 
+import dataclasses
 import fcntl
 import hashlib
-import json
+import importlib.metadata
 import os
+import platform
 import shutil
+import stat
+import statistics
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, TypeVar
 
+import pydantic
 import torch
 from filelock import FileLock, Timeout
+from pydantic import AfterValidator, Field
+
+import config
+from config import Options
 
 CHECKPOINT = "model.safetensors"
+LONGEST_NAME, LONGEST_SEED = 100, 20  # characters of a run's name, digits of a seed
+_NAMED_FIRST = {"data", "arch", "mode", "seed", "quick", "preset"}
 
 
 class RunError(ValueError):
     """A run folder that cannot be used as asked; the message says what would do."""
 
+    exit_status = 2
 
-def run_name(data: str, arch: str, mode: str, seed: int, differing: dict) -> str:
-    """`<data>-<arch>-<mode>-s<seed>`, then each further option that differs from its default."""
 
-    def text(value: object) -> str:
-        if isinstance(value, (list, tuple)):
-            return "_".join(map(text, value))
-        return f"{value:g}" if isinstance(value, float) else str(value)
+# ---- the schema ----
 
-    def joined(parts: list[str]) -> str:
-        return "-".join("".join(c if c.isalnum() or c in "._+" else "_" for c in part) for part in parts)
 
-    name = joined([data, arch, mode, f"s{seed}"])
-    more = joined([o if value is True else f"{o}{text(value)}" for o, value in differing.items()])
-    if len(whole := more.encode()) > 160:  # file systems take 255 bytes, and a log's name is longer
-        more = f"{whole[:150].decode(errors='ignore')}-{hashlib.sha256(whole).hexdigest()[:8]}"
-    return f"{name}-{more}" if more else name
+def printable(text: str) -> str:
+    """`text`, in which each character that would steer a terminal is replaced."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def _printable_options(options: Options) -> Options:
+    shown = {k: printable(v) for k, v in dataclasses.asdict(options).items() if isinstance(v, str)}
+    return dataclasses.replace(options, **shown)
+
+
+Text = Annotated[str, AfterValidator(printable)]
+Count = Annotated[int, Field(ge=0, le=2**62)]
+Percent = Annotated[float, Field(ge=0, le=100)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Number = Annotated[float, Field(ge=-1e100, le=1e100)]  # whose square is still finite
+Positive = Annotated[float, Field(ge=0, le=1e100)]
+Seed = Annotated[int, Field(ge=0, le=2**64 - 1)]
+Epochs = Annotated[int, Field(ge=0, le=10**6)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Value = Text | int | float | bool | None
+Variant = tuple[tuple[Text, Value | tuple[Value, ...]], ...]  # options that set a run apart, sorted by name
+
+
+class Record(pydantic.BaseModel):
+    """What a file of a run holds: every field has its type and range, and there are no others."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    def to_json(self, indent: int | None = 1) -> str:
+        """JSON text, without the fields that were never set, and with a line feed at its end."""
+        return self.model_dump_json(indent=indent, exclude_unset=True) + "\n"
+
+
+class NetworkSpec(Record):
+    """What rebuilds a network, besides its trained tensors, and evaluates it as its run did."""
+
+    arch: Text
+    mode: Text
+    shortcut: Text
+    conv_init: Text
+    bn_init: Text
+    seed: Seed
+    per_channel: Annotated[int, Field(ge=1, le=2**31)]
+    init_from: Text | None
+    reset_bn: bool
+    data: Text
+    fingerprint: Text  # of the prepared images
+    image_size: Annotated[int, Field(ge=1, le=65535)]  # pixels
+    classes: Annotated[tuple[Text, ...], Field(min_length=1)]
+    mean: tuple[Number, Number, Number]  # of the training pixels per channel, on the 0..255 scale, like std
+    std: tuple[Number, Number, Number]
+    train_images: Count
+    val_images: Count
+    batch_size: Annotated[int, Field(ge=1, le=2**31)]
+    dtype: Literal["bf16", "fp16", "fp32"]
+    device: Text
+    compiled: bool
+    processes: Annotated[int, Field(ge=1, le=2**16)]
+
+
+class Parent(Record):
+    """The run that another one goes on from. What it went on from itself is counted in where `_in_all` says
+    so.
+    """
+
+    run: Text  # its folder's name
+    mode: Text
+    seed: Seed
+    variant: Variant
+    epochs: Epochs  # as asked for
+    epochs_in_all: Epochs
+    epochs_done_in_all: Epochs  # whose shuffles and crops have been drawn
+    seconds_in_all: Positive | None  # of training at the median epoch's; None where several devices took part
+    device_name: Text
+    test_acc: Percent | None
+    fingerprint: Text
+    train_subset: int | None
+    val_images: Count  # of its seed that no run before this one trained on
+    processes: int
+    quick: bool
+
+
+class Origin(NamedTuple):
+    """What a run went on from, in the words in which runs are told apart."""
+
+    epochs: int
+    mode: str
+    variant: Variant
+    seed: int | None  # where it is another than the run's
+
+    def __str__(self) -> str:
+        """`160 epochs of all, lr 0.05`"""
+        what = f"{self.epochs} epoch{'s' * (self.epochs != 1)} of {self.mode}"
+        seed = "" if self.seed is None else f"seed {self.seed}"
+        return ", ".join(filter(None, [what, variant_text(self.variant), seed]))
+
+
+class Config(Record):
+    """config.json: what was asked for, what it came to, and on what it ran."""
+
+    options: Annotated[Options, AfterValidator(_printable_options)]
+    spec: NetworkSpec
+    parent: Parent | None
+    data_title: Text
+    frozen_sha256: Sha256
+    initial_sha256: Sha256 | None  # of all weights, where --init-from brought them
+    device_name: Text
+    versions: dict[Text, Text | None]
+    git_commit: Text | None
+
+    @property
+    def origin(self) -> Origin | None:
+        """What it went on from, on the same images; None for nothing, or for other images."""
+        parent, options, spec = self.parent, self.options, self.spec
+        if parent is None or parent.fingerprint != spec.fingerprint:
+            return None
+        own = {
+            "quick": options.quick,
+            "train_subset": options.train_subset,
+            "val_images": spec.val_images,
+            "processes": spec.processes,
+        }
+        other = [(name, getattr(parent, name)) for name in own if getattr(parent, name) != own[name]]
+        seed = None if parent.seed == options.seed else parent.seed
+        return Origin(parent.epochs, parent.mode, tuple(sorted((*parent.variant, *other))), seed)
+
+    @property
+    def epochs_before(self) -> int:
+        """Epochs that were asked for of what it went on from."""
+        return self.parent.epochs_in_all if self.origin else 0
+
+    @property
+    def variant(self) -> Variant:
+        """The options that set it apart from the published run on these images, and their values."""
+        differing = differing_options(self.options, self.epochs_before)
+        if self.spec.processes > 1 and not self.options.sync_bn:
+            differing["processes"] = self.spec.processes  # each of which normalised its own part of a batch
+        if self.options.init_from:
+            differing["init_from"] = str(self.origin or short_path(self.options.init_from))
+        return tuple(sorted(differing.items()))
+
+    @property
+    def setting(self) -> tuple:
+        """What two runs must share to be compared: images, epochs, and how many images trained and validated."""
+        options, spec = self.options, self.spec
+        epochs = self.epochs_before + options.epochs
+        images = options.quick, options.train_subset, spec.val_images, spec.image_size
+        return self.data_title, epochs, *images, spec.fingerprint
+
+    @property
+    def machine(self) -> tuple[str, str, str]:
+        """Device; number format and whatever else changes time and memory alone; version of torch."""
+        usual, spec = Options(), self.spec
+        costs = [
+            f"{name} {config.show(getattr(self.options, name))}"
+            for name in ("loader", "memory", "no_compile")
+            if getattr(self.options, name) != getattr(usual, name)
+        ]
+        processes = [f"{spec.processes} processes"] if spec.processes > 1 else []
+        computed = ", ".join([spec.dtype, *costs, *processes])
+        return self.device_name, computed, self.versions.get("torch") or "unknown"
+
+
+class Epoch(Record):
+    """A line of metrics.jsonl. Losses are mean cross-entropies; the times are of training and evaluation."""
+
+    epoch: Annotated[int, Field(ge=1, le=10**6)]
+    lr: Positive
+    train_loss: Number
+    train_acc: Percent
+    test_loss: Number | None  # None where there was no test, or the loss was not finite
+    test_acc: Percent | None
+    test_top5_acc: Percent | None = None
+    val_loss: Number | None = None
+    val_acc: Percent | None = None
+    epoch_s: Positive
+    images_per_s: Positive | None  # of training alone
+
+
+class Summary(Record):
+    """summary.json: how a run ended, and what it reached."""
+
+    status: Literal["done", "diverged", "failed", "interrupted"]
+    why: Text | None
+    data: Text
+    data_title: Text
+    arch: Text
+    mode: Text
+    seed: Seed
+    variant: Variant
+    params_total: Annotated[int, Field(ge=1, le=2**62)]
+    params_trained: Count
+    final_test_acc: Percent | None
+    best_test_acc: Percent | None
+    final_test_top5_acc: Percent | None = None
+    chosen_epoch: Annotated[int, Field(ge=1, le=10**6)] | None = None  # by validation images
+    chosen_test_acc: Percent | None = None
+    best_val_acc: Percent | None = None
+    epochs_done: Epochs
+    train_s: Positive
+    startup_s: Positive
+    peak_memory_bytes: Count | None
+    checkpoint_bytes: Count | None
+    full_bytes: Annotated[int, Field(ge=1, le=2**62)]
+    frozen_sha256: Sha256
+
+
+class Histogram(Record):
+    """How many of `count` values lie between an edge (included) and the next."""
+
+    count: Annotated[int, Field(ge=1, le=2**62)]
+    edges: tuple[Number, ...]
+    counts: tuple[Count, ...]
+
+    @pydantic.model_validator(mode="after")
+    def _fits(self) -> "Histogram":
+        if list(self.edges) != sorted(set(self.edges)):
+            raise ValueError("its edges do not increase")
+        if not 0 < len(self.counts) == len(self.edges) - 1 or sum(self.counts) > self.count:
+            raise ValueError("its counts do not fit its edges and its count")
+        return self
+
+
+class Gammas(Histogram):
+    share_near_zero: Share  # of magnitude under 0.01
+
+
+class Silence(Histogram):
+    """Of each channel of each ReLU, the share of (image, position) pairs at which it gives 0."""
+
+    silent: Share  # of channels that always do
+    silent_99: Share  # of channels that do so more than 99 % of the time
+
+
+class Pruned(Record):
+    """Test accuracy once every gamma of a magnitude under `threshold` is set to zero."""
+
+    threshold: Positive
+    zeroed: Share  # of all gammas
+    test_acc: Percent
+
+
+class Analysis(Record):
+    """analysis.json: what BatchNorm has learned."""
+
+    gamma: Gammas
+    pruned: Annotated[tuple[Pruned, ...], Field(min_length=1)]
+    relu: Silence
+    test_acc: Percent
+    images: Count
+    frozen_sha256: Sha256
+
+
+R = TypeVar("R", bound=Record)
+
+
+def read_text(file: Path) -> str | None:
+    """The text of a file of a run; None where there is none. RunError for a link, a pipe or an enormous file."""
+    try:
+        info = file.lstat()
+        if not stat.S_ISREG(info.st_mode) or info.st_size > 2**26:
+            raise RunError(f"{file} is not a plain file of a run's size")
+        return file.read_text()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"{file} cannot be read ({error})") from None
+
+
+def parse(kind: type[R], text: str | bytes, where: object) -> R:
+    """A record from its JSON text. RunError, naming `where` and the field, for what does not fit the schema."""
+    try:
+        return kind.model_validate_json(text)
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, first["loc"]))
+        found = (
+            "" if first["type"] == "missing" or not field else f" (it is {str(first.get('input'))[:40]!r})"
+        )
+        what = printable(f"{where}: {field + ': ' if field else ''}{first['msg']}{found}")
+        raise RunError(what) from None
+    except ValueError as error:
+        raise RunError(f"{where}: {error}") from None
+
+
+def read(folder: Path, name: str, kind: type[R]) -> R | None:
+    """The record in the file `name` of a run folder; None where there is none. RunError where it does not
+    fit.
+    """
+    text = read_text(folder / name)
+    return None if text is None else parse(kind, text, folder / name)
+
+
+def read_epochs(folder: Path) -> list[Epoch]:
+    """The epochs of metrics.jsonl, [] where there is none. RunError where a line does not fit."""
+    rows = []
+    for number, line in enumerate((read_text(folder / "metrics.jsonl") or "").splitlines(), start=1):
+        rows.append(parse(Epoch, line, f"{folder / 'metrics.jsonl'}, line {number}"))
+        if rows[-1].epoch != number:
+            raise RunError(f"{folder / 'metrics.jsonl'}: line {number} is of epoch {rows[-1].epoch}")
+    return rows
+
+
+# ---- what a run is ----
+
+
+def run_name(options: Options, data: str, seed: str | None = None) -> str:
+    """The run folder's name: data, arch, mode, seed, then each option that differs from its default.
+
+    At most 100 characters: where more would be needed, a digest stands for the end. `seed` stands for the
+    run's own in the name of several runs, and is then not counted.
+    """
+    usual = config.defaults(options.preset, options.quick)
+    differing = {"quick": True} if options.quick else {}
+    differing |= {"preset": options.preset} if options.preset else {}
+    for name in config.FIELDS:
+        value = getattr(options, name)
+        if name not in _NAMED_FIRST | config.names("logistics") and value != getattr(usual, name):
+            differing[name] = _shortened(short_path(value), 24) if name == "init_from" else value
+    more = _joined([n if v is True else f"{n}{_plain(v)}" for n, v in differing.items()])
+    base = _joined([_shortened(data, 24), options.arch, options.mode, "s"])
+    more = _shortened(more, LONGEST_NAME - len(base) - LONGEST_SEED - 1)
+    return "-".join(filter(None, [f"{base}{options.seed if seed is None else seed}", more]))
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, tuple):
+        return "_".join(map(_plain, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _joined(parts: Sequence[str]) -> str:
+    return "-".join("".join(c if c.isalnum() or c in "._+" else "_" for c in part) for part in parts)
+
+
+def _shortened(text: str, longest: int) -> str:
+    """`text`, or of a longer one its beginning and eight digits of its SHA-256."""
+    whole = text.encode()
+    if len(whole) <= longest:
+        return text
+    return f"{whole[: longest - 9].decode(errors='ignore')}-{hashlib.sha256(whole).hexdigest()[:8]}"
+
+
+def short_path(init_from: str) -> str:
+    """What --init-from is called in a run's name: the run's folder, or the file without its suffix."""
+    path = Path(init_from)
+    path = path.parent if path.name == CHECKPOINT else path
+    return path.stem if path.suffix in (".safetensors", ".pt", ".pth") else path.name
+
+
+def differing_options(options: Options, epochs_before: int = 0) -> dict[str, object]:
+    """The options that set a run apart from the published one of as many epochs, whose learning rate falls
+    after half and three quarters of them. It came after `epochs_before` epochs of its parent runs.
+    """
+    usual = dataclasses.replace(config.defaults(options.preset, options.quick), preset=None)
+    differing = {
+        name: getattr(options, name)
+        for name in sorted(config.names("variant"))
+        if getattr(options, name) != getattr(usual, name)
+    }
+    if options.schedule == "step":
+        epochs = epochs_before + options.epochs
+        milestones = tuple(epochs_before + m for m in options.milestones if m < options.epochs)
+        if milestones != (epochs // 2, 3 * epochs // 4):
+            differing["milestones"] = milestones
+    return differing
+
+
+def variant_text(variant: Variant) -> str:
+    """`lr 0.05, milestones 2 3`"""
+    return ", ".join(f"{name} {config.show(value)}" for name, value in variant)
+
+
+def parent_path(options: Options) -> str:
+    """What --init-from names for this seed. RunError where there is no such thing."""
+    path = options.init_from.replace("{seed}", str(options.seed))
+    if not Path(path).exists():
+        raise RunError(f"--init-from {path}: there is no such file or run")
+    return path
+
+
+def read_parent(init_from: str | None) -> Parent | None:
+    """The parent run that --init-from names; None for weights alone, or a run that is damaged or has no
+    results.
+    """
+    folder = Path(init_from or "")
+    folder = folder.parent if folder.name == CHECKPOINT else folder
+    if not init_from or not (folder / "config.json").is_file():
+        return None
+    try:
+        of, summary = read(folder, "config.json", Config), read(folder, "summary.json", Summary)
+        epoch_s = [row.epoch_s for row in read_epochs(folder)]
+    except RunError:
+        return None
+    if summary is None or not epoch_s:
+        return None
+    before = of.parent if of.origin else None
+    seconds = summary.epochs_done * statistics.median(epoch_s)
+    val_images = of.spec.val_images
+    if before:
+        alike = before.device_name == of.device_name and before.seconds_in_all is not None
+        seconds = before.seconds_in_all + seconds if alike else None
+        if (before.seed, before.val_images) != (of.options.seed, val_images):
+            val_images = 0
+    return Parent(
+        run=folder.resolve().name,
+        mode=of.options.mode,
+        seed=of.options.seed,
+        variant=tuple(option for option in of.variant if option[0] != "processes"),
+        epochs=of.options.epochs,
+        epochs_in_all=of.options.epochs + (before.epochs_in_all if before else 0),
+        epochs_done_in_all=summary.epochs_done + (before.epochs_done_in_all if before else 0),
+        seconds_in_all=seconds,
+        device_name=of.device_name,
+        test_acc=summary.final_test_acc,
+        fingerprint=of.spec.fingerprint,
+        train_subset=of.options.train_subset,
+        val_images=val_images,
+        processes=of.spec.processes,
+        quick=of.options.quick,
+    )
+
+
+def versions() -> dict[str, str | None]:
+    """What a result may depend on: the versions of Python, CUDA and packages; None for what is not installed."""
+    found = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    for package in ("torch", "triton", "ffcv", "numpy"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of this code, "-dirty" if it was changed since; None where git does not know."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        asked = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return None
+    return asked.stdout.strip() or None
+
+
+# ---- the folder ----
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -57,21 +508,6 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
-
-
-def read_json(path: Path) -> dict | None:
-    """The object in a JSON file; None where there is no such file. RunError where it holds no object."""
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise RunError(
-            f"{path} cannot be read ({error}); delete it, or start again with --overwrite"
-        ) from None
-    if not isinstance(content, dict):
-        raise RunError(f"{path} holds no JSON object; delete it, or start again with --overwrite")
-    return content
 
 
 def run_folders(given: Sequence[str | Path], say: Callable[[str], None]) -> Iterator[tuple[Path, str]]:
@@ -99,20 +535,8 @@ def run_folders(given: Sequence[str | Path], say: Callable[[str], None]) -> Iter
                     yield here, str(here.relative_to(top)) if here != top else here.resolve().name
 
 
-def read_rows(path: Path) -> list[dict]:
-    """The epochs of a run folder's metrics.jsonl, as far as they are whole."""
-    rows = []
-    with suppress(OSError, ValueError):
-        for line in (path / "metrics.jsonl").read_text().splitlines():
-            row = json.loads(line)
-            if not isinstance(row, dict) or not isinstance(row.get("epoch_s"), float):
-                break
-            rows.append(row)
-    return rows
-
-
 def in_use(path: Path) -> bool:
-    """Whether a process has this run folder open; lookers need no right to write, nor see each other."""
+    """Whether a process has this run folder open. Whoever looks needs no right to write there."""
     try:
         with open(path / ".lock", "rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -124,72 +548,73 @@ def in_use(path: Path) -> bool:
 
 
 class Run:
-    """One run's folder, as `with open_run(...) as run:` gives it."""
+    """One run's folder, as `with open_run(...) as run:` gives it. With `writes` False it is only read."""
 
-    def __init__(self, path: Path):
-        self.path = path
-        self.rows: list[dict] = []
+    def __init__(self, path: Path, writes: bool = True):
+        self.path, self.writes = path, writes
+        self.rows: list[Epoch] = []
+
+    @property
+    def config(self) -> Config | None:
+        return read(self.path, "config.json", Config)
+
+    @property
+    def summary(self) -> Summary | None:
+        return read(self.path, "summary.json", Summary)
 
     @property
     def status(self) -> str | None:
         """done, diverged, failed or interrupted; None where the run never came to an end."""
-        return (self.summary or {}).get("status")
-
-    @property
-    def summary(self) -> dict | None:
-        return read_json(self.path / "summary.json")
-
-    @property
-    def config(self) -> dict | None:
-        return read_json(self.path / "config.json")
+        summary = self.summary
+        return summary and summary.status
 
     def write(self, name: str, content: bytes | str) -> None:
-        write_atomically(self.path / name, content)
+        if self.writes:
+            write_atomically(self.path / name, content)
 
-    def write_json(self, name: str, content: dict) -> None:
-        self.write(name, json.dumps(content, indent=1, allow_nan=False) + "\n")
-
-    def refuse_another(self, config: dict, ignoring: set[str]) -> None:
-        """RunError where the folder holds another run than the one that `config` describes."""
-        before = self.config
+    def refuse_another(self, config_now: Config, ignoring: set[str]) -> None:
+        """RunError where the folder holds another run than the one that `config_now` describes."""
+        again = "start again with --overwrite"
+        try:
+            before = self.config
+        except RunError as error:
+            raise RunError(f"{error};\n{again}") from None
         if before is None and (self.path / "last.pt").exists():
-            raise RunError(f"{self.path} has no config.json; start again with --overwrite")
-        for part in ("options", "recipe", "frozen") if before is not None else ():
-            if not isinstance(before.get(part), dict):
-                raise RunError(f"{self.path / 'config.json'} is damaged; start again with --overwrite")
-            for name, value in config[part].items():
-                was = before[part].get(name, value)  # an option that did not exist then had its default
-                if was != value and name not in ignoring:
-                    what = f"{self.path} was run with {name} {was}, not {value}"
+            raise RunError(f"{self.path} has no config.json; {again}")
+        for was, now in [] if before is None else _compared(before, config_now):
+            for name, value in now.items():
+                if was[name] != value and name not in ignoring:
+                    what = f"{self.path} was run with {name} {was[name]}, not {value}"
                     raise RunError(f"{what};\nuse --overwrite or another --out")
 
-    def start(self, config: dict) -> None:
+    def begin(self, config_now: Config) -> None:
         """Write the configuration, and take back how an earlier attempt ended."""
-        self.write_json("config.json", config)
-        (self.path / "summary.json").unlink(missing_ok=True)
+        self.write("config.json", config_now.to_json())
+        if self.writes:
+            (self.path / "summary.json").unlink(missing_ok=True)
 
-    def end_epoch(self, row: dict, state: dict) -> None:
+    def end_epoch(self, row: Epoch, state: dict) -> None:
         """Keep one epoch's metrics, and `state` (tensors, numbers, lists and dicts of them) to resume from.
 
         last.pt goes first and holds the metrics too: killed between the two, a run loses nothing.
         """
         self.rows.append(row)
+        if not self.writes:
+            return
         beside = self.path / f".last.pt.{os.getpid()}"
         try:
-            torch.save({**state, "rows": self.rows}, beside)
+            torch.save({**state, "rows": [row.to_json(None) for row in self.rows]}, beside)
             os.replace(beside, self.path / "last.pt")
         except RuntimeError as error:  # what torch.save makes of a full disk
-            raise OSError(
-                f"{self.path / 'last.pt'} cannot be written: {str(error).splitlines()[0]}"
-            ) from None
+            why = str(error).splitlines()[0]
+            raise OSError(f"{self.path / 'last.pt'} cannot be written: {why}") from None
         finally:
             beside.unlink(missing_ok=True)
         self.write_metrics()
 
     def write_metrics(self) -> None:
-        """Replace the whole file: 160 short lines, and never half a line."""
-        lines = [json.dumps(row, allow_nan=False) + "\n" for row in self.rows]
-        self.write("metrics.jsonl", "".join(lines))
+        """Replace the whole file: a few hundred short lines, and never half a line."""
+        self.write("metrics.jsonl", "".join(row.to_json(None) for row in self.rows))
 
     def load_last(self) -> dict | None:
         """What `end_epoch` last kept, or None; the metrics are set back to it. Runs no code from the file."""
@@ -198,36 +623,31 @@ class Run:
             return None
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            self.rows = list(state.pop("rows"))
+            self.rows = [parse(Epoch, row, path) for row in state.pop("rows")]
         except Exception as error:  # unpickling rubbish fails in many ways
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise RunError(
-                f"{path} cannot be resumed from ({reason});\nstart again with --overwrite"
-            ) from None
+            raise self.unusable(error) from None
         self.write_metrics()
         return state
 
-    def finish(self, summary: dict) -> None:
+    def unusable(self, error: Exception) -> RunError:
+        """What to raise where last.pt turns out to be rubbish."""
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return RunError(
+            f"{self.path / 'last.pt'} cannot be resumed from ({reason});\nstart again with --overwrite"
+        )
+
+    def finish(self, summary: Summary) -> None:
         """Write the summary; a run that is done needs no `last.pt` any more."""
-        self.write_json("summary.json", summary)
-        if summary["status"] == "done":
+        self.write("summary.json", summary.to_json())
+        if self.writes and summary.status == "done":
             (self.path / "last.pt").unlink(missing_ok=True)
 
 
-class Onlooker(Run):
-    """The folder of a run that another process writes: this one only reads it."""
-
-    def write(self, name: str, content: bytes | str) -> None:
-        pass
-
-    def start(self, config: dict) -> None:
-        pass
-
-    def end_epoch(self, row: dict, state: dict) -> None:
-        self.rows.append(row)
-
-    def finish(self, summary: dict) -> None:
-        pass
+def _compared(before: Config, now: Config) -> Iterator[tuple[dict, dict]]:
+    yield dataclasses.asdict(before.options), dataclasses.asdict(now.options)
+    yield before.spec.model_dump(), now.spec.model_dump()
+    for name in ("frozen_sha256", "initial_sha256"):
+        yield {name: getattr(before, name)}, {name: getattr(now, name)}
 
 
 @contextmanager
@@ -236,12 +656,12 @@ def open_run(
 ) -> Iterator[Run]:
     """The folder `root/name`, made if need be and locked against other processes until the `with` block ends.
 
-    An existing run is refused (RunError) unless `resume` (go on, or show what is done) or `overwrite`
-    (start again). Without `writes`, an Onlooker at what another process has opened.
+    An existing run is refused (RunError) unless `resume` (go on, or show what is done) or `overwrite` (start
+    again). Without `writes`, a look at what another process of the same run has opened.
     """
     path = Path(root) / name
     if not writes:
-        yield Onlooker(path)
+        yield Run(path, writes=False)
         return
     lock = FileLock(path / ".lock")
     try:

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import platform
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,23 @@ def choose(name: str = "auto") -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise DeviceError("--device cuda: torch finds no CUDA GPU here; leave it out, or give --device cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def maker_name(device: torch.device) -> str:
+    """The name that its maker gives the device; of a CPU without one, the architecture."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpu_info = Path("/proc/cpuinfo")
+    lines = cpu_info.read_text().splitlines() if cpu_info.exists() else []
+    named = [line.split(": ")[1] for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.machine()
+
+
+def device_name(device: torch.device, runs_on_it: int = 1) -> str:
+    """The device, and what of it a run has: times of runs with other names do not compare."""
+    threads = [f"{torch.get_num_threads()} threads"] if device.type == "cpu" else []
+    beside = [f"{runs_on_it} runs side by side"] if runs_on_it > 1 else []
+    return ", ".join([maker_name(device), *threads, *beside])
 
 
 def default_dtype(device: torch.device) -> str:
