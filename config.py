@@ -16,9 +16,7 @@ import progress
 from datasets import augment
 from kernels import device
 
-# The optimisers of torch.optim, in lower case, and the options that each of them takes besides lr and
-# weight_decay.
-OPTIMIZERS = {"sgd": ("momentum",), "adam": ()}
+OPTIMIZERS = ("sgd", "adam")  # of torch.optim, in lower case
 
 # --preset: other defaults, all at once. `best` reached the most on validation images in the short runs of
 # results/. 000-1 to 000-3 are the experiments of a Keras study of ResNet-50, except that validation images
@@ -91,7 +89,7 @@ class Options:
         "stands for the run's seed")
     reset_bn: bool = option(False, "draw gamma, beta and statistics anew after --init-from")
 
-    optimizer: str = option("sgd", "the optimiser of what trains", choices=tuple(OPTIMIZERS))
+    optimizer: str = option("sgd", "the optimiser of what trains", choices=OPTIMIZERS)
     lr: float = option(0.1, "learning rate", limits=(1e-30, 1e9))
     momentum: float = option(0.9, "SGD momentum", limits=RATE)
     weight_decay: float = option(1e-4, "weight decay of everything that trains", limits=RATE)

@@ -1,12 +1,14 @@
 """What a person sees: live bars, or a line per epoch into a file or pipe; notes, errors and exit statuses."""
 
 import argparse
+import contextlib
+import importlib
 import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from rich.console import Console
@@ -115,18 +117,18 @@ class Bars:
 
 
 class Display:
-    """The progress of one run of `epochs` epochs, `done` of which are behind it.
+    """The progress of one run of `epochs` epochs; `label` stands on every line."""
 
-    `what` names its data, and that it is quick, on every line.
-    """
-
-    def __init__(self, bars: Bars, title: str, what: str, epochs: int, steps_per_epoch: int, done: int):
-        self.bars, self.console, self.what, self.epochs = bars.live, bars.console, what, epochs
+    def __init__(self, bars: Bars, label: str, epochs: int, steps_per_epoch: int):
+        self.bars, self.console, self.label, self.epochs = bars.live, bars.console, label, epochs
         self.live = not self.bars.disable
-        self.console.say(title)
-        self.run_bar = self.bars.add_task(what, total=epochs * steps_per_epoch, text="")
-        self.bars.update(self.run_bar, completed=done * steps_per_epoch)
+        self.run_bar = self.bars.add_task(label, total=epochs * steps_per_epoch, text="")
         self.epoch_bar = self.bars.add_task("epoch", total=steps_per_epoch, text="", visible=bars.runs == 1)
+        self.steps_per_epoch = steps_per_epoch
+
+    def begin(self, title: str, epochs_done: int) -> None:
+        self.console.say(title)
+        self.bars.update(self.run_bar, completed=epochs_done * self.steps_per_epoch)
 
     def start_epoch(self, epoch: int) -> None:
         self.bars.reset(self.epoch_bar, description=f"epoch {epoch}/{self.epochs}")
@@ -155,7 +157,78 @@ class Display:
         if not self.live:
             rate = f"{row.images_per_s:,.0f} images/s" if row.images_per_s else ""
             epoch = f"epoch {row.epoch}/{self.epochs}  lr {row.lr:.4g}"
-            self.console.say(f"[{self.what}] {epoch}  {text}  {row.epoch_s:.1f} s  {rate}".rstrip())
+            self.console.say(f"[{self.label}] {epoch}  {text}  {row.epoch_s:.1f} s  {rate}".rstrip())
+
+
+class Clock:
+    """How long a run takes: its start-up, until its first steps, which compile, are done; and every epoch.
+
+    `began` is time.perf_counter() at the start of the process.
+    """
+
+    def __init__(self, began: float):
+        self.process_began, self.startup_s, self.train_s = began, 0.0, 0.0
+        self.starting = True  # in this process
+
+    def start_epoch(self) -> None:
+        self.began, self.untimed_images, self.evaluation_s = time.perf_counter(), 0, 0.0
+
+    def started(self, images: int) -> None:
+        """The first steps are done, with `images` images: the epoch's time counts from here."""
+        self.starting, self.untimed_images, self.began = False, images, time.perf_counter()
+        self.startup_s += self.began - self.process_began
+
+    def trained(self, images: int) -> float | None:
+        """An epoch's training is over, with `images` images: its rate in images/s, if any of it was timed."""
+        self.training_s, images = time.perf_counter() - self.began, images - self.untimed_images
+        return images / self.training_s if images else None
+
+    @contextlib.contextmanager
+    def evaluating(self, compiles: bool) -> Iterator[None]:
+        """An evaluation, which counts as start-up where it compiles."""
+        began = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - began
+        if compiles:
+            self.startup_s += seconds
+        else:
+            self.evaluation_s += seconds
+
+    def end_epoch(self) -> float:
+        """The epoch's seconds, evaluation included."""
+        epoch_s = self.training_s + self.evaluation_s
+        self.train_s += epoch_s
+        return epoch_s
+
+
+class Tracker:
+    """A tracker of experiments beside the run's own files: wandb or trackio, whose interface is the same.
+
+    `log` names it; None is no tracker. `described` is the run's configuration, a record.
+    """
+
+    def __init__(self, log: str | None, name: str, described):
+        config = described.model_dump(mode="json")
+        self.run = (
+            import_tracker(log).init(project="batchnorm-only", name=name, config=config) if log else None
+        )
+
+    def log(self, row, epoch: int) -> None:
+        if self.run:
+            self.run.log(row.model_dump(exclude_none=True), step=epoch)
+
+    def finish(self, summary) -> None:
+        if self.run:
+            self.run.log({f"summary/{k}": v for k, v in summary.model_dump(exclude_none=True).items()})
+            self.run.finish()
+
+
+def import_tracker(name: str):
+    """The module that --log names. UsageError where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise UsageError(f"--log {name}: it is not installed; pip install {name}, or leave it out") from None
 
 
 def show_results(folder: str, result, epochs: int, quick: bool) -> None:

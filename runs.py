@@ -70,7 +70,8 @@ Seed = Annotated[int, Field(ge=0, le=2**64 - 1)]
 Epochs = Annotated[int, Field(ge=0, le=10**6)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Value = Text | int | float | bool | None
-Variant = tuple[tuple[Text, Value | tuple[Value, ...]], ...]  # options that set a run apart, sorted by name
+Variant = dict[Text, Value | tuple[Value, ...]]  # options that set a run apart, in the order of their names
+Pairs = tuple[tuple[str, object], ...]  # the same, as what can be a key
 
 
 class Record(pydantic.BaseModel):
@@ -137,7 +138,7 @@ class Origin(NamedTuple):
 
     epochs: int
     mode: str
-    variant: Variant
+    variant: Pairs
     seed: int | None  # where it is another than the run's
 
     def __str__(self) -> str:
@@ -172,9 +173,9 @@ class Config(Record):
             "val_images": spec.val_images,
             "processes": spec.processes,
         }
-        other = [(name, getattr(parent, name)) for name in own if getattr(parent, name) != own[name]]
+        other = {name: getattr(parent, name) for name in own if getattr(parent, name) != own[name]}
         seed = None if parent.seed == options.seed else parent.seed
-        return Origin(parent.epochs, parent.mode, tuple(sorted((*parent.variant, *other))), seed)
+        return Origin(parent.epochs, parent.mode, tuple(sorted((parent.variant | other).items())), seed)
 
     @property
     def epochs_before(self) -> int:
@@ -182,7 +183,7 @@ class Config(Record):
         return self.parent.epochs_in_all if self.origin else 0
 
     @property
-    def variant(self) -> Variant:
+    def variant(self) -> Pairs:
         """The options that set it apart from the published run on these images, and their values."""
         differing = differing_options(self.options, self.epochs_before)
         if self.spec.processes > 1 and not self.options.sync_bn:
@@ -418,7 +419,7 @@ def differing_options(options: Options, epochs_before: int = 0) -> dict[str, obj
     return differing
 
 
-def variant_text(variant: Variant) -> str:
+def variant_text(variant: Pairs) -> str:
     """`lr 0.05, milestones 2 3`"""
     return ", ".join(f"{name} {config.show(value)}" for name, value in variant)
 
@@ -458,7 +459,7 @@ def read_parent(init_from: str | None) -> Parent | None:
         run=folder.resolve().name,
         mode=of.options.mode,
         seed=of.options.seed,
-        variant=tuple(option for option in of.variant if option[0] != "processes"),
+        variant={name: value for name, value in of.variant if name != "processes"},
         epochs=of.options.epochs,
         epochs_in_all=of.options.epochs + (before.epochs_in_all if before else 0),
         epochs_done_in_all=summary.epochs_done + (before.epochs_done_in_all if before else 0),

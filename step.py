@@ -1,58 +1,30 @@
-"""One optimisation step: forward, loss, backward, update; and the evaluation beside it.
+"""One optimisation step: forward, loss, backward, update; and the learning rate's schedule.
 
 Metrics stay on the device until they are asked for, so that nothing here waits for the GPU. There, the whole
-step, fetching its batch included, becomes a CUDA graph after a few steps, and the host only replays it; one
-that is shared among processes does not.
+step, fetching its batch included, becomes a CUDA graph after a few steps, and the host only replays it; a
+step that is shared among processes does not.
 """
 
-import ctypes
+import inspect
 import math
-import os
-import resource
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-import kernels
+from kernels.device import EAGER_CALLS, Captured, keep_freed_memory
 from kernels.distributed import ALONE, Group
-from kernels.reference import cache_folder
-
-torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; for speed there is bf16
-torch.backends.cudnn.benchmark = True  # shapes never change, so the fastest algorithm is worth looking for
-# What torch.compile makes is kept between runs, also where /tmp is not.
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-EAGER_STEPS = 3  # before a graph is captured: libraries set themselves up, kernels are compiled and chosen
-
-
-def default_dtype(device: torch.device) -> str:
-    """The fastest dtype the hardware has of its own: bf16, else fp16 on a GPU and fp32 on a CPU."""
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-    return "bf16" if getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() else "fp32"
-
-
-def keep_freed_memory() -> None:
-    """Have glibc reuse what was freed instead of returning it to the system: on a CPU a step's activations
-    would be new pages every time, filled with zeros first."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):  # another C library
-        return
-    mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its upper limit
-    mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
 class Schedule:
     """The learning rate of every step, and whether there is to be another epoch.
 
-    "step": times `gamma` after each of the `milestones` (in epochs); "cosine": half a cosine to `min_lr`;
-    "plateau": times `gamma`, down to `min_lr`, when the validation accuracy has not risen for `patience`
-    epochs (He et al. 2015, section 3.4); "constant". The first `warmup_epochs` rise linearly (Goyal et al.
-    2017). `stopped` is True once it has not risen for `early_stop` epochs.
+    "step": it is multiplied by `gamma` after each of the `milestones` (in epochs). "cosine": it falls along
+    half a cosine to `min_lr`. "plateau": it is multiplied by `gamma`, down to `min_lr`, whenever the
+    validation accuracy has not risen for `patience` epochs (He et al. 2015, section 3.4). "constant": it
+    stays. In the first `warmup_epochs` it rises linearly (Goyal et al. 2017). `stopped` becomes True once the
+    validation accuracy has not risen for `early_stop` epochs.
     """
 
     def __init__(
@@ -75,7 +47,7 @@ class Schedule:
         self.factor, self.best_acc, self.since_best, self.since_cut = 1.0, -math.inf, 0, 0
 
     def lr(self, step: int) -> float:
-        """The rate of step `step`, counted from 0 over the whole run."""
+        """The learning rate of step `step`, counted from 0 over the whole run."""
         if step < self.warmup_steps:
             return self.base_lr * (step + 1) / self.warmup_steps
         if self.kind == "step":
@@ -88,7 +60,8 @@ class Schedule:
         return max(self.base_lr * self.factor, self.min_lr) if self.kind == "plateau" else self.base_lr
 
     def epoch_ended(self, validation_acc: float) -> None:
-        """Take note of an epoch's validation accuracy; what is decided by accuracy is decided here."""
+        """Take note of an epoch's validation accuracy (percent), which decides on plateaus and on stopping.
+        """
         if validation_acc > self.best_acc:
             self.best_acc, self.since_best, self.since_cut = validation_acc, 0, 0
             return
@@ -109,7 +82,9 @@ class Schedule:
 
 
 def flatten(parameters: Sequence[nn.Parameter]) -> nn.Parameter:
-    """One vector of all `parameters`, which become views of it: one tensor to update, not hundreds."""
+    """One vector of all `parameters`, which become views of it, so that one tensor is updated and not
+    hundreds.
+    """
     flat = nn.Parameter(torch.cat([in_memory_order(p.detach()) for p in parameters]))
     for p, part in zip(parameters, flat.detach().split([p.numel() for p in parameters]), strict=True):
         if p.dim() == 4:
@@ -125,41 +100,37 @@ def in_memory_order(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.permute(0, 2, 3, 1) if tensor.dim() == 4 else tensor).reshape(-1)
 
 
-class Captured:
-    """A function without arguments or result, replayed from a CUDA graph after its first calls.
+def make_optimizer(
+    name: str, flat: nn.Parameter, lr: torch.Tensor, **options: float
+) -> torch.optim.Optimizer:
+    """The optimiser of torch.optim whose lower-case name is `name`, on one vector, at the rate in the tensor
+    `lr`.
 
-    It must read what changes between calls from tensors that stay where they are.
+    Of `options`, such as momentum, it gets those that it takes.
     """
-
-    def __init__(self, function: Callable[[], None], eager_calls: int = EAGER_STEPS):
-        self.function, self.eager_calls, self.graph = function, eager_calls, None
-
-    def __call__(self) -> None:
-        if self.eager_calls > 0:
-            self.eager_calls -= 1
-            return self.function()
-        if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            # On the run's own stream, whose cuBLAS workspace is in the graph; the default stream cannot be.
-            stream = torch.cuda.current_stream()
-            stream = None if stream == torch.cuda.default_stream() else stream
-            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
-                self.function()
-        self.graph.replay()
+    maker = {known.lower(): getattr(torch.optim, known) for known in torch.optim.__all__}[name]
+    options |= {"lr": lr, "fused": True, "capturable": flat.is_cuda}
+    taken = inspect.signature(maker).parameters.keys() & options.keys()
+    optimizer = maker([flat], **{name: options[name] for name in taken})
+    if optimizer.defaults.get(
+        "momentum"
+    ):  # torch leaves it unwritten where the first step in fp16 is skipped
+        optimizer.state[flat]["momentum_buffer"] = torch.zeros_like(flat.detach())
+    return optimizer
 
 
 class Step:
-    """One step of SGD (or Adam) on the trainable parameters of `model` alone.
+    """One step of an optimiser of torch.optim on the trainable parameters of `model` alone.
 
-    `dtype` is that of activations; `memory` is what is kept for backward ("lean", "recompute" or "stock", see
-    kernels.using); `compiled` means our own kernels and, on a GPU, a captured step. The trainable parameters
-    become views of one vector.
+    `model` is configured already (kernels.configure). `dtype` is that of activations. `momentum` and
+    `weight_decay` are for optimisers that have them. `compiled` captures the step on a GPU. The trainable
+    parameters become views of one vector.
 
     `group`: the processes that train the model together, each on its part of a batch. Gradients are averaged,
-    metrics are the whole batch's. BatchNorm normalises with the statistics of the part, as under torch's
-    DistributedDataParallel, and its running statistics are averaged after every epoch, which, as they move
-    linearly, is as good as after every step. With `sync_bn` it takes the whole batch: the step is that of one
-    process, up to rounding.
+    and metrics are those of the whole batch. BatchNorm normalises with the statistics of the part, as under
+    torch's DistributedDataParallel; its running statistics are averaged after every epoch, which is as good
+    as after every step because they move linearly. With `sync_bn` the model is configured to normalise over
+    the whole batch.
     """
 
     def __init__(
@@ -171,14 +142,12 @@ class Step:
         weight_decay: float = 1e-4,
         label_smoothing: float = 0.0,
         dtype: torch.dtype = torch.float32,
-        memory: str = "lean",
         compiled: bool = True,
         group: Group = ALONE,
         sync_bn: bool = False,
     ):
         self.model, self.dtype, self.label_smoothing = model, dtype, label_smoothing
-        self.group, self.synced = group, group if sync_bn and group.connected else None
-        self.memory, self.compiled = memory, compiled
+        self.group, self.averages_statistics = group, group.connected and not sync_bn
         self.device = next(model.parameters()).device
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -187,27 +156,21 @@ class Step:
         self.optimizer = None  # mode `none`: only BatchNorm's running statistics follow the data
         if self.trained:
             self.flat = flatten(self.trained)
-            settings = {"lr": self.lr, "weight_decay": weight_decay, "fused": True}
-            if optimizer == "adam":
-                captured = self.device.type == "cuda"
-                self.optimizer = torch.optim.Adam([self.flat], **settings, capturable=captured)
-            else:
-                self.optimizer = torch.optim.SGD([self.flat], **settings, momentum=momentum)
-                if momentum:  # torch leaves it unwritten where fp16's first step is skipped
-                    self.optimizer.state[self.flat]["momentum_buffer"] = torch.zeros_like(self.flat.detach())
-        # fp16 gradients underflow without it; elsewhere it does nothing
+            options = {"momentum": momentum, "weight_decay": weight_decay}
+            self.optimizer = make_optimizer(optimizer, self.flat, self.lr, **options)
+        # fp16 gradients underflow without it; with other dtypes it does nothing
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         zero = {"dtype": torch.int64, "device": self.device}
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.correct, self.first_bad_step = torch.zeros((), **zero), torch.zeros((), **zero)
         self.position = torch.zeros(1, **zero)  # of the step in its epoch
         self.loss, self.record = self._loss, _record
-        if compiled and self.device.type == "cuda":  # else two dozen launches of a few numbers each
+        if compiled and self.device.type == "cuda":  # instead of two dozen launches of a few numbers each
             torch._dynamo.config.recompile_limit = 64  # seeds side by side may each compile their own
             self.loss, self.record = (torch.compile(f, dynamic=False) for f in (self._loss, _record))
         self.captured, self.captured_from = None, None
         self.captures = compiled and self.device.type == "cuda" and not group.connected
-        self.warm_up_steps = EAGER_STEPS + 1 if self.captures else 1
+        self.warm_up_steps = EAGER_CALLS + 1 if self.captures else 1
         self.start_epoch()
 
     def start_epoch(self) -> None:
@@ -218,14 +181,16 @@ class Step:
         self.first_bad_step.fill_(-1)
 
     def epoch(self, loader, epoch: int, lrs: Sequence[float]) -> Iterator[None]:
-        """Train on every batch of `loader`'s epoch `epoch` (from 0), at the rate that `lrs` has for each;
-        yields after each step."""
+        """Train on every batch of `loader`'s epoch `epoch` (from 0), each at its learning rate in `lrs`.
+
+        Yields after each step.
+        """
         self.start_epoch()
         if not self.captures:
             for (images, labels), lr in zip(loader.epoch(epoch), lrs, strict=True):
                 self(images, labels, lr)
                 yield
-            if self.synced is None:
+            if self.averages_statistics:
                 buffers = self.model.named_buffers()
                 self.group.average_all([b for name, b in buffers if "running_" in name])
             return
@@ -260,7 +225,7 @@ class Step:
     def _step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
         with torch.set_grad_enabled(self.optimizer is not None):
             autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-            with kernels.using(self.memory, self.compiled, self.synced), autocast:
+            with autocast:
                 features = self.model.features(images)
             loss, correct = self.loss(features, labels)
         if self.optimizer is not None:
@@ -315,7 +280,7 @@ class Step:
 
 
 @torch.no_grad()
-def _record(
+def _record(  # never compiled on a CPU: torch 2.13 drops the sum of a float64 without dimensions there
     loss: torch.Tensor,
     correct: torch.Tensor,
     count: int,
@@ -330,83 +295,3 @@ def _record(
     loss_sum += loss.double() * count
     correct_sum += correct
     position += 1
-
-
-class Evaluation:
-    """Call it: loss and accuracy (percent) of `model` over every image of `loader`, each counted once.
-
-    `top5_acc` is then the percentage whose class is among the five likeliest, None of ten classes or fewer.
-    """
-
-    def __init__(self, model: nn.Module, loader, dtype: torch.dtype = torch.float32, compiled: bool = True):
-        self.model, self.loader, self.dtype, self.compiled = model, loader, dtype, compiled
-        self.device = next(model.parameters()).device
-        self.captured, self.starting = None, self.device.type == "cuda"
-        if compiled and self.device.type == "cuda" and loader.resident:
-            self.captured = Captured(self._batch_from_tensors, EAGER_STEPS)
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        zero = {"dtype": torch.int64, "device": self.device}
-        self.correct, self.among_five = torch.zeros((), **zero), torch.zeros((), **zero)
-        self.position = torch.zeros(1, **zero)
-        self.top5_acc = None
-
-    @torch.no_grad()
-    def __call__(self) -> tuple[float, float]:
-        self.model.eval()
-        self.starting = False
-        for metric in (self.loss_sum, self.correct, self.among_five, self.position):
-            metric.zero_()
-        if self.captured:
-            self.loader.start(0)
-            for _ in range(len(self.loader)):
-                self.captured()
-        else:
-            for images, labels in self.loader.epoch(0):
-                self._batch(images, labels, torch.ones_like(labels, dtype=torch.bool))
-        count = self.loader.num_images
-        if self.model.fc.out_features > 10:
-            self.top5_acc = 100 * int(self.among_five) / count
-        return float(self.loss_sum) / count, 100 * int(self.correct) / count
-
-    def _batch_from_tensors(self) -> None:
-        images, labels = self.loader.batch(self.position)
-        within = torch.arange(len(labels), device=self.device) < (
-            self.loader.num_images - self.position * self.loader.batch_size
-        )
-        self._batch(images, labels, within)
-
-    def _batch(self, images: torch.Tensor, labels: torch.Tensor, counted: torch.Tensor) -> None:
-        autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-        with kernels.using(compiled=self.compiled), autocast:
-            logits = self.model(images).float()
-        losses = F.cross_entropy(logits, labels, reduction="none")
-        self.loss_sum += torch.where(counted, losses, 0).double().sum()
-        self.correct += (counted & (logits.argmax(1) == labels)).sum()
-        if self.model.fc.out_features > 10:
-            likeliest = logits.topk(5).indices == labels[:, None]
-            self.among_five += (counted & likeliest.any(1)).sum()
-        self.position += 1
-
-
-def evaluation_batch_size(batch_size: int, image_size: int, device: torch.device) -> int:
-    """Images to evaluate at once: a GPU is not filled by a training batch of small ones."""
-    return max(batch_size, 1000) if device.type == "cuda" and image_size <= 64 else batch_size
-
-
-def forget_peak_memory(device: torch.device) -> None:
-    """Count a GPU's peak anew: starting up tries more than training needs."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory in use at once, by the whole process: the GPU's by torch's count, or on a CPU all."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether a GPU's memory or a CPU's was not enough; torch has a class of its own for the first only."""
-    said = ("can't allocate memory", "CUDA error: out of memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in said)

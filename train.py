@@ -19,297 +19,441 @@ import contextlib
 import dataclasses
 import functools
 import math
-import signal
-import sys
 from collections.abc import Generator
-from typing import Any
 
+import numpy as np
 import torch
 
+import checkpoint
+import config
 import data
 import freeze
-import loaders
+import kernels
 import models
-import progress as display
-import provenance
+import progress
 import runs
-import step as steps
-from config import LOGISTIC, OptionError, Options, parse_options
-from datasets.augment import AugmentError
-from kernels import distributed as processes
+from config import OptionError, Options
+from evaluation import Evaluation, Scores, evaluation_batch_size
+from kernels import device as devices
+from kernels import distributed
+from kernels.distributed import Group
+from step import Schedule, Step
 
-
-def open_data(each: list[Options], given: set[str]) -> tuple[list[Options], data.Dataset]:
-    """The data set; with --quick and no --data, the synthetic one where CIFAR-10 cannot be had."""
-    for options in each:
-        _ = options.init_from and provenance.start_path(options)  # before any download
-    options = each[0]
-    wanted = {"data_dir": options.data_dir, "image_size": options.image_size, "say": note}
-    try:
-        return each, data.open_dataset(options.data, **wanted)
-    except data.DataError as error:
-        if not options.quick or "data" in given:
-            raise
-        note(f"--quick takes synthetic images, for want of {options.data}: {str(error).splitlines()[0]}")
-    size = options.image_size if "image_size" in given else None
-    each = [dataclasses.replace(options, data="synthetic", image_size=size) for options in each]
-    return each, data.open_dataset("synthetic", **wanted | {"image_size": size})
-
-
-def note(line: str) -> None:
-    if processes.rank() == 0:  # which speaks for all that torchrun started
-        print(f"train.py: {line}", file=sys.stderr, flush=True)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# The run
-
-
-UNUSABLE = OptionError, data.DataError, models.ModelError, freeze.FreezeError, runs.RunError, AugmentError
+note = functools.partial(progress.note, "train.py")
 
 
 class RunFailed(Exception):
     """The run ended before its last epoch; the message says why."""
 
+    exit_status = 1
+
 
 class Interrupted(RunFailed):
-    """By Ctrl-C, or by a cluster's polite kill."""
+    """It was ended by Ctrl-C, or by a cluster's SIGTERM."""
 
 
-def train_epoch(
-    epoch: int, step: steps.Step, schedule: steps.Schedule, loader: Any, bars: display.Display, at: dict
-) -> Generator[None, None, dict]:
-    """One pass over the training images, yielding after each step: its metrics, without the evaluation's.
-
-    A process's first steps, which compile, count as start-up and not as training. Raises FloatingPointError,
-    naming epoch and step, at a loss that is not finite.
-    """
-    bars.start_epoch(epoch)
-    first_step, untimed_images, began = (epoch - 1) * len(loader), 0, time.perf_counter()
-    lrs = [schedule.lr(first_step + i) for i in range(len(loader))]
-    for i, _ in enumerate(step.epoch(loader, at["epochs_before"] + epoch - 1, lrs), start=1):
-        if not at["started"] and i == min(steps.EAGER_STEPS, len(loader)):
-            steps.forget_peak_memory(step.device)  # of trials; a graph's is counted as it is captured, next
-        starting = not at["started"] and i == min(step.warm_up_steps, len(loader))
-        looks = step.device.type == "cpu" or starting or i == len(loader)  # which on a GPU is to wait for it
-        if looks and (bad := step.diverged_at()) is not None:
-            raise FloatingPointError(
-                f"the loss is not finite at epoch {epoch}, step {bad + 1}; try a lower --lr"
-            )
-        if starting:
-            untimed_images, began = step.seen, time.perf_counter()
-            at |= {"started": True, "startup_s": at["startup_s"] + began - STARTED}
-        bars.step(step)
-        step.group.stop_together()
-        yield
-    train_loss, train_acc = step.metrics()
-    seconds, images = time.perf_counter() - began, step.seen - untimed_images
-    row = {"epoch": epoch, "lr": float(f"{lrs[0]:.6g}"), "train_loss": train_loss, "train_acc": train_acc}
-    return row | {"epoch_s": seconds, "images_per_s": images / seconds if images else None}
+# ---- the story of a run ----
 
 
 def train(
-    options: Options, dataset: data.Dataset, bars: display.Bars, group: processes.Group
+    options: Options, dataset: data.Dataset, bars: progress.Bars, group: Group
 ) -> Generator[None, None, runs.Run]:
     """One run, from the draw of the network to its summary; yields when it is ready, then after each step.
 
-    The processes of `group` go through it together. RunFailed where it ends early.
+    The processes of `group` go through it together. Returns the run; raises RunFailed where it ends early.
     """
-    device = torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
-    dtype_name = options.dtype or steps.default_dtype(device)
-    dtype, compiled = steps.DTYPES[dtype_name], not options.no_compile
-
-    # What a stranger needs, besides the trained tensors, to make the same network again
-    recipe = {key: getattr(options, key) for key in freeze.RECIPE if hasattr(options, key)}
-    recipe |= {"data": dataset.name, "fingerprint": dataset.fingerprint, "image_size": dataset.image_size}
-    recipe |= {key: list(getattr(dataset, key)) for key in ("classes", "mean", "std")}
-    recipe |= {"dtype": dtype_name, "device": device.type, "compile": compiled}
-    recipe |= {"processes": group.count}
-    start = None
-    if options.init_from:
-        recipe["init_from"] = provenance.start_path(options)
-        start = provenance.started_from(recipe["init_from"])
-    own_batch = options.batch_size // group.count
-    models.check_batches(options.arch, options.shortcut, own_batch, dataset.image_size)
-
     # The network at its seed's weights, of which only what the mode trains has gradients
-    model = freeze.create(recipe, say=note)
+    device = devices.choose(options.device)
+    split = share_out(options, dataset)
+    spec = network_spec(options, dataset, device, split, group)
+    parent = runs.read_parent(spec.init_from)
+    model = checkpoint.create(spec, note)
     frozen_sha256 = freeze.frozen_sha256(model)
-    weights = {"sha256": frozen_sha256}
-    weights |= {"initial_sha256": freeze.full_sha256(model)} if options.init_from else {}
+    initial_sha256 = freeze.full_sha256(model) if spec.init_from else None
     model.to(device, memory_format=torch.channels_last)
+    synced = group if options.sync_bn and group.connected else None
+    kernels.configure(model, options.memory, spec.compiled, synced)
 
-    # Batches, whose order and augmentation come from the seed and the epoch alone
-    rng = functools.partial(models.stream, options.seed)
-    val_split = options.val_split
-    if val_split is None and (options.schedule == "plateau" or options.early_stop):
-        val_split = data.tenth(dataset.train.labels)
-    train_on, validate_on = data.share_out(dataset.train.labels, rng, val_split, options.train_subset)
-    recipe |= {"train_images": len(train_on), "val_images": len(validate_on)}
-    knew = start and start["fingerprint"] == dataset.fingerprint
-    if knew and len(validate_on) and (start["seed"], start["val_images"]) != (options.seed, len(validate_on)):
-        apart = f"--seed {options.seed} --val-split {len(validate_on)}"
-        note(f"{start['run']} trained on images that validate here; better start from a run of {apart}")
-    batches = {"kind": options.loader, "device": device, "dtype": dtype, "compiled": compiled}
-    drawn = {"rng": rng, "augmented": options.augment, "subset": train_on}
-    drawn |= {"share": (group.rank, group.count)}
-    train_loader = loaders.make_loader(dataset, "train", batch_size=options.batch_size, **batches, **drawn)
-    batches["batch_size"] = steps.evaluation_batch_size(options.batch_size, dataset.image_size, device)
+    # Its batches, the step that trains on them, and what tests it
+    training = make_training(options, dataset, split, spec, model, group)
+    if parent:
+        training.epochs_before = parent.epochs_done_in_all
+        warn_of_known_images(parent, spec)
 
-    # The step, the course of its learning rate, and what it is tested on
-    settings = ("optimizer", "momentum", "weight_decay", "label_smoothing", "memory", "sync_bn")
-    settings = {key: getattr(options, key) for key in settings}
-    step = steps.Step(model, dtype=dtype, compiled=compiled, group=group, **settings)
-    settings = ("schedule", "lr", "epochs", "milestones", "gamma", "warmup_epochs")
-    settings += ("min_lr", "patience", "early_stop")
-    schedule = steps.Schedule(len(train_loader), **{key: getattr(options, key) for key in settings})
-    tests = {
-        "test": steps.Evaluation(model, loaders.make_loader(dataset, "test", **batches), dtype, compiled)
-    }
-    if len(validate_on):
-        loader = loaders.make_loader(dataset, "validation", subset=validate_on, **batches)
-        tests["val"] = steps.Evaluation(model, loader, dtype, compiled)
-    if options.schedule == "step" and min(options.milestones, default=0) >= options.epochs:
-        note(f"all of --milestones lie past the last epoch: the learning rate stays {options.lr:g}")
-
-    folder = options.out, provenance.cell_name(options, dataset.name), options.resume, options.overwrite
-    with runs.open_run(*folder, writes=group.leads) as run:
+    name = runs.run_name(options, dataset.name)
+    with runs.open_run(options.out, name, options.resume, options.overwrite, writes=group.leads) as run:
         group.wait()  # until the folder is open, or refused
-
-        # Where the run stopped, if it was run before
-        config = provenance.describe(options, recipe, start, weights, dataset)
-        alike = {"data", "compile", "init_from"} | ({"processes"} if options.sync_bn else set())
-        run.refuse_another(config, ignoring=LOGISTIC | alike)
+        described = describe(options, dataset, spec, parent, frozen_sha256, initial_sha256)
+        run.refuse_another(described, ignoring=may_differ(options))
         if run.status == "done":
             return run
-        at = {"epoch": 0, "train_s": 0.0, "startup_s": 0.0}
-        at["epochs_before"] = start["epochs_done"] if start else 0  # whose draws are used
-        if (state := run.load_last()) is not None:
-            at = restore(run, state, model, step, schedule)
-            config["started_from"] = run.config.get("started_from")  # as it was then
-            note(f"continuing {run.path} after epoch {at['epoch']}")
+        if training.resume(run):
+            described = described.model_copy(update={"parent": run.config.parent})  # as it was then
+            note(f"continuing {run.path} after epoch {len(run.rows)}")
         elif options.resume:
             note(f"no epoch of {run.path} is there to resume from: starting it")
-        if int(group.sum(torch.tensor(at["epoch"]))) != at["epoch"] * group.count:
-            raise runs.RunError(
-                f"--out {options.out}: not every process finds the same epochs there; share it"
-            )
-        at["started"] = False
+        refuse_disagreement(options, run, group)
         yield  # nothing is written before every run is known to be in order
-        run.start(config | {"device_name": provenance.device_name(device, bars.runs)})
-        title = f"{run.path}\n{options.arch}, {options.mode}, {dataset.title}"
-        what = f"{dataset.name} quick" if options.quick else dataset.name
-        what = what if bars.runs == 1 else f"{what} s{options.seed}"
-        progress = display.Display(bars, title, what, options.epochs, len(train_loader), at["epoch"])
 
-        # The epochs
-        ending, checkpoint = {"status": "failed", "why": "an unforeseen error"}, b""
+        described = described.model_copy(update={"device_name": devices.device_name(device, bars.runs)})
+        run.begin(described)
+        display = progress.Display(bars, label(options, dataset, bars), options.epochs, len(training.loader))
+        display.begin(f"{run.path}\n{options.arch}, {options.mode}, {dataset.title}", len(run.rows))
+        tracker = progress.Tracker(options.log if group.leads else None, run.path.name, described)
+        status, why, sealed = "failed", "an unforeseen error", b""
         try:
-            for epoch in range(at["epoch"] + 1, options.epochs + 1):
-                if schedule.stopped:
+            for epoch in range(len(run.rows) + 1, options.epochs + 1):
+                if training.schedule.stopped:
                     break
-                row = yield from train_epoch(epoch, step, schedule, train_loader, progress, at)
-                if "val" in tests:
-                    evaluate(tests["val"], "val", row, at)
-                    row["val_acc"] = group.agree(row["val_acc"])
-                    schedule.epoch_ended(row["val_acc"])
-                row |= {"test_loss": None, "test_acc": None}
-                ends = epoch == options.epochs or schedule.stopped
-                chosen = "val" in tests and schedule.since_best == 0  # the best so far
-                if epoch % options.eval_every == 0 or ends or chosen:
-                    evaluate(tests["test"], "test", row, at)
-                after = {"epoch": epoch, "train_s": at["train_s"] + row["epoch_s"]}
-                state = {"model": freeze.trained_state(model), "step": step.state_dict()}
-                run.end_epoch(row, state | {"schedule": schedule.state_dict(), "at": at | after})
-                at |= after
-                progress.end_epoch(row)
-            if run.rows[-1]["test_loss"] is None:
-                raise FloatingPointError("the last test loss is not finite; try a lower --lr")
+                row = yield from training.epoch(epoch, options, display)
+                run.end_epoch(row, training.state_dict())
+                display.end_epoch(row)
+                tracker.log(row, epoch)
             if freeze.frozen_sha256(model) != frozen_sha256:
                 raise AssertionError("frozen weights have changed")
-            checkpoint = freeze.seed_checkpoint(model, recipe, at["epoch"] * len(train_loader))
-            run.write(runs.CHECKPOINT, checkpoint)
-            why = f"no better validation accuracy for {options.early_stop} epochs"
-            ending = {"status": "done", "why": why if schedule.stopped else None}
-        except FloatingPointError as error:
-            ending = {"status": "diverged", "why": str(error)}
-        except ConnectionError as error:
-            ending["why"] = str(error)
-        except OSError as error:
-            ending["why"] = f"a file cannot be written: {error}"
-        except KeyboardInterrupt:
-            why = f"interrupted; --resume goes on after epoch {at['epoch']}"
-            ending = {"status": "interrupted", "why": why}
-        except RuntimeError as error:
-            if not steps.out_of_memory(error):
-                raise
-            ending["why"] = f"out of memory at --batch-size {options.batch_size}; try a smaller one"
+            if run.rows[-1].test_loss is None:
+                raise FloatingPointError("the last test loss is not finite; try a lower --lr")
+            sealed = checkpoint.seed_checkpoint(model, spec, len(run.rows) * len(training.loader))
+            run.write(runs.CHECKPOINT, sealed)
+            stopped = f"no better validation accuracy for {options.early_stop} epochs"
+            status, why = "done", stopped if training.schedule.stopped else None
+        except (Exception, KeyboardInterrupt) as error:
+            status, why = how_it_ended(error, options, run)
         finally:  # what came of it, also where an unforeseen error is passing through
-            total, trained = freeze.count(model)
-            summary = ending | {"params_total": total, "params_trained": trained}
-            summary |= results(run.rows, done=ending["status"] == "done")
-            summary |= {"epochs_done": at["epoch"], "peak_memory_bytes": steps.peak_memory_bytes(device)}
-            summary |= {key: at[key] for key in ("train_s", "startup_s")}
-            summary |= {"checkpoint_bytes": len(checkpoint) or None, "full_bytes": freeze.full_bytes(model)}
-            summary |= {"data_title": dataset.title, "frozen_sha256": frozen_sha256}
-            with contextlib.suppress(OSError if ending["status"] != "done" else ()):
-                run.finish(summary | config["options"] | {"data": dataset.name})
-        if ending["status"] == "interrupted":
-            raise Interrupted(f"{run.path}: {ending['why']}")
-        if ending["status"] != "done":
-            raise RunFailed(f"{run.path}: {ending['why']}")
+            summary = summarise(status, why, run, described, model, training.clock, len(sealed))
+            with contextlib.suppress(OSError if status != "done" else ()):
+                run.finish(summary)
+            tracker.finish(summary)
+        if status != "done":
+            raise (Interrupted if status == "interrupted" else RunFailed)(f"{run.path}: {why}")
         return run
 
 
-def evaluate(evaluation: steps.Evaluation, name: str, row: dict, at: dict) -> None:
-    """Put loss and accuracies in an epoch's `row`.
+@dataclasses.dataclass
+class Training:
+    """All that goes on from epoch to epoch, and what last.pt keeps of it."""
 
-    A loss that is not finite is None in test, which decides nothing; in validation, FloatingPointError.
+    model: torch.nn.Module
+    step: Step
+    schedule: Schedule
+    loader: data.Loader
+    test: Evaluation
+    validation: Evaluation | None
+    group: Group
+    clock: progress.Clock = dataclasses.field(default_factory=lambda: progress.Clock(STARTED))
+    epochs_before: int = 0  # of parent runs: their shuffles and crops are not drawn again
+
+    def epoch(
+        self, epoch: int, options: Options, display: progress.Display
+    ) -> Generator[None, None, runs.Epoch]:
+        """One pass over the training images, yielding after each step, and its evaluation: its metrics.
+
+        Raises FloatingPointError, naming epoch and step, at a loss that is not finite.
+        """
+        display.start_epoch(epoch)
+        self.clock.start_epoch()
+        first_step = (epoch - 1) * len(self.loader)
+        lrs = [self.schedule.lr(first_step + i) for i in range(len(self.loader))]
+        for i, _ in enumerate(self.step.epoch(self.loader, self.epochs_before + epoch - 1, lrs), start=1):
+            self.look(epoch, i)
+            display.step(self.step)
+            self.group.stop_together()
+            yield
+        train_loss, train_acc = self.step.metrics()
+        row = {
+            "epoch": epoch,
+            "lr": float(f"{lrs[0]:.6g}"),
+            "train_loss": train_loss,
+            "train_acc": train_acc,
+            "images_per_s": self.clock.trained(self.step.seen),
+            "test_loss": None,
+            "test_acc": None,
+        }
+        if self.validation:
+            scores = self.scores(self.validation)
+            if not math.isfinite(scores.loss):
+                raise FloatingPointError(
+                    f"the validation loss is not finite after epoch {epoch}; try a lower --lr"
+                )
+            row |= {"val_loss": scores.loss, "val_acc": self.group.agree(scores.acc)}
+            self.schedule.epoch_ended(row["val_acc"])
+        last = epoch == options.epochs or self.schedule.stopped
+        best = self.validation is not None and self.schedule.since_best == 0
+        if epoch % options.eval_every == 0 or last or best:
+            scores = self.scores(self.test)
+            row |= {"test_loss": scores.loss if math.isfinite(scores.loss) else None, "test_acc": scores.acc}
+            row |= {"test_top5_acc": scores.top5_acc} if scores.top5_acc is not None else {}
+        return runs.Epoch(**row, epoch_s=self.clock.end_epoch())
+
+    def look(self, epoch: int, steps: int) -> None:
+        """After each of an epoch's steps: whether start-up is over, and whether the loss is still finite."""
+        device, count = self.step.device, len(self.loader)
+        if self.clock.starting and steps == min(devices.EAGER_CALLS, count):
+            devices.reset_peak_memory(device)  # of trials; the graph's is counted as it is captured, next
+        started = self.clock.starting and steps == min(self.step.warm_up_steps, count)
+        if device.type == "cpu" or started or steps == count:  # on a GPU this waits for it
+            bad = self.step.diverged_at()
+            if bad is not None:
+                what = f"the loss is not finite at epoch {epoch}, step {bad + 1}"
+                raise FloatingPointError(f"{what}; try a lower --lr")
+        if started:
+            self.clock.started(self.step.seen)
+
+    def scores(self, evaluation: Evaluation) -> Scores:
+        with self.clock.evaluating(evaluation.compiles):
+            return evaluation()
+
+    def state_dict(self) -> dict:
+        return {
+            "model": freeze.trained_state(self.model),
+            "step": self.step.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "epochs_before": self.epochs_before,
+            "startup_s": self.clock.startup_s,
+            "train_s": self.clock.train_s,
+        }
+
+    def resume(self, run: runs.Run) -> bool:
+        """Put everything where the run's last epoch left it; False where there is none. RunError for rubbish."""
+        if (state := run.load_last()) is None:
+            return False
+        try:
+            if state["model"].keys() != freeze.trained_state(self.model).keys():
+                raise KeyError("its tensors are not those that this run trains")
+            self.model.load_state_dict(state["model"], strict=False)
+            self.step.load_state_dict(state["step"])
+            self.schedule.load_state_dict(state["schedule"])
+            self.epochs_before = int(state["epochs_before"])
+            self.clock.startup_s, self.clock.train_s = float(state["startup_s"]), float(state["train_s"])
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise run.unusable(error) from None
+        return True
+
+
+# ---- what the story is made of ----
+
+
+def share_out(options: Options, dataset: data.Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of the images to train on, and of those to validate on. DataError where there are too few."""
+    rng, labels, val_split = (
+        functools.partial(models.stream, options.seed),
+        dataset.train.labels,
+        options.val_split,
+    )
+    if val_split is None and (options.schedule == "plateau" or options.early_stop):
+        val_split = data.tenth(labels)
+    rng = functools.partial(models.stream, options.seed)
+    return data.share_out(labels, rng, val_split, options.train_subset)
+
+
+def network_spec(
+    options: Options, dataset: data.Dataset, device: torch.device, split: tuple, group: Group
+) -> runs.NetworkSpec:
+    """What rebuilds the network, besides its trained tensors. ModelError where it cannot take such batches."""
+    models.check_batches(
+        options.arch, options.shortcut, options.batch_size // group.count, dataset.image_size
+    )
+    same = (
+        "arch",
+        "mode",
+        "shortcut",
+        "conv_init",
+        "bn_init",
+        "seed",
+        "per_channel",
+        "reset_bn",
+        "batch_size",
+    )
+    return runs.NetworkSpec(
+        **{name: getattr(options, name) for name in same},
+        **{name: getattr(dataset, name) for name in ("fingerprint", "image_size", "classes", "mean", "std")},
+        init_from=runs.parent_path(options) if options.init_from else None,
+        data=dataset.name,
+        train_images=len(split[0]),
+        val_images=len(split[1]),
+        dtype=options.dtype or devices.default_dtype(device),
+        device=device.type,
+        compiled=not options.no_compile,
+        processes=group.count,
+    )
+
+
+def make_training(
+    options: Options,
+    dataset: data.Dataset,
+    split: tuple[np.ndarray, np.ndarray],
+    spec: runs.NetworkSpec,
+    model: torch.nn.Module,
+    group: Group,
+) -> Training:
+    """The batches, whose order and augmentation come from the seed and the epoch alone, and what works on
+    them.
     """
-    starting, began = evaluation.starting, time.perf_counter()
-    loss, row[f"{name}_acc"] = evaluation()
-    row[f"{name}_loss"] = loss if math.isfinite(loss) else None
-    if evaluation.top5_acc is not None:
-        row[f"{name}_top5_acc"] = evaluation.top5_acc
-    # A GPU's first one compiles and captures: start-up, like the first steps.
-    times, of = (at, "startup_s") if starting else (row, "epoch_s")
-    times[of] += time.perf_counter() - began
-    if name == "val" and not math.isfinite(loss):
-        why = f"the validation loss is not finite after epoch {row['epoch']}; try a lower --lr"
-        raise FloatingPointError(why)
+    device, dtype = torch.device(spec.device), devices.DTYPES[spec.dtype]
+    trains_on, validates_on = split
+    common = {"kind": options.loader, "device": device, "dtype": dtype, "compiled": spec.compiled}
+    loader = data.make_loader(
+        dataset,
+        "train",
+        batch_size=options.batch_size,
+        rng=functools.partial(models.stream, options.seed),
+        augmented=options.augment,
+        subset=trains_on,
+        share=(group.rank, group.count),
+        **common,
+    )
+
+    def evaluation(of: str, subset: np.ndarray | None = None) -> Evaluation:
+        batch_size = evaluation_batch_size(options.batch_size, dataset.image_size, device)
+        batches = data.make_loader(dataset, of, batch_size=batch_size, subset=subset, **common)
+        return Evaluation(model, batches, dtype, spec.compiled)
+
+    names = ("optimizer", "momentum", "weight_decay", "label_smoothing", "sync_bn")
+    settings = {name: getattr(options, name) for name in names}
+    step = Step(model, dtype=dtype, compiled=spec.compiled, group=group, **settings)
+    names = (
+        "schedule",
+        "lr",
+        "epochs",
+        "milestones",
+        "gamma",
+        "warmup_epochs",
+        "min_lr",
+        "patience",
+        "early_stop",
+    )
+    schedule = Schedule(len(loader), **{name: getattr(options, name) for name in names})
+    if options.schedule == "step" and min(options.milestones, default=0) >= options.epochs:
+        note(f"all of --milestones lie past the last epoch: the learning rate stays {options.lr:g}")
+    validation = evaluation("validation", validates_on) if len(validates_on) else None
+    return Training(model, step, schedule, loader, evaluation("test"), validation, group)
 
 
-def results(rows: list[dict], done: bool) -> dict:
-    """The accuracies of a run's summary: after the last epoch, the best on test images, which is no result,
-    and where there are validation images, what they chose."""
-    tested = [row for row in rows if row["test_acc"] is not None]
-    found = {"final_test_acc": rows[-1]["test_acc"] if done else None}
-    found["best_test_acc"] = max((row["test_acc"] for row in tested), default=None)
-    if done and "test_top5_acc" in rows[-1]:
-        found["final_test_top5_acc"] = rows[-1]["test_top5_acc"]
-    if rows and "val_acc" in rows[0]:
-        chosen = max(rows, key=lambda row: row["val_acc"])  # the first, of equals: it has been tested
-        found |= {"chosen_epoch": chosen["epoch"], "chosen_test_acc": chosen["test_acc"]}
-        found["best_val_acc"] = chosen["val_acc"]
-    return found
+def label(options: Options, dataset: data.Dataset, bars: progress.Bars) -> str:
+    """What stands before every line of a run: its images, that it is quick, its seed where there are several."""
+    return f"{dataset.name}{' quick' * options.quick}{f' s{options.seed}' * (bars.runs > 1)}"
 
 
-def train_side_by_side(each: list[Options], dataset: data.Dataset, group: processes.Group) -> None:
+def warn_of_known_images(parent: runs.Parent, spec: runs.NetworkSpec) -> None:
+    """Say so where the parent run has trained on images that validate here."""
+    apart = parent.seed, parent.val_images
+    if parent.fingerprint == spec.fingerprint and spec.val_images and apart != (spec.seed, spec.val_images):
+        better = f"--seed {spec.seed} --val-split {spec.val_images}"
+        note(f"{parent.run} trained on images that validate here; better start from a run of {better}")
+
+
+def describe(
+    options: Options,
+    dataset: data.Dataset,
+    spec: runs.NetworkSpec,
+    parent: runs.Parent | None,
+    frozen_sha256: str,
+    initial_sha256: str | None,
+) -> runs.Config:
+    """config.json, but for the device's name, which depends on how many runs share it."""
+    return runs.Config(
+        options=options,
+        spec=spec,
+        parent=parent,
+        data_title=dataset.title,
+        frozen_sha256=frozen_sha256,
+        initial_sha256=initial_sha256,
+        device_name=spec.device,
+        versions=runs.versions(),
+        git_commit=runs.git_commit(),
+    )
+
+
+def may_differ(options: Options) -> set[str]:
+    """What may differ from the run that is resumed: what does not change the result, or is compared
+    otherwise.
+    """
+    processes = set() if options.sync_bn else {"processes"}
+    return config.names("logistics") | {"data", "compiled", "init_from", "processes"} - processes
+
+
+def refuse_disagreement(options: Options, run: runs.Run, group: Group) -> None:
+    """RunError where the processes of a run do not see the same folder."""
+    if int(group.sum(torch.tensor(len(run.rows)))) != len(run.rows) * group.count:
+        raise runs.RunError(f"--out {options.out}: not every process finds the same epochs there; share it")
+
+
+def how_it_ended(error: BaseException, options: Options, run: runs.Run) -> tuple[str, str]:
+    """The status of a run that `error` ended, and why; an error that is none of a user's passes on."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", f"interrupted; --resume goes on after epoch {len(run.rows)}"
+    if isinstance(error, FloatingPointError):
+        return "diverged", str(error)
+    if isinstance(error, ConnectionError):
+        return "failed", str(error)
+    if isinstance(error, OSError):
+        return "failed", f"a file cannot be written: {error}"
+    if isinstance(error, RuntimeError) and progress.out_of_memory(error):
+        return "failed", f"out of memory at --batch-size {options.batch_size}; try a smaller one"
+    raise error
+
+
+def summarise(
+    status: str,
+    why: str | None,
+    run: runs.Run,
+    described: runs.Config,
+    model: torch.nn.Module,
+    clock: progress.Clock,
+    checkpoint_bytes: int,
+) -> runs.Summary:
+    """summary.json: accuracy after the last epoch, the best on test images, which is no result, and where
+    there are validation images, what they chose."""
+    rows, options, done = run.rows, described.options, status == "done"
+    total, trained = freeze.count(model)
+    top5, chosen = {}, {}
+    if done and rows[-1].test_top5_acc is not None:
+        top5 = {"final_test_top5_acc": rows[-1].test_top5_acc}
+    if rows and rows[0].val_acc is not None:
+        best = max(rows, key=lambda row: row.val_acc)  # the first, of equals: it has been tested
+        chosen = {"chosen_epoch": best.epoch, "chosen_test_acc": best.test_acc, "best_val_acc": best.val_acc}
+    return runs.Summary(
+        status=status,
+        why=why,
+        data=described.spec.data,
+        data_title=described.data_title,
+        arch=options.arch,
+        mode=options.mode,
+        seed=options.seed,
+        variant=dict(described.variant),
+        params_total=total,
+        params_trained=trained,
+        final_test_acc=rows[-1].test_acc if done else None,
+        best_test_acc=max((row.test_acc for row in rows if row.test_acc is not None), default=None),
+        **top5,
+        **chosen,
+        epochs_done=len(rows),
+        train_s=clock.train_s,
+        startup_s=clock.startup_s,
+        peak_memory_bytes=devices.peak_memory_bytes(torch.device(described.spec.device)),
+        checkpoint_bytes=checkpoint_bytes or None,
+        full_bytes=freeze.full_bytes(model),
+        frozen_sha256=described.frozen_sha256,
+    )
+
+
+# ---- several runs in one process, and the command ----
+
+
+def train_side_by_side(each: list[Options], dataset: data.Dataset, group: Group) -> None:
     """All runs, a step of each in turn; on a GPU each on a stream of its own, so that they fill it together.
 
-    One that fails does not stop the others. RunFailed, at the end, for the first that did.
+    One that fails does not stop the others. Raises, at the end, the RunFailed of the first that did.
     """
-    bars = display.Bars(len(each), shown=group.leads)
-    on_gpu = torch.cuda.is_available() and each[0].device != "cpu"
-    streams = [torch.cuda.Stream() if on_gpu else None for _ in each]
-    each = [train(options, dataset, bars, group) for options in each]
-    turns = list(zip(each, streams, strict=True))
+    bars, on_gpu = progress.Bars(len(each)), devices.choose(each[0].device).type == "cuda"
+    trainings = [train(options, dataset, bars, group) for options in each]
+    turns = [(training, torch.cuda.Stream() if on_gpu else None) for training in trainings]
     done, failed = [], []
 
-    def goes_on(run: Generator, stream: torch.cuda.Stream | None, interrupted: bool = False) -> bool:
+    def goes_on(training: Generator, stream: torch.cuda.Stream | None, interrupted: bool = False) -> bool:
         try:
             with torch.cuda.stream(stream):
-                run.throw(KeyboardInterrupt) if interrupted else next(run)
+                training.throw(KeyboardInterrupt) if interrupted else next(training)
             return True
         except StopIteration as end:
             done.append(end.value)
@@ -319,7 +463,7 @@ def train_side_by_side(each: list[Options], dataset: data.Dataset, group: proces
                 raise KeyboardInterrupt from None
         return False
 
-    with bars.bars:
+    with bars.live:
         try:
             turns = [turn for turn in turns if goes_on(*turn)]
             bars.runs = len(turns)  # without those that were done before
@@ -332,68 +476,59 @@ def train_side_by_side(each: list[Options], dataset: data.Dataset, group: proces
             if not failed:
                 raise
     for run in done if group.leads else ():
-        show_results(run)
+        options = run.config.options
+        progress.show_results(str(run.path), run.summary, options.epochs, options.quick)
     for error in failed[1:]:
         note(str(error))
     if failed:
         raise failed[0]
 
 
-def restore(
-    run: runs.Run, state: dict, model: torch.nn.Module, step: steps.Step, schedule: steps.Schedule
-) -> dict:
-    """Put everything where `state`, of last.pt, left it; returns how far that was. RunError for rubbish."""
+def open_data(each: list[Options], given: set[str]) -> tuple[list[Options], data.Dataset]:
+    """The data set; with --quick and no --data, the synthetic one where CIFAR-10 cannot be had."""
+    options = each[0]
     try:
-        if state["model"].keys() != freeze.trained_state(model).keys():
-            raise KeyError("its tensors are not those that this run trains")
-        if not all({"epoch", "test_acc"} <= row.keys() for row in run.rows):
-            raise KeyError("its epochs are damaged")
-        model.load_state_dict(state["model"], strict=False)
-        step.load_state_dict(state["step"])
-        schedule.load_state_dict(state["schedule"])
-        at = {"epochs_before": 0} | state["at"]
-        return {key: at[key] for key in ("epoch", "train_s", "startup_s", "epochs_before")}
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise runs.RunError(
-            f"{run.path / 'last.pt'} cannot be resumed from ({reason});\nstart again with --overwrite"
-        ) from None
-
-
-def show_results(run: runs.Run) -> None:
-    try:
-        display.show_results(str(run.path), run.summary)
-    except (KeyError, TypeError):
-        raise runs.RunError(f"{run.path / 'summary.json'} is damaged; start again with --overwrite") from None
-
-
-def interrupt(*_: object) -> None:
-    """A cluster's polite kill ends a run as Ctrl-C does; one that comes twice, only once."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise KeyboardInterrupt
-
-
-def main(argv: list[str] | None = None) -> int:
-    signal.signal(signal.SIGTERM, interrupt)
-    try:
-        with processes.joined() as group:
-            train_side_by_side(*open_data(*parse_options(argv, __doc__, group)), group)
-    except UNUSABLE as error:
-        note(str(error))
-        return 2
-    except (RunFailed, OSError) as error:
-        note(str(error))
-        return 1
-    except RuntimeError as error:
-        if not steps.out_of_memory(error):
+        return each, data.open_dataset(
+            options.data, options.data_dir, image_size=options.image_size, say=note
+        )
+    except data.DataError as error:
+        if not options.quick or "data" in given:
             raise
-        note("out of memory before the first step; try a smaller --batch-size, or --loader ffcv")
-        return 1
-    except KeyboardInterrupt:
-        note("interrupted before the first epoch")
-        return 1
-    return 0
+        note(f"--quick takes synthetic images, for want of {options.data}: {str(error).splitlines()[0]}")
+    size = options.image_size if "image_size" in given else None
+    each = [dataclasses.replace(options, data="synthetic", image_size=size) for options in each]
+    return each, data.open_dataset("synthetic", options.data_dir, image_size=size, say=note)
+
+
+def check_group(each: list[Options], group: Group) -> None:
+    """OptionError for the first value that the processes of `group` could not share."""
+    options, count = each[0], group.count
+    if count == 1:
+        return
+    if len(each) > 1:
+        seeds = " ".join(str(options.seed) for options in each)
+        raise OptionError(f"--seed {seeds}: torchrun trains one model; give one seed")
+    if options.batch_size % count:
+        what = f"--batch-size {options.batch_size}: must be a multiple of {count}"
+        raise OptionError(f"{what}, the number of processes")
+    if options.sync_bn and options.memory == "stock":
+        what = "--sync-bn with --memory stock: autograd's BatchNorm knows its own process's batch only"
+        raise OptionError(f"{what}; give lean or recompute")
+    gpus, wants_gpus = torch.cuda.device_count(), devices.choose(options.device).type == "cuda"
+    if wants_gpus and group.count_here > gpus:
+        what = f"--device {options.device}: {group.count_here} processes need as many GPUs, here are {gpus}"
+        raise OptionError(f"{what}; start fewer, or give --device cpu")
+
+
+def main(argv: list[str] | None = None) -> None:
+    with distributed.joined() as group:
+        each, given = config.parse_options(argv, __doc__)
+        check_group(each, group)
+        for options in each:  # what must be there before any download
+            _ = options.init_from and runs.parent_path(options)
+            _ = options.log and progress.import_tracker(options.log)
+        train_side_by_side(*open_data(each, given), group)
 
 
 if __name__ == "__main__":
-    processes.leave(main())
+    distributed.leave(progress.run("train.py", main))

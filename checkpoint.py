@@ -1,0 +1,245 @@
+"""The seed checkpoint: a network as its seed, its trained tensors and its statistics, and every weight again.
+
+    python checkpoint.py rebuild runs/RUN --out full.safetensors    # every weight, verified by its SHA-256
+
+Also reads the weight files of others, for --init-from.
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import nn
+
+import freeze
+import models
+import progress
+import runs
+from runs import CHECKPOINT, NetworkSpec
+
+
+class CheckpointError(ValueError):
+    """A checkpoint or weight file that cannot be used; the message says what would do."""
+
+    exit_status = 2
+
+
+# ---- written ----
+
+
+def seed_checkpoint(model: nn.Module, spec: NetworkSpec, steps: int) -> bytes:
+    """The file that stands for the whole network: its trained tensors, BatchNorm's statistics and its spec.
+
+    In the safetensors format, which runs no code when it is read. `steps` are those of the training:
+    BatchNorm's counts of batches are set to them, because training does not keep these.
+    """
+    set_steps(model, steps)
+    metadata = {
+        "arch": spec.arch,
+        "mode": spec.mode,
+        "seed": str(spec.seed),
+        "spec": spec.to_json(None).strip(),
+        "steps": str(steps),
+        "frozen_sha256": freeze.frozen_sha256(model),
+        "full_sha256": freeze.full_sha256(model),
+    }
+    return save({name: t.cpu().contiguous() for name, t in freeze.trained_state(model).items()}, metadata)
+
+
+def set_steps(model: nn.Module, steps: int) -> None:
+    """Set BatchNorm's counts of training batches, which are all the same."""
+    for name, buffer in model.named_buffers():
+        if name.endswith("num_batches_tracked"):
+            buffer.fill_(steps)
+
+
+# ---- made again ----
+
+
+def create(spec: NetworkSpec, say: Callable[[str], None] = lambda line: None) -> nn.Module:
+    """The network of `spec` at its initial weights, frozen as its mode says; on the CPU.
+
+    `say` is told which tensors --init-from did not bring. Raises ModelError, ModeError or CheckpointError.
+    """
+    if spec.init_from is None:
+        settings = spec.shortcut, spec.conv_init, spec.bn_init, spec.per_channel
+        return freeze.network(spec.arch, spec.mode, spec.seed, len(spec.classes), *settings)
+    weights = read_initial(spec.init_from)
+    model = freeze.empty(spec.arch, len(spec.classes), spec.shortcut)
+    models.initialise(model, spec.seed, spec.conv_init, spec.bn_init)
+    for name in load_weights(model, weights, spec.init_from):
+        say(f"{name} is drawn anew: {spec.init_from} has another number of classes")
+    if spec.reset_bn:
+        models.initialise_batchnorm(model, spec.seed, spec.bn_init)
+    freeze.freeze(model, spec.mode, spec.per_channel, spec.seed)
+    return model
+
+
+def read_metadata(metadata: dict[str, str]) -> NetworkSpec:
+    """The spec in a checkpoint's metadata; a KeyError or ValueError for what train.py would not have written.
+    """
+    if not 0 <= int(metadata["steps"]) < 2**63 or len(metadata["full_sha256"]) != 64:
+        raise ValueError("steps or full_sha256 are out of range")
+    return runs.parse(NetworkSpec, metadata["spec"], "its spec")
+
+
+def read_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str], NetworkSpec]:
+    """Tensors, metadata and spec of a run folder's seed checkpoint, or of a file that `rebuild` wrote."""
+    file = Path(path)
+    if file.is_dir():
+        file /= CHECKPOINT
+        if not file.exists():
+            raise CheckpointError(f"{path} has no {CHECKPOINT}; a run leaves one when it is done")
+    try:
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, not a dict
+        return tensors, metadata, read_metadata(metadata)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: there is no such run or file") from None
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        why = repr(error) if isinstance(error, KeyError) else error
+        raise CheckpointError(f"{file} is no checkpoint of train.py ({why}); give a run folder") from None
+
+
+def restore(path: str | Path, init_from: str | None = None) -> tuple[nn.Module, NetworkSpec]:
+    """The trained network of a run or file, verified by its SHA-256, and its spec; on the CPU.
+
+    Raises CheckpointError where what is rebuilt is not bit for bit what was trained. `init_from` says where
+    the weights of a run with --init-from lie now.
+    """
+    tensors, metadata, spec = read_checkpoint(path)
+    if "frozen_sha256" not in metadata:  # a file that `rebuild` wrote holds everything
+        model = freeze.empty(spec.arch, len(spec.classes), spec.shortcut)
+    else:
+        spec = spec.model_copy(update={"init_from": _initial_path(path, spec, init_from)})
+        model = create(spec)
+        if freeze.frozen_sha256(model) != metadata["frozen_sha256"]:
+            why = f"{spec.init_from} has changed" if spec.init_from else "it was altered"
+            raise CheckpointError(f"{path} does not match: its seed gives other frozen weights\n({why})")
+    try:
+        _, unexpected = model.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:
+        why = str(error).splitlines()[-1].strip()
+        raise CheckpointError(f"{path} does not match its spec: {why}") from None
+    set_steps(model, int(metadata["steps"]))
+    if unexpected or freeze.full_sha256(model) != metadata["full_sha256"]:
+        raise CheckpointError(
+            f"{path} does not match: its tensors are not those that were trained; it was altered"
+        )
+    return model, spec
+
+
+def _initial_path(path: str | Path, spec: NetworkSpec, init_from: str | None) -> str | None:
+    """Where the weights of a run with --init-from lie now; None where the checkpoint needs none."""
+    if spec.mode == "all" or spec.init_from is None:  # every weight is in the checkpoint, or drawn
+        return None
+    if init_from or Path(spec.init_from).exists():
+        return init_from or spec.init_from
+    folder, start = Path(path), Path(spec.init_from)  # moved, perhaps together
+    folder = folder if folder.is_dir() else folder.parent
+    return str(folder.parent / (start.parent if start.name == CHECKPOINT else start).name)
+
+
+def rebuild(run: str | Path, out: str | Path, init_from: str | None = None) -> None:
+    """Write every weight of `run` to `out` (.safetensors), bit for bit as trained. CheckpointError."""
+    if Path(out).is_dir() or not Path(out).absolute().parent.is_dir():
+        raise CheckpointError(f"--out {out}: name a file in a folder that exists")
+    model, _ = restore(run, init_from)
+    _, metadata, _ = read_checkpoint(run)
+    kept = {key: value for key, value in metadata.items() if key != "frozen_sha256"}
+    runs.write_atomically(Path(out), save(freeze.full_state(model), kept))
+
+
+# ---- weights to begin with ----
+
+
+def read_initial(path: str | Path) -> dict[str, torch.Tensor]:
+    """Every weight of a run folder, a seed checkpoint, or a file of weights. CheckpointError."""
+    metadata = {}
+    if Path(path).suffix == ".safetensors":
+        with contextlib.suppress(SafetensorError, OSError), safe_open(path, "pt") as opened:
+            metadata = opened.metadata() or {}
+    if not Path(path).is_dir() and "frozen_sha256" not in metadata:
+        return read_weights(path)
+    try:
+        return freeze.full_state(restore(path)[0])
+    except RecursionError:
+        raise CheckpointError(
+            f"--init-from {path}: this run goes on, by whatever others, from itself"
+        ) from None
+
+
+def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of a `.safetensors` file, or of a state dict saved by `torch.save`, by name.
+
+    Raises CheckpointError for a file that cannot be read without running code.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            tensors = load_file(path)
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"--init-from {path}: there is no such file or run") from None
+    except Exception as error:  # the readers' own errors for rubbish are of many kinds
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"--init-from {path}: not a weight file that loads safely ({reason});\n"
+            "give a .safetensors file, or a state dict saved with torch.save(model.state_dict(), ...)"
+        ) from None
+    named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
+    if not named or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+        raise CheckpointError(f"--init-from {path}: holds no state dict (names to tensors)")
+    return tensors
+
+
+def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], path: str | Path) -> list[str]:
+    """Load `tensors`, which are from `path`, into `model`, by name.
+
+    The output layer keeps its draw where theirs has another number of classes; returns the names so left.
+    Raises CheckpointError where names or shapes do not fit.
+    """
+    own = {name: t for name, t in model.state_dict().items() if not name.endswith("num_batches_tracked")}
+    given = {name: t for name, t in tensors.items() if not name.endswith("num_batches_tracked")}
+    heads = [n for n in ("fc.weight", "fc.bias") if n in given and given[n].dim() == own[n].dim()]
+    other_head = [n for n in heads if given[n].shape[0] != own[n].shape[0]]
+    for name in other_head:
+        given[name] = own[name]
+    wrong = [f"{n} (missing)" for n in own if n not in given]
+    wrong += [f"{n} (not in this network)" for n in given if n not in own]
+    wrong += [
+        f"{n} ({list(given[n].shape)}, needs {list(own[n].shape)})"
+        for n in own
+        if n in given and given[n].shape != own[n].shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise CheckpointError(f"--init-from {path} does not fit the network: {', '.join(wrong[:4])}{more}")
+    try:
+        model.load_state_dict(given, strict=False)
+    except RuntimeError as error:  # tensors without values, say
+        reason = str(error).splitlines()[-1].strip()
+        raise CheckpointError(f"--init-from {path} cannot be loaded ({reason})") from None
+    return other_head
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = progress.Parser("checkpoint.py", __doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("rebuild", help="write every weight of a run to a file")
+    command.add_argument("run", help="a run folder, or its model.safetensors")
+    command.add_argument("--out", required=True, help="the .safetensors file to write")
+    command.add_argument("--init-from", help="where the file of the run's --init-from lies now")
+    options = parser.parse_args(argv)
+    rebuild(options.run, options.out, options.init_from)
+    print(f"{options.out}: every weight of {options.run}, verified by its SHA-256")
+
+
+if __name__ == "__main__":
+    sys.exit(progress.run("checkpoint.py", main))
