@@ -80,8 +80,7 @@ def create(spec: NetworkSpec, say: Callable[[str], None] = lambda line: None) ->
 
 
 def read_metadata(metadata: dict[str, str]) -> NetworkSpec:
-    """The spec in a checkpoint's metadata; a KeyError or ValueError for what train.py would not have written.
-    """
+    """The spec in a checkpoint's metadata; KeyError or ValueError for what train.py never writes."""
     if not 0 <= int(metadata["steps"]) < 2**63 or len(metadata["full_sha256"]) != 64:
         raise ValueError("steps or full_sha256 are out of range")
     return runs.parse(NetworkSpec, metadata["spec"], "its spec")

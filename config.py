@@ -75,8 +75,7 @@ DTYPES = tuple(device.DTYPES)
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Each field is an option of the command line; its metadata is what argparse shows and what is checked.
-    """
+    """Each field is an option of the command line; its metadata is what argparse shows and checks."""
 
     arch: str = setting("resnet32", "resnetD (D = 6n+2), resnetD_wK, vgg11|13|16|19, resnet18|34|50|...|200")
     mode: str = setting("bn_only", f"what trains: all, none, random, or a sum of {MODE_PARTS} with +")
@@ -167,6 +166,11 @@ FIELDS = {field.name: field for field in dataclasses.fields(Options)}
 def names(*roles: str) -> set[str]:
     """The options that play one of these roles, see `option`."""
     return {name for name, field in FIELDS.items() if field.metadata["role"] in roles}
+
+
+def some(options: Options, names: str) -> dict[str, Any]:
+    """The options that `names` lists, with blanks between them, by name."""
+    return {name: getattr(options, name) for name in names.split()}
 
 
 def defaults(preset: str | None = None, quick: bool = False) -> Options:

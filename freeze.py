@@ -157,7 +157,7 @@ def full_sha256(model: nn.Module) -> str:
 
 
 def full_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every weight and BatchNorm statistic as the network applies it, on the CPU, under torchvision's names."""
+    """Every weight and BatchNorm statistic as the network applies it, under torchvision's names; on the CPU."""
     state = {name: t for name, t in model.state_dict().items() if not name.endswith(".values")}
     for name, module in model.named_modules():
         if isinstance(module, models.Conv2d):

@@ -194,7 +194,7 @@ class Config(Record):
 
     @property
     def setting(self) -> tuple:
-        """What two runs must share to be compared: images, epochs, and how many images trained and validated."""
+        """What two runs must share to be compared: images, epochs, how many images train and validate."""
         options, spec = self.options, self.spec
         epochs = self.epochs_before + options.epochs
         images = options.quick, options.train_subset, spec.val_images, spec.image_size
@@ -308,7 +308,7 @@ R = TypeVar("R", bound=Record)
 
 
 def read_text(file: Path) -> str | None:
-    """The text of a file of a run; None where there is none. RunError for a link, a pipe or an enormous file."""
+    """The text of a run's file; None where there is none. RunError for a link, a pipe or a huge file."""
     try:
         info = file.lstat()
         if not stat.S_ISREG(info.st_mode) or info.st_size > 2**26:
@@ -321,7 +321,7 @@ def read_text(file: Path) -> str | None:
 
 
 def parse(kind: type[R], text: str | bytes, where: object) -> R:
-    """A record from its JSON text. RunError, naming `where` and the field, for what does not fit the schema."""
+    """A record from its JSON text. RunError, naming `where` and the field, where it does not fit."""
     try:
         return kind.model_validate_json(text)
     except pydantic.ValidationError as error:
@@ -475,7 +475,7 @@ def read_parent(init_from: str | None) -> Parent | None:
 
 
 def versions() -> dict[str, str | None]:
-    """What a result may depend on: the versions of Python, CUDA and packages; None for what is not installed."""
+    """Versions of Python, CUDA and packages, on which a result may depend; None where there is none."""
     found = {"python": platform.python_version(), "cuda": torch.version.cuda}
     for package in ("torch", "triton", "ffcv", "numpy"):
         try:

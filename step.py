@@ -60,8 +60,7 @@ class Schedule:
         return max(self.base_lr * self.factor, self.min_lr) if self.kind == "plateau" else self.base_lr
 
     def epoch_ended(self, validation_acc: float) -> None:
-        """Take note of an epoch's validation accuracy (percent), which decides on plateaus and on stopping.
-        """
+        """Note an epoch's validation accuracy (percent), which decides on plateaus and on stopping."""
         if validation_acc > self.best_acc:
             self.best_acc, self.since_best, self.since_cut = validation_acc, 0, 0
             return

@@ -75,10 +75,7 @@ def train(
     kernels.configure(model, options.memory, spec.compiled, synced)
 
     # Its batches, the step that trains on them, and what tests it
-    training = make_training(options, dataset, split, spec, model, group)
-    if parent:
-        training.epochs_before = parent.epochs_done_in_all
-        warn_of_known_images(parent, spec)
+    training = make_training(options, dataset, split, spec, parent, model, group)
 
     name = runs.run_name(options, dataset.name)
     with runs.open_run(options.out, name, options.resume, options.overwrite, writes=group.leads) as run:
@@ -140,8 +137,8 @@ class Training:
     test: Evaluation
     validation: Evaluation | None
     group: Group
-    clock: progress.Clock = dataclasses.field(default_factory=lambda: progress.Clock(STARTED))
     epochs_before: int = 0  # of parent runs: their shuffles and crops are not drawn again
+    clock: progress.Clock = dataclasses.field(default_factory=lambda: progress.Clock(STARTED))
 
     def epoch(
         self, epoch: int, options: Options, display: progress.Display
@@ -214,7 +211,7 @@ class Training:
         }
 
     def resume(self, run: runs.Run) -> bool:
-        """Put everything where the run's last epoch left it; False where there is none. RunError for rubbish."""
+        """Put everything where the run's last epoch left it; False where there is none. Raises RunError."""
         if (state := run.load_last()) is None:
             return False
         try:
@@ -235,11 +232,7 @@ class Training:
 
 def share_out(options: Options, dataset: data.Dataset) -> tuple[np.ndarray, np.ndarray]:
     """Positions of the images to train on, and of those to validate on. DataError where there are too few."""
-    rng, labels, val_split = (
-        functools.partial(models.stream, options.seed),
-        dataset.train.labels,
-        options.val_split,
-    )
+    labels, val_split = dataset.train.labels, options.val_split
     if val_split is None and (options.schedule == "plateau" or options.early_stop):
         val_split = data.tenth(labels)
     rng = functools.partial(models.stream, options.seed)
@@ -249,24 +242,14 @@ def share_out(options: Options, dataset: data.Dataset) -> tuple[np.ndarray, np.n
 def network_spec(
     options: Options, dataset: data.Dataset, device: torch.device, split: tuple, group: Group
 ) -> runs.NetworkSpec:
-    """What rebuilds the network, besides its trained tensors. ModelError where it cannot take such batches."""
+    """What rebuilds the network. ModelError where it cannot train on such batches."""
     models.check_batches(
         options.arch, options.shortcut, options.batch_size // group.count, dataset.image_size
     )
-    same = (
-        "arch",
-        "mode",
-        "shortcut",
-        "conv_init",
-        "bn_init",
-        "seed",
-        "per_channel",
-        "reset_bn",
-        "batch_size",
-    )
+    of_data = ("fingerprint", "image_size", "classes", "mean", "std")
     return runs.NetworkSpec(
-        **{name: getattr(options, name) for name in same},
-        **{name: getattr(dataset, name) for name in ("fingerprint", "image_size", "classes", "mean", "std")},
+        **config.some(options, "arch mode shortcut conv_init bn_init seed per_channel reset_bn batch_size"),
+        **{name: getattr(dataset, name) for name in of_data},
         init_from=runs.parent_path(options) if options.init_from else None,
         data=dataset.name,
         train_images=len(split[0]),
@@ -283,6 +266,7 @@ def make_training(
     dataset: data.Dataset,
     split: tuple[np.ndarray, np.ndarray],
     spec: runs.NetworkSpec,
+    parent: runs.Parent | None,
     model: torch.nn.Module,
     group: Group,
 ) -> Training:
@@ -308,38 +292,24 @@ def make_training(
         batches = data.make_loader(dataset, of, batch_size=batch_size, subset=subset, **common)
         return Evaluation(model, batches, dtype, spec.compiled)
 
-    names = ("optimizer", "momentum", "weight_decay", "label_smoothing", "sync_bn")
-    settings = {name: getattr(options, name) for name in names}
+    settings = config.some(options, "optimizer momentum weight_decay label_smoothing sync_bn")
     step = Step(model, dtype=dtype, compiled=spec.compiled, group=group, **settings)
-    names = (
-        "schedule",
-        "lr",
-        "epochs",
-        "milestones",
-        "gamma",
-        "warmup_epochs",
-        "min_lr",
-        "patience",
-        "early_stop",
-    )
-    schedule = Schedule(len(loader), **{name: getattr(options, name) for name in names})
+    names = "schedule lr epochs milestones gamma warmup_epochs min_lr patience early_stop"
+    schedule = Schedule(len(loader), **config.some(options, names))
     if options.schedule == "step" and min(options.milestones, default=0) >= options.epochs:
         note(f"all of --milestones lie past the last epoch: the learning rate stays {options.lr:g}")
+    same_images = parent is not None and parent.fingerprint == spec.fingerprint and spec.val_images
+    if same_images and (parent.seed, parent.val_images) != (spec.seed, spec.val_images):
+        better = f"--seed {spec.seed} --val-split {spec.val_images}"
+        note(f"{parent.run} trained on images that validate here; better start from a run of {better}")
     validation = evaluation("validation", validates_on) if len(validates_on) else None
-    return Training(model, step, schedule, loader, evaluation("test"), validation, group)
+    epochs_before = parent.epochs_done_in_all if parent else 0
+    return Training(model, step, schedule, loader, evaluation("test"), validation, group, epochs_before)
 
 
 def label(options: Options, dataset: data.Dataset, bars: progress.Bars) -> str:
-    """What stands before every line of a run: its images, that it is quick, its seed where there are several."""
+    """What stands before every line of a run: its images, that it is quick, its seed among several."""
     return f"{dataset.name}{' quick' * options.quick}{f' s{options.seed}' * (bars.runs > 1)}"
-
-
-def warn_of_known_images(parent: runs.Parent, spec: runs.NetworkSpec) -> None:
-    """Say so where the parent run has trained on images that validate here."""
-    apart = parent.seed, parent.val_images
-    if parent.fingerprint == spec.fingerprint and spec.val_images and apart != (spec.seed, spec.val_images):
-        better = f"--seed {spec.seed} --val-split {spec.val_images}"
-        note(f"{parent.run} trained on images that validate here; better start from a run of {better}")
 
 
 def describe(
