@@ -1,217 +1,312 @@
-"""The same step, timed and weighed beside what people would otherwise use: one process, one machine.
+"""The training step, timed and weighed beside what people would otherwise use, and beside the limit.
 
     python bench.py speed --arch resnet32 --mode bn_only all   # images/s of a training step
     python bench.py memory --arch resnet32                     # bytes kept for the backward pass
     python bench.py data                                       # images/s of the loaders by themselves
-    python bench.py startup                                    # seconds until train.py's first step
+    python bench.py startup                                    # seconds until train.py's first step is done
 
-What is compared (--impl) is in rivals.py: stock, amp and compiled, and of ours plain, lean and recompute.
-All are built and warmed up before anything is timed; then they take turns, in rotating order. A row is the
-median of its turns, beside the fastest and slowest. `/ stock` is of images/s, in `memory` of bytes. On a GPU,
-peak memory is what an implementation takes by itself, and the floor (floor.py) follows from the device's own
-copy and matrix rates. --json FILE gets one JSON object per row, with what it was measured on.
+`speed` and `memory` compare (--impl) the baselines, which others have,
+    stock          eager fp32 (on a GPU TF32, torch's default), NCHW, DataLoader, transforms image by image
+    stock_workers  stock with a DataLoader worker per core, at most 16, instead of two
+    amp            eager autocast, channels_last, images resident on the device
+    compiled       amp with torch.compile of the whole network
+with ours:
+    plain          train.py's step with its own kernels off, differentiated by autograd
+    lean           train.py's step: a frozen network keeps each convolution's output once, and no more
+    recompute      lean, but keeping each block's input instead
+`data` compares the loaders of stock and stock_workers with train.py's, resident and ffcv; `startup` compares
+train.py with empty caches of compiled code (cold) and with those that a cold run has filled (warm).
+
+All are built and warmed up first, and then take turns in rotating order; a row is the median of its turns,
+beside the fastest and slowest. `/ stock` compares images/s, in `memory` bytes. On a GPU, peak memory is what
+an implementation takes by itself, and `floor` is its share of the images/s that the device's own copy and
+matrix rates allow (kernels/roofline.py).
 """
 
-import argparse
-import dataclasses
-import datetime
-import functools
 import gc
 import itertools
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
+# numba runs FFCV's threads; with TBB, its first choice, a process that forked never ends on a single core.
+os.environ.setdefault("NUMBA_THREADING_LAYER", "omp")
+
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch.nn import functional as F
 
 import data
 import freeze
+import kernels.device
 import models
-import provenance
-import rivals
-import step as steps
-from kernels import roofline as floor
+import progress
+import runs
+from datasets import augment
+from kernels import roofline
+from kernels.device import DTYPES, synchronize
+from step import Step
 
-IMPLS = {"data": ("stock", "resident", "ffcv"), "startup": ("cold", "warm")}
-IMPLS |= {"speed": rivals.STEPS, "memory": rivals.STEPS}
-KEYS = (
-    *("part", "arch", "mode", "impl", "device", "dtype", "batch_size", "images_per_s", "step_ms"),
-    *("saved_bytes_per_image", "peak_memory_bytes", "seconds", "ratio_to_stock", "n"),
-    *("step_ms_min", "step_ms_max", "run_seconds", "share_of_floor", "bytes_per_s", "flops_per_s"),
+STEPS = ("stock", "stock_workers", "amp", "compiled", "plain", "lean", "recompute")
+LOADERS = ("stock", "stock_workers", "resident", "ffcv")
+IMPLS = {"speed": STEPS, "memory": STEPS, "data": LOADERS, "startup": ("cold", "warm")}
+MEASURED = (  # keys of a row; None for what a part does not measure
+    *("images_per_s", "step_ms", "step_ms_min", "step_ms_max", "peak_memory_bytes", "saved_bytes_per_image"),
+    *("seconds", "run_seconds", "ratio_to_stock", "share_of_floor", "bytes_per_s", "flops_per_s", "n"),
 )
+LR = 0.1
+WORKERS = {"stock": 2, "stock_workers": min(16, len(os.sched_getaffinity(0)))}  # processes of a DataLoader
+QUEUED = {"stock": 4, "stock_workers": 2 * WORKERS["stock_workers"], "ffcv": 4}  # batches prepared ahead
+LEAD_IN_S = {"cuda": 0.5, "cpu": 0.0}  # an idle GPU lowers its clocks, and needs a while to raise them
+note = partial(progress.note, "bench.py")
 
 
 class BenchError(ValueError):
     """An option that cannot be used; the message says what can."""
 
-
-class BenchFailed(Exception):
-    """A measurement that came to nothing; the message says why."""
+    exit_status = 2
 
 
-# ---- turns, and what they come to ----
+# ---- what is compared ----
+class PerImage(torch.utils.data.Dataset):
+    """torchvision's RandomCrop(padding=4), RandomHorizontalFlip, ToTensor and Normalize, call for call."""
+
+    def __init__(self, dataset: data.Dataset):
+        self.images, self.labels, self.size = dataset.train.images, dataset.train.labels, dataset.image_size
+        self.mean, self.std = ([value / 255 for value in values] for values in (dataset.mean, dataset.std))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        image = ImageOps.expand(Image.fromarray(self.images[index]), border=augment.PAD, fill=0)
+        top, left = (torch.randint(0, 2 * augment.PAD + 1, size=(1,)).item() for _ in range(2))
+        image = image.crop((left, top, left + self.size, top + self.size))
+        if torch.rand(1) < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        pixels = torch.from_numpy(np.array(image, copy=True)).permute(2, 0, 1).contiguous()
+        pixels = pixels.to(torch.get_default_dtype()).div(255)
+        mean, std = (torch.as_tensor(x, dtype=pixels.dtype).view(-1, 1, 1) for x in (self.mean, self.std))
+        return pixels.clone().sub_(mean).div_(std), int(self.labels[index])
 
 
-@dataclasses.dataclass
-class Contender:
-    """Something that goes on for ever, a step at a time, and how long a step took in each of its turns."""
-
-    turns: Iterator[object]
-    lead_in: int  # steps at the start of each turn that are not timed
-    step_s: list[float] = dataclasses.field(default_factory=list)
-
-    def go(self, count: int, device: torch.device) -> float:
-        """Seconds that `count` steps took, the device's part included."""
-        synchronize(device)
-        began = time.perf_counter()
-        for _ in range(count):
-            next(self.turns)
-        synchronize(device)
-        return time.perf_counter() - began
+def our_loader(impl: str, dataset: data.Dataset, options: Namespace):
+    """train.py's loader of augmented batches; on a GPU it is compiled, except for amp and plain."""
+    batch = {"batch_size": options.batch_size, "device": options.device, "dtype": DTYPES[options.dtype]}
+    order = {"rng": partial(models.stream, 0), "augmented": "paper"}
+    kind, compiled = "ffcv" if impl == "ffcv" else "resident", impl not in ("amp", "plain")
+    return data.make_loader(dataset, "train", kind=kind, compiled=compiled, **order, **batch)
 
 
-def lead_in(impl: str) -> int:
-    """A loader with a queue starts a turn with a full one: that many steps look faster than they are."""
-    return 1 + rivals.WORKERS * rivals.PREFETCH if impl in ("stock", "ffcv") else 1
+def batches(impl: str, dataset: data.Dataset, options: Namespace) -> Iterator[tuple]:
+    """Training batches without end, by torch's DataLoader for stock and stock_workers, else by train.py's."""
+    if impl not in WORKERS:
+        loader = our_loader(impl, dataset, options)
+        for epoch in itertools.count():
+            yield from loader.epoch(epoch)
+    warnings.filterwarnings("ignore", message="This DataLoader will create")  # more processes than cores
+    shuffled = {"shuffle": True, "drop_last": True, "pin_memory": options.device.type == "cuda"}
+    processes = {"num_workers": WORKERS[impl], "prefetch_factor": 2, "persistent_workers": True}
+    loader = torch.utils.data.DataLoader(PerImage(dataset), options.batch_size, **shuffled, **processes)
+    while True:
+        for batch in loader:
+            yield tuple(tensor.to(options.device, non_blocking=True) for tensor in batch)
 
 
-def alternate(contenders: dict[str, Contender], options: argparse.Namespace) -> dict[str, dict]:
-    """Time each in turn, `options.repeats` times, another one first each time: their columns of time."""
-    names, device, times = list(contenders), options.device, {}
+def network(impl: str, arch: str, mode: str, num_classes: int, device: torch.device) -> nn.Module:
+    """The network as `impl` trains it: drawn from seed 0 and frozen as `mode` says, on the device."""
+    model = freeze.network(arch, mode, num_classes=num_classes).train()
+    model.to(device, memory_format=torch.contiguous_format if impl in WORKERS else torch.channels_last)
+    own_kernels = impl in ("lean", "recompute")
+    kernels.configure(model, memory=impl if own_kernels else "stock", compiled=own_kernels)
+    if impl == "compiled":
+        model.compile(dynamic=False)
+    return model
+
+
+def loss_of(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The training loss, under autocast unless `dtype` is float32."""
+    with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+        return F.cross_entropy(model(images).float(), labels)
+
+
+def training(impl: str, arch: str, mode: str, dataset: data.Dataset, options: Namespace) -> Iterator[None]:
+    """Training without end, as `impl` does it: each `next` is one optimisation step."""
+    model = network(impl, arch, mode, len(dataset.classes), options.device)
+    if impl in ("plain", "lean", "recompute"):
+        loader = our_loader(impl, dataset, options)
+        step = Step(model, dtype=loader.dtype, compiled=impl != "plain")
+        for epoch in itertools.count():
+            yield from step.epoch(loader, epoch, [LR] * len(loader))
+    dtype = torch.float32 if impl in WORKERS else DTYPES[options.dtype]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=LR, momentum=0.9, weight_decay=1e-4)
+    scaler = torch.amp.GradScaler(options.device.type, enabled=dtype == torch.float16)
+    # torch's defaults are TF32, which train.py turns off, and no search for the fastest algorithm
+    flags = {"enabled": True, "benchmark": impl not in WORKERS, "allow_tf32": True}
+    for images, labels in batches(impl, dataset, options):
+        with torch.backends.cudnn.flags(**flags):
+            optimizer.zero_grad()
+            scaler.scale(loss_of(model, images, labels, dtype)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        yield
+
+
+# ---- how it is timed ----
+def take(count: int, steps: Iterator, device: torch.device) -> float:
+    """Take `count` steps, and return the seconds until the device has finished them."""
+    synchronize(device)
+    began = time.perf_counter()
+    for _ in range(count):
+        next(steps)
+    synchronize(device)
+    return time.perf_counter() - began
+
+
+def take_turns(makes: dict[str, Callable[[], Iterator]], options: Namespace) -> dict[str, dict]:
+    """Make and warm up every implementation, time them in turns; returns each one's part of a row."""
+    device, running, first_s = options.device, {}, {}
+    for impl, make in makes.items():
+        note(f"{impl} warms up")
+        running[impl] = make()
+        first_s[impl] = take(1, running[impl], device)  # starts processes, or compiles
+        take(options.warm_up, running[impl], device)
     settle()
+    names, turns = list(makes), {impl: [] for impl in makes}
     for i in range(options.repeats):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            contenders[name].go(contenders[name].lead_in, device)
-            contenders[name].step_s.append(contenders[name].go(options.steps, device) / options.steps)
+        for impl in names[i % len(names) :] + names[: i % len(names)]:
+            lead_in_s = take(1 + QUEUED.get(impl, 0), running[impl], device)  # a full queue looks too fast
+            while lead_in_s < LEAD_IN_S[device.type]:
+                lead_in_s += take(10, running[impl], device)
+            turns[impl].append(take(options.steps, running[impl], device) / options.steps)
             settle()
-    medians = {name: statistics.median(contender.step_s) for name, contender in contenders.items()}
-    for name, contender in contenders.items():
-        contender.turns.close()
-        step_ms = {"": medians[name], "_min": min(contender.step_s), "_max": max(contender.step_s)}
-        times[name] = {f"step_ms{which}": 1e3 * seconds for which, seconds in step_ms.items()}
-        times[name] |= {"images_per_s": options.batch_size / medians[name]}
-        times[name] |= {"ratio_to_stock": medians["stock"] / medians[name] if "stock" in medians else None}
-        times[name] |= {"n": options.repeats * options.steps}
-    return times
+    for steps in running.values():
+        steps.close()
+    medians = {impl: statistics.median(step_s) for impl, step_s in turns.items()}
+    return {
+        impl: {
+            "images_per_s": options.batch_size / medians[impl],
+            "step_ms": 1e3 * medians[impl],
+            "step_ms_min": 1e3 * min(step_s),
+            "step_ms_max": 1e3 * max(step_s),
+            "seconds": first_s[impl] if options.part == "data" else None,
+            "ratio_to_stock": medians["stock"] / medians[impl] if "stock" in medians else None,
+            "n": options.repeats * options.steps,
+        }
+        for impl, step_s in turns.items()
+    }
 
 
 def settle(longest_s: float = 10.0) -> None:
-    """Wait until loaders have filled their queues and idle: they would slow whoever is next."""
-
-    def cpu_s() -> float:
-        # A process's clock has a number made from its id, as in clock_getcpuclockid(3)
-        clocks = [~child.pid << 3 | 2 for child in multiprocessing.active_children()]
-        return time.process_time() + sum(map(time.clock_gettime, clocks))
-
-    deadline = time.perf_counter() + longest_s
+    """Wait until loaders have filled their queues and are idle; else they would slow whoever is next."""
+    deadline, used_s = time.perf_counter() + longest_s, -1.0
     while time.perf_counter() < deadline:
-        before = cpu_s()
-        time.sleep(0.05)
-        if cpu_s() - before < 0.005:
+        # The number of a process's clock is made from the process's id, see clock_getcpuclockid(3)
+        clocks = [~child.pid << 3 | 2 for child in multiprocessing.active_children()]
+        before_s, used_s = used_s, time.process_time() + sum(map(time.clock_gettime, clocks))
+        if used_s - before_s < 0.005:
             return
+        time.sleep(0.05)
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def peak_bytes(make: Callable[[], Iterator], device: torch.device) -> int | None:
-    """The most GPU memory that an implementation takes beyond what was in use before. None on a CPU."""
-    if device.type != "cuda":
-        return None
+def peak_bytes(make: Callable[[], Iterator], device: torch.device) -> int:
+    """The most GPU memory that an implementation takes beyond what was in use before."""
     gc.collect()  # a captured step is part of a cycle
-    torch._C._cuda_clearCublasWorkspaces()  # kept per stream: the first to need one would pay for all
-    before = torch.cuda.memory_allocated(device)
-    contender = Contender(make(), 0)
-    contender.go(steps.EAGER_STEPS, device)  # in which algorithms are tried
-    torch.cuda.reset_peak_memory_stats(device)
-    contender.go(2, device)  # in which a graph is captured, if any
-    contender.turns.close()
-    return torch.cuda.max_memory_allocated(device) - before
+    torch._C._cuda_clearCublasWorkspaces()  # kept for each stream: the first to need one would pay for all
+    before, steps = torch.cuda.memory_allocated(device), make()
+    take(kernels.device.EAGER_CALLS, steps, device)  # in which algorithms are tried
+    kernels.device.reset_peak_memory(device)
+    take(2, steps, device)  # in which a graph is captured, if any
+    steps.close()
+    return kernels.device.peak_memory_bytes(device) - before
 
 
-# ---- the parts: from options to rows, which `complete` finishes ----
+# ---- the four parts: from options to rows ----
+def row(options: Namespace, impl: str, arch: str | None = None, mode: str | None = None, **measured) -> dict:
+    """A row: what of MEASURED was `measured` of `impl`, and what that computes in and by."""
+    dtype, passes = options.dtype, None
+    if impl in WORKERS:
+        # Tensor cores take the factors of an fp32 product rounded to TF32
+        on_cores = options.device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
+        dtype = "tf32" if on_cores and options.part == "speed" else "fp32"
+    if impl in STEPS and options.part != "data":
+        passes = kernels.passes_name(options.device.type, impl in ("lean", "recompute"))
+    names = {"arch": arch, "mode": mode, "impl": impl, "dtype": dtype, "passes": passes}
+    return {**names, "batch_size": options.batch_size, **dict.fromkeys(MEASURED), **measured}
 
 
-def speed(options: argparse.Namespace, dataset: data.Dataset) -> list[dict]:
-    device, settings, rows, rates = options.device, batch_settings(options), [], None
+def cost_of(arch: str, dataset: data.Dataset) -> roofline.Cost:
+    with torch.device("meta"):
+        return roofline.cost(models.build(arch), dataset.image_size)
+
+
+def speed(options: Namespace, dataset: data.Dataset) -> list[dict]:
+    """Training steps; on a GPU also the device's own rates, and the share of what these allow."""
+    device, dtype, rows, rates, peaks = options.device, DTYPES[options.dtype], [], None, {}
     if device.type == "cuda":
-        rates = floor.device_rates(device)
+        rates = roofline.device_rates(device)
         dataset.train.on(device)  # the images, which are no implementation's own
-        rows.append({"impl": "copy", "bytes_per_s": rates[0], "dtype": None, "batch_size": None})
-        rows.append({"impl": "matmul", "flops_per_s": rates[1], "dtype": "bf16", "batch_size": None})
+        rows.append(row(options, "copy", bytes_per_s=rates[0], dtype=None, batch_size=None))
+        rows.append(row(options, "matmul", flops_per_s=rates[1], dtype="bf16", batch_size=None))
     for arch, mode in itertools.product(options.arch, options.mode):
         torch._dynamo.reset()  # which counts how often it has compiled the same function, and gives up
-        makes = {
-            impl: functools.partial(rivals.start, impl, arch, mode, dataset, **settings)
-            for impl in options.impl
-        }
-        peaks = {impl: peak_bytes(make, device) for impl, make in makes.items()}
-        contenders = {}
-        for impl, make in makes.items():
-            note(f"{arch} {mode}: {impl} warms up")
-            contenders[impl] = Contender(make(), lead_in(impl))
-            contenders[impl].go(options.warm_up, device)
-        for impl, row in alternate(contenders, options).items():
-            row |= {"arch": arch, "mode": mode, "impl": impl, "peak_memory_bytes": peaks[impl]}
-            if rates:
-                weights_train = mode in ("all", "random") or "conv" in mode
-                cost = floor.cost(arch, dataset.image_size)
-                row["share_of_floor"] = row["images_per_s"] * floor.least_s(
-                    cost, weights_train, settings["dtype"], rates
-                )
-            rows.append(row)
+        note(f"{arch} {mode}")
+        makes = {i: partial(training, i, arch, mode, dataset, options) for i in options.impl}
+        if rates:
+            peaks = {impl: peak_bytes(make, device) for impl, make in makes.items()}
+            weights_train = mode in ("all", "random") or "conv" in mode
+            least_s = roofline.least_s(cost_of(arch, dataset), weights_train, dtype, rates)
+        for impl, timed in take_turns(makes, options).items():
+            timed["share_of_floor"] = timed["images_per_s"] * least_s if rates else None
+            rows.append(row(options, impl, arch, mode, peak_memory_bytes=peaks.get(impl), **timed))
     return rows
 
 
-def memory(options: argparse.Namespace, dataset: data.Dataset) -> list[dict]:
-    rows, dtype = [], steps.DTYPES[options.dtype]
-    loader = rivals.our_loader(dataset, compiled=False, **batch_settings(options))
-    images, labels = next(loader.epoch(0))
+def memory(options: Namespace, dataset: data.Dataset) -> list[dict]:
+    """What autograd keeps of a step, and the least that a frozen network must keep."""
+    rows, dtype = [], DTYPES[options.dtype]
+    images, labels = next(our_loader("plain", dataset, options).epoch(0))
+    stock_batch = (images.float().contiguous(), labels, torch.float32)
     for arch in options.arch:
         for mode in options.mode:
             saved = {}
             for impl in options.impl:
                 torch._dynamo.reset()
                 note(f"{arch} {mode}: {impl}")
-                model = rivals.network(impl, arch, mode, dataset.classes, options.device)
-                batch = images, labels, dtype
-                if impl == "stock":
-                    batch = images.float().contiguous(), labels, torch.float32
-                way = rivals.OURS.get(impl, ("stock", False))
-                saved[impl] = saved_bytes(model, *batch, *way) / len(labels)
+                model = network(impl, arch, mode, len(dataset.classes), options.device)
+                batch = stock_batch if impl in WORKERS else (images, labels, dtype)
+                saved[impl] = saved_bytes(model, *batch) / len(labels)
             for impl, each in saved.items():
-                row = {"arch": arch, "mode": mode, "impl": impl, "saved_bytes_per_image": each, "n": 1}
-                rows.append(row | {"ratio_to_stock": each / saved["stock"] if "stock" in saved else None})
-        for impl, least in floor.least_bytes(floor.cost(arch, dataset.image_size), dtype).items():
-            rows.append({"arch": arch, "impl": impl, "saved_bytes_per_image": least})
+                ratio = each / saved["stock"] if "stock" in saved else None
+                measured = {"saved_bytes_per_image": each, "ratio_to_stock": ratio, "n": 1}
+                rows.append(row(options, impl, arch, mode, **measured))
+        for limit, least in roofline.least_bytes(cost_of(arch, dataset), dtype).items():
+            rows.append(row(options, limit, arch, saved_bytes_per_image=least))
     return rows
 
 
-def saved_bytes(model: nn.Module, *settings: object) -> int:
-    """Bytes that autograd keeps for the backward of `rivals.loss_of`, the model's own tensors aside.
+def saved_bytes(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype) -> int:
+    """Bytes that autograd keeps for the backward pass of `loss_of`, the model's own tensors aside.
 
-    `settings` are all that `loss_of` takes after the model.
-
-    Every storage is counted once, and whole. Copies of weights in `dtype` that a step makes anew are among
-    them: at batch 128 about 1 % of stock autocast's bytes.
+    Every storage counts once, and whole; so do weights that every step casts anew (amp: 1 % at batch 128).
     """
-    forward = functools.partial(rivals.loss_of, model, *settings)
-    forward().backward()  # compiles, and converts frozen weights
+    loss_of(model, images, labels, dtype).backward()  # compiles, and converts frozen weights
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept = {}  # holds the storages, so that no address is used twice
 
@@ -222,39 +317,20 @@ def saved_bytes(model: nn.Module, *settings: object) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        forward()
+        loss_of(model, images, labels, dtype)
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def batches(options: argparse.Namespace, dataset: data.Dataset) -> list[dict]:
-    contenders, first_s = {}, {}
-    for impl in options.impl:
-        note(f"{impl} warms up")
-        began = time.perf_counter()
-        if impl == "stock":
-            turns = rivals.stock_batches(dataset, options.batch_size, options.device)
-        else:
-            loader = rivals.our_loader(dataset, compiled=True, kind=impl, **batch_settings(options))
-            turns = rivals.our_batches(loader)
-        contenders[impl] = Contender(turns, lead_in(impl))
-        contenders[impl].go(1, options.device)  # starts processes, or compiles
-        first_s[impl] = time.perf_counter() - began
-        contenders[impl].go(options.warm_up, options.device)
-    return [row | {"impl": i, "seconds": first_s[i]} for i, row in alternate(contenders, options).items()]
+def loading(options: Namespace, dataset: data.Dataset) -> list[dict]:
+    """The loaders by themselves."""
+    makes = {impl: partial(batches, impl, dataset, options) for impl in options.impl}
+    return [row(options, impl, **timed) for impl, timed in take_turns(makes, options).items()]
 
 
-def batch_settings(options: argparse.Namespace) -> dict:
-    dtype = steps.DTYPES[options.dtype]
-    return {"batch_size": options.batch_size, "device": options.device, "dtype": dtype}
-
-
-def startup(options: argparse.Namespace, dataset: data.Dataset) -> list[dict]:
-    """Runs of train.py: cold ones with empty caches of their own, warm ones with what those left there.
-
-    Files that the operating system keeps in memory are warm in both, and the data is prepared.
-    """
+def startup(options: Namespace, dataset: data.Dataset) -> list[dict]:
+    """Runs of train.py, on data that is prepared: cold ones, each with a warm one that uses its caches."""
     classes, rows = len(dataset.classes), []
-    subset = min(-(-5 * options.batch_size // classes) * classes, len(dataset.train.labels))
+    subset = min(-(-5 * options.batch_size // classes) * classes, len(dataset.train.labels))  # five steps
     command = [sys.executable, Path(__file__).with_name("train.py"), "--overwrite", "--train-subset", subset]
     command += ["--epochs", "1", "--milestones", "--data", options.data, "--data-dir", options.data_dir]
     command += ["--batch-size", options.batch_size, "--device", options.device.type, "--dtype", options.dtype]
@@ -263,70 +339,71 @@ def startup(options: argparse.Namespace, dataset: data.Dataset) -> list[dict]:
         seconds = {"cold": [], "warm": []}
         for _ in range(options.repeats):
             with tempfile.TemporaryDirectory() as folder:
-                run = [*map(str, command), "--arch", arch, "--mode", mode, "--out", f"{folder}/runs"]
+                train = [*map(str, command), "--arch", arch, "--mode", mode, "--out", f"{folder}/runs"]
                 environment = os.environ | {name: f"{folder}/{name}" for name in caches}
                 for impl in ("cold", "warm") if "warm" in options.impl else ("cold",):
                     note(f"{arch} {mode}: {impl} start of train.py")
                     began = time.perf_counter()
-                    ended = subprocess.run(run, env=environment, capture_output=True, text=True)
+                    ended = subprocess.run(train, env=environment, capture_output=True, text=True)
                     run_s = time.perf_counter() - began
                     if ended.returncode:
-                        raise BenchFailed(f"train.py: {(ended.stderr.splitlines() or ['it fails'])[-1]}")
+                        raise ChildProcessError(f"train.py: {['it fails', *ended.stderr.splitlines()][-1]}")
                     (summary,) = Path(folder, "runs").glob("*/summary.json")
                     seconds[impl].append((json.loads(summary.read_text())["startup_s"], run_s))
         for impl in options.impl:
-            startup_s, run_s = map(statistics.median, zip(*seconds[impl], strict=True))
-            row = {"arch": arch, "mode": mode, "impl": impl, "seconds": startup_s, "run_seconds": run_s}
-            rows.append(row | {"n": options.repeats})
+            first_s, run_s = map(statistics.median, zip(*seconds[impl], strict=True))
+            measured = {"seconds": first_s, "run_seconds": run_s, "n": options.repeats}
+            rows.append(row(options, impl, arch, mode, **measured))
     return rows
 
 
-# ---- options, rows, tables ----
+# ---- options and table ----
+def parse_options(argv: list[str] | None) -> Namespace:
+    """The options, with each part's defaults. Raises BenchError for the first that cannot be used."""
+    formatter = RawDescriptionHelpFormatter
+    parser = ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
 
-
-def parse_options(argv: list[str] | None) -> argparse.Namespace:
-    """The options, each part's defaults filled in. BenchError for the first that cannot be used."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-
-    def refuse(message: str) -> NoReturn:
+    def refuse(message: str) -> None:
         raise BenchError(f"{message}; python bench.py --help lists the options")
 
-    parser.error, add = refuse, parser.add_argument
-    add("part", choices=tuple(IMPLS), help="what to measure")
-    add("--impl", nargs="+", help="of these: the above; data: stock, resident, ffcv; startup: cold, warm")
+    parser.error = refuse
+    parser.add_argument("part", choices=tuple(IMPLS), help="what to measure")
+    add = parser.add_argument_group("what is compared").add_argument
+    add("--impl", nargs="+", help="which of the above [all that suit the part and the machine]")
     add("--arch", nargs="+", default=["resnet32"], help="networks, as in train.py [resnet32]")
-    add("--mode", nargs="+", help="what trains [bn_only; speed: and all; memory: and random, all]")
+    add("--mode", nargs="+", help="what trains [bn_only; speed also all; memory also random and all]")
     add("--batch-size", type=int, default=128, help="images per step [128]")
-    add("--dtype", choices=tuple(steps.DTYPES), help="of all but stock [the fastest; memory: bf16]")
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to measure")
+    add("--dtype", choices=tuple(DTYPES), help="all but stock compute in it [the fastest; memory: bf16]")
+    add = parser.add_argument_group("where, and on which images").add_argument
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to measure [a GPU, if any]")
     add("--data", default="synthetic", help="the images, as in train.py [synthetic]")
     add("--data-dir", default="data", help="where they are looked for and kept [data]")
-    add("--repeats", type=int, help="turns of each [5]; startup: starts [3]")
-    add("--steps", type=int, help="steps in a turn [50 on a GPU, 4 on a CPU; data: an epoch]")
+    add = parser.add_argument_group("how long, and where to").add_argument
+    add("--repeats", type=int, help="turns of each implementation [5]; startup: starts of each kind [3]")
+    add("--steps", type=int, help="steps in a turn [390 on a GPU, 4 on a CPU; data: an epoch]")
     add("--warm-up", type=int, help="steps before the first turn, not timed [10 on a GPU, 2 on a CPU]")
-    add("--json", metavar="FILE", help="write the rows there, one JSON object a line")
+    add("--json", metavar="FILE", help="write the rows to FILE, one JSON object a line")
     options = parser.parse_args(argv)
-    part, on_gpu = options.part, torch.cuda.is_available() and options.device != "cpu"
-    if options.device == "cuda" and not on_gpu:
-        raise BenchError("--device cuda: torch finds no CUDA GPU here; leave it out, or use --device cpu")
-    options.device = torch.device("cuda" if on_gpu else "cpu")
-    # Elsewhere compiling takes minutes
-    weighed = rivals.STEPS if on_gpu else ("stock", "amp", "lean", "recompute")
-    modes = {"speed": ["bn_only", "all"], "memory": ["bn_only", "random", "all"]}
-    options.impl = options.impl or (weighed if part == "memory" else IMPLS[part])
-    options.mode = [freeze.canonical_mode(mode) for mode in options.mode or modes.get(part, ["bn_only"])]
-    options.dtype = options.dtype or ("bf16" if part == "memory" else steps.default_dtype(options.device))
-    usual = {"repeats": 3 if part == "startup" else 5, "steps": 50 if on_gpu else 4, "batch_size": 128}
-    usual |= {"steps": None} if part == "data" else {}
-    for name, value in (usual | {"warm_up": 10 if on_gpu else 2}).items():
-        given = getattr(options, name)
-        if given is not None and given < 1:
-            raise BenchError(f"--{name.replace('_', '-')} {given}: must be 1 or more")
-        setattr(options, name, given or value)
-    for name in ("impl", "arch", "mode"):
-        setattr(options, name, list(dict.fromkeys(getattr(options, name))))
+    part, options.device = options.part, kernels.device.choose(options.device)
+    on_gpu = options.device.type == "cuda"
+    skipped = {"stock_workers"} if WORKERS["stock_workers"] <= 2 or part == "memory" else set()
+    if part == "memory" and not on_gpu:
+        skipped |= {"compiled", "plain"}  # compiling takes minutes, and plain keeps what amp keeps
+    defaults = {
+        "impl": [impl for impl in IMPLS[part] if impl not in skipped],
+        "mode": {"speed": ["bn_only", "all"], "memory": ["bn_only", "random", "all"]}.get(part, ["bn_only"]),
+        "dtype": "bf16" if part == "memory" else kernels.device.default_dtype(options.device),
+        "repeats": 3 if part == "startup" else 5,
+        # On a GPU an epoch of CIFAR-10, so that every turn prepares one epoch
+        "steps": None if part == "data" else 390 if on_gpu else 4,
+        "warm_up": 10 if on_gpu else 2,
+    }
+    vars(options).update({name: value for name, value in defaults.items() if getattr(options, name) is None})
+    for name in ("batch_size", "repeats", "steps", "warm_up"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise BenchError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
+    options.mode = list(dict.fromkeys(map(freeze.canonical_mode, options.mode)))
+    options.impl, options.arch = (list(dict.fromkeys(given)) for given in (options.impl, options.arch))
     if unknown := [impl for impl in options.impl if impl not in IMPLS[part]]:
         raise BenchError(f"--impl {unknown[0]}: {part} has {', '.join(IMPLS[part])}")
     if "none" in options.mode:
@@ -339,112 +416,55 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def complete(rows: list[dict], options: argparse.Namespace) -> list[dict]:
-    """The rows with every key, and with what they were measured on."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
-    where = {
-        "device_name": provenance.maker_name(options.device),
-        "threads": torch.get_num_threads(),
-        "versions": versions,
+def show(rows: list[dict], where: dict) -> None:
+    """The table on the terminal: the columns in which some row has a value."""
+    part, batch_size = where["part"], rows[-1]["batch_size"]
+    names = ("arch", "mode", "impl", "dtype")
+    columns = {  # title: the key that has a value or None, and the text
+        **{name: (name, f"{{{name}}}".format_map) for name in names},
+        "images/s": ("images_per_s", "{images_per_s:,.0f}".format_map),
+        "ms (min–max)": ("step_ms", "{step_ms:,.2f} ({step_ms_min:,.2f}–{step_ms_max:,.2f})".format_map),
+        "peak MB": ("peak_memory_bytes", lambda r: f"{r['peak_memory_bytes'] / 1e6:,.1f}"),
+        "saved KB/image": ("saved_bytes_per_image", lambda r: f"{r['saved_bytes_per_image'] / 1e3:,.1f}"),
+        "first batch s" if part == "data" else "first step s": ("seconds", "{seconds:.2f}".format_map),
+        "run s": ("run_seconds", "{run_seconds:.2f}".format_map),
+        "/ stock": ("ratio_to_stock", "{ratio_to_stock:.2f}".format_map),
+        "floor": ("share_of_floor", "{share_of_floor:.1%}".format_map),
+        "TB/s": ("bytes_per_s", lambda r: f"{r['bytes_per_s'] / 1e12:.2f}"),
+        "TFLOP/s": ("flops_per_s", lambda r: f"{r['flops_per_s'] / 1e12:.0f}"),
+        "n": ("n", "{n}".format_map),
     }
-    where |= {"date": datetime.date.today().isoformat(), "warm_up": options.warm_up}
-    usual = dict.fromkeys(KEYS) | {"part": options.part, "device": options.device.type}
-    usual |= {"dtype": options.dtype, "batch_size": options.batch_size}
-    # Tensor cores take the factors of an fp32 product rounded to TF32, which torch lets cuDNN do
-    on_cores = options.device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
-    stock = {"dtype": "tf32" if on_cores and options.part == "speed" else "fp32"}
-    return [usual | row | where | (stock if row["impl"] == "stock" else {}) for row in rows]
-
-
-def show(rows: list[dict]) -> None:
-    """The table on the terminal: the columns in which some row has something to say."""
-    first = rows[-1]
-    part = first["part"]
-    columns = {
-        "images/s": "{images_per_s:,.0f}",
-        "ms (min–max)": "{step_ms:,.2f} ({step_ms_min:,.2f}–{step_ms_max:,.2f})",
-        "peak MB": "{peak_memory_mb:,.1f}",
-        "saved KB/image": "{saved_kb:,.1f}",
-        "first batch s" if part == "data" else "first step s": "{seconds:.2f}",
-        "run s": "{run_seconds:.2f}",
-        "/ stock": "{ratio_to_stock:.2f}",
-        "floor": "{share_of_floor:.1%}",
-        "TB/s": "{tb_per_s:.2f}",
-        "TFLOP/s": "{tflop_per_s:.0f}",
-        "n": "{n}",
-    }
-    units = {"peak_memory_mb": ("peak_memory_bytes", 1e6), "saved_kb": ("saved_bytes_per_image", 1e3)}
-    units |= {"tb_per_s": ("bytes_per_s", 1e12), "tflop_per_s": ("flops_per_s", 1e12)}
-
-    def cell(template: str, row: dict) -> str:
-        values = {key: value for key, value in row.items() if value is not None}
-        values |= {name: values[key] / unit for name, (key, unit) in units.items() if key in values}
-        try:
-            return template.format(**values)
-        except KeyError:
-            return ""
-
-    names = [name for name in ("arch", "mode", "impl", "dtype") if any(row[name] for row in rows)]
-    columns = {title: [cell(template, row) for row in rows] for title, template in columns.items()}
-    columns = {title: cells for title, cells in columns.items() if any(cells)}
-    versions, queued = first["versions"], lead_in("stock")
-    caption = (
-        f"{first['device_name']}, {first['threads']} threads, torch {versions['torch']}, {first['date']}"
-    )
+    caption = "{device_name}, {threads} threads, torch {versions[torch]}, {date}".format_map(where)
     if part in ("speed", "data"):
-        caption += f"\nwarm-up: {first['warm_up']} steps, then 1 before each turn ({queued} if queued)"
-    table = Table(title=f"{part}, batches of {first['batch_size']}", caption=caption, box=box.SIMPLE_HEAD)
-    for name in names:
-        table.add_column(name, no_wrap=True)
+        lasting = f" (for {LEAD_IN_S['cuda']} s or more)" if where["device"] == "cuda" else ""
+        caption += f"\nwarm-up: {where['warm_up']} steps, then 1 and those queued before each turn{lasting}"
+    table = Table(title=f"{part}, batches of {batch_size}", caption=caption, box=box.SIMPLE_HEAD)
+    columns = {title: c for title, c in columns.items() if any(r[c[0]] is not None for r in rows)}
     for title in columns:
-        table.add_column(title, justify="right", no_wrap=True)
-    for i, row in enumerate(rows):
-        table.add_row(*(row[name] or "" for name in names), *(cells[i] for cells in columns.values()))
-    whole = Console(width=1000).measure(table).maximum  # not cut off in a file or pipe
-    Console(width=max(whole, Console().width)).print(table)
+        table.add_column(title, justify="left" if title in names else "right", no_wrap=True)
+    for r in rows:
+        table.add_row(*("" if r[key] is None else text(r) for key, text in columns.values()))
+    Console(width=1000).print(table)  # not cut off in a file or pipe
 
 
-def write_rows(path: Path, rows: list[dict]) -> None:
-    part = path.with_name(f"{path.name}.part")
-    part.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    os.replace(part, path)
-
-
-def note(line: str) -> None:
-    print(f"bench.py: {line}", file=sys.stderr, flush=True)
-
-
-def main(argv: list[str] | None = None) -> int:
-    try:
-        options = parse_options(argv)
-        dataset = data.open_dataset(options.data, options.data_dir, say=note)
-        images = len(dataset.train.labels)
-        if options.batch_size > images:
-            raise BenchError(f"--batch-size {options.batch_size}: there are {images:,} training images")
-        for arch in options.arch:
-            models.check_batches(arch, rivals.RECIPE["shortcut"], options.batch_size, dataset.image_size)
-        options.steps = options.steps or images // options.batch_size
-        measure = {"speed": speed, "memory": memory, "data": batches, "startup": startup}[options.part]
-        rows = complete(measure(options, dataset), options)
-        if options.json:
-            write_rows(Path(options.json), rows)
-        show(rows)
-    except (BenchError, data.DataError, models.ModelError, freeze.FreezeError) as error:
-        note(str(error))
-        return 2
-    except (BenchFailed, OSError) as error:
-        note(str(error))
-        return 1
-    except RuntimeError as error:
-        if not steps.out_of_memory(error):
-            raise
-        note(f"out of memory at --batch-size {options.batch_size}; try a smaller one")
-        return 1
-    except KeyboardInterrupt:
-        note("interrupted")
-        return 1
-    return 0
+def main(argv: list[str] | None = None) -> None:
+    options = parse_options(argv)
+    dataset = data.open_dataset(options.data, options.data_dir, say=note)
+    images = len(dataset.train.labels)
+    if options.batch_size > images:
+        raise BenchError(f"--batch-size {options.batch_size}: there are {images:,} training images")
+    for arch in options.arch:
+        models.check_batches(arch, "projection", options.batch_size, dataset.image_size)
+    options.steps = options.steps or images // options.batch_size
+    measure = {"speed": speed, "memory": memory, "data": loading, "startup": startup}[options.part]
+    rows = measure(options, dataset)
+    where = {"part": options.part, "device": options.device.type, "warm_up": options.warm_up}
+    where["device_name"], where["threads"] = runs.maker_name(options.device), torch.get_num_threads()
+    where["versions"], where["date"] = runs.versions(), time.strftime("%Y-%m-%d")
+    if options.json:
+        runs.write_atomically(Path(options.json), "".join(json.dumps(where | row) + "\n" for row in rows))
+    show(rows, where)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(progress.run("bench.py", main))

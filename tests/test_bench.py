@@ -1,9 +1,13 @@
 """bench.py through its command line: every part's rows; bytes counted a second way; errors to be mended."""
 
+import argparse
 import gc
+import itertools
 import json
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,12 +18,19 @@ from torch.utils._pytree import tree_leaves
 
 import bench
 import data
-import rivals
-from kernels import roofline as floor
+import kernels
+import models
+import progress
+from kernels import roofline
 
 ROOT = Path(bench.__file__).parent
 SMALL = ["--arch", "resnet8", "--batch-size", "16", "--device", "cpu"]
-CLASSES = tuple("0123456789")
+KEYS = (  # of every row that --json writes, as people have read them since the first results
+    *("part", "arch", "mode", "impl", "device", "dtype", "batch_size", "images_per_s", "step_ms"),
+    *("saved_bytes_per_image", "peak_memory_bytes", "seconds", "ratio_to_stock", "n"),
+    *("step_ms_min", "step_ms_max", "run_seconds", "share_of_floor", "bytes_per_s", "flops_per_s"),
+    *("device_name", "threads", "versions", "date", "warm_up", "passes"),
+)
 
 
 @pytest.fixture
@@ -29,11 +40,16 @@ def small(tiny_folder, tmp_path):
     return [*SMALL, *where, "--json", str(tmp_path / "rows.jsonl")]
 
 
+def status_of(*options: str) -> int:
+    """The exit status of the command line."""
+    return progress.run("bench.py", lambda: bench.main(list(options)))
+
+
 def rows_in(options: list[str], part: str) -> list[dict]:
     """The rows that were written, each complete."""
     rows = [json.loads(line) for line in Path(options[options.index("--json") + 1]).read_text().splitlines()]
     for row in rows:
-        assert set(bench.KEYS) <= set(row) and row["part"] == part and row["batch_size"] in (16, None)
+        assert set(row) == set(KEYS) and row["part"] == part and row["batch_size"] in (16, None)
         assert row["device_name"] and row["versions"]["torch"] == torch.__version__ and row["date"]
     return rows
 
@@ -53,37 +69,79 @@ def test_speed_compares_every_step(small):
         stock = next(r for r in rows if r["mode"] == row["mode"] and r["impl"] == "stock")
         assert row["ratio_to_stock"] == pytest.approx(row["images_per_s"] / stock["images_per_s"])
         assert row["dtype"] == "fp32" or row["impl"] != "stock"
+        assert row["passes"] == kernels.passes_name("cpu", row["impl"] in ("lean", "recompute"))
 
 
 @pytest.mark.stress
 def test_speed_compares_compiled_networks(small):
     turns = ["--repeats", "1", "--steps", "1", "--mode", "bn_only"]
-    assert bench.main(["speed", *small, *turns, "--impl", "compiled"]) == 0
+    assert status_of("speed", *small, *turns, "--impl", "compiled") == 0
     (row,) = rows_in(small, "speed")
     assert row["images_per_s"] > 0 and row["ratio_to_stock"] is None
 
 
 @pytest.mark.parametrize(
     "impls",
-    [["stock", "resident"], pytest.param(["stock", "resident", "ffcv"], marks=pytest.mark.stress)],
+    [
+        ["stock", "stock_workers", "resident"],
+        pytest.param(["stock", "resident", "ffcv"], marks=pytest.mark.stress),
+    ],
 )
 def test_data_compares_the_loaders(small, impls):
     turns = ["--repeats", "1", "--steps", "2", "--warm-up", "1"]
-    assert bench.main(["data", *small, *turns, "--impl", *impls]) == 0
+    assert status_of("data", *small, *turns, "--impl", *impls) == 0
     rows = rows_in(small, "data")
     assert [row["impl"] for row in rows] == impls
     assert all(row["images_per_s"] > 0 and row["seconds"] > 0 for row in rows)
 
 
+def test_turns_rotate_and_each_follows_a_lead_in(monkeypatch):
+    monkeypatch.setitem(bench.LEAD_IN_S, "cpu", 0.2)
+    taken = []
+
+    def steps(name: str):
+        while True:
+            time.sleep(0.001)
+            taken.append(name)
+            yield
+
+    given = {"repeats": 2, "steps": 3, "warm_up": 1, "batch_size": 8, "part": "speed"}
+    options = argparse.Namespace(device=torch.device("cpu"), **given)
+    timed = bench.take_turns({name: partial(steps, name) for name in ("stock", "lean")}, options)
+    assert [name for name, _ in itertools.groupby(taken)] == ["stock", "lean", "stock", "lean", "stock"]
+    queued = 1 + bench.QUEUED["stock"]  # which by far does not take long enough
+    assert [len(list(turn)) for _, turn in itertools.groupby(taken)][2] >= queued + 10 + 3
+    for row in timed.values():
+        assert (
+            row["n"] == 6
+            and row["step_ms"] >= 1
+            and row["images_per_s"] == pytest.approx(8e3 / row["step_ms"])
+        )
+
+
+def test_a_run_that_fails_is_reported_in_a_line(small, capsys, monkeypatch):
+    failed = subprocess.CompletedProcess([], 1, "", "something before\ntrain.py: it diverged")
+    monkeypatch.setattr(bench.subprocess, "run", lambda *command, **settings: failed)
+    assert status_of("startup", *small, "--repeats", "1") == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "bench.py: train.py: train.py: it diverged"
+
+
+def test_help_describes_every_implementation(capsys):
+    with pytest.raises(SystemExit) as ended:
+        bench.main(["--help"])
+    text = capsys.readouterr().out
+    assert not ended.value.code and all(f"    {impl} " in text for impl in bench.STEPS)
+
+
 def test_startup_is_measured_cold_and_warm(small):
-    assert bench.main(["startup", *small, "--repeats", "1"]) == 0
+    assert status_of("startup", *small, "--repeats", "1") == 0
     rows = rows_in(small, "startup")
     assert [row["impl"] for row in rows] == ["cold", "warm"]
     assert all(0 < row["seconds"] < row["run_seconds"] for row in rows)
 
 
 def test_memory_weighs_stock_autocast_and_ours(small):
-    assert bench.main(["memory", *small, "--mode", "bn_only", "all"]) == 0
+    assert status_of("memory", *small, "--mode", "bn_only", "all") == 0
     rows = rows_in(small, "memory")
     saved = {(row["mode"], row["impl"]): row["saved_bytes_per_image"] for row in rows}
     assert len(rows) == 10 and {row["dtype"] for row in rows} == {"fp32", "bf16"}
@@ -129,13 +187,12 @@ def storages(values) -> list[torch.UntypedStorage]:
 )
 def test_saved_bytes_are_what_is_alive_between_forward_and_backward(impl, mode):
     dtype = torch.float32 if impl == "stock" else torch.bfloat16
-    way = rivals.OURS.get(impl, ("stock", False))
-    model = rivals.network(impl, "resnet14", mode, CLASSES, torch.device("cpu"))
+    model = bench.network(impl, "resnet14", mode, 10, torch.device("cpu"))
     batch = batch_of(8, dtype)
-    saved = bench.saved_bytes(model, *batch, dtype, *way)  # which converts frozen weights, too
+    saved = bench.saved_bytes(model, *batch, dtype)  # which converts frozen weights, too
     model.zero_grad()
     with Allocations() as allocations:
-        loss = rivals.loss_of(model, *batch, dtype, *way)
+        loss = bench.loss_of(model, *batch, dtype)
         alive = allocations.alive_bytes()
     assert loss.requires_grad
     images_bytes = batch[0].nbytes if impl != "lean" or mode == "all" else 0  # saved, but not made here
@@ -143,23 +200,15 @@ def test_saved_bytes_are_what_is_alive_between_forward_and_backward(impl, mode):
 
 
 def test_a_frozen_resnet32_keeps_one_output_per_convolution_and_one_bit_per_block_output():
-    least = floor.least_bytes(floor.cost("resnet32", 32), torch.bfloat16)
+    with torch.device("meta"):
+        cost = roofline.cost(models.build("resnet32"), 32)
+    least = roofline.least_bytes(cost, torch.bfloat16)
     assert least["floor"] == 2 * 315_392 + 143_360 / 8 and 325e3 < least["floor_recompute"] < 335e3
     images, labels = batch_of(8, torch.bfloat16)
     for impl, bound in (("lean", "floor"), ("recompute", "floor_recompute")):
-        model = rivals.network(impl, "resnet32", "bn_only", CLASSES, torch.device("cpu"))
-        saved = bench.saved_bytes(model, images, labels, torch.bfloat16, *rivals.OURS[impl]) / 8
+        model = bench.network(impl, "resnet32", "bn_only", 10, torch.device("cpu"))
+        saved = bench.saved_bytes(model, images, labels, torch.bfloat16) / 8
         assert least[bound] <= saved <= 1.05 * least[bound] + (images[0].nbytes if impl == "recompute" else 0)
-
-
-def test_the_floor_follows_the_devices_rates():
-    of = floor.cost("resnet32", 32)
-    assert 68e6 < of.multiply_adds < 70e6
-    by_copies = floor.least_s(of, False, torch.bfloat16, (4.3e12, 790e12))
-    assert by_copies == pytest.approx(6 * 2 * 315_392 / 4.3e12)
-    assert floor.least_s(of, True, torch.bfloat16, (1e30, 790e12)) == pytest.approx(
-        6 * of.multiply_adds / 790e12
-    )
 
 
 def test_the_stock_loader_crops_flips_and_normalises():
@@ -168,7 +217,7 @@ def test_the_stock_loader_crops_flips_and_normalises():
     statistics = (0.0, 0.0, 0.0), (255.0, 255.0, 255.0)
     dataset = data.Dataset("one", "one", "", ("a",), size, *statistics, split, split)
     torch.manual_seed(0)
-    drawn = [rivals.PerImage(dataset)[0] for _ in range(600)]
+    drawn = [bench.PerImage(dataset)[0] for _ in range(600)]
     assert all(label == 7 and x.shape == (3, size, size) and x.dtype == torch.float32 for x, label in drawn)
     padded = torch.nn.functional.pad(torch.from_numpy(image).permute(2, 0, 1).float() / 255, (4, 4, 4, 4))
     crops = [padded[:, i : i + size, j : j + size] for i in range(9) for j in range(9)]
@@ -196,7 +245,7 @@ def test_the_stock_loader_crops_flips_and_normalises():
 def test_unusable_options_end_in_a_line(small, capsys, monkeypatch, tmp_path, options, said):
     monkeypatch.chdir(tmp_path)
     where = small[small.index("--data") : small.index("--json")]
-    assert bench.main([*options, "--device", "cpu", *where]) == 2
+    assert status_of(*options, "--device", "cpu", *where) == 2
     captured = capsys.readouterr()
     assert said in captured.err and captured.err.startswith("bench.py: ") and not captured.out
     assert captured.err.count("\n") <= 2
@@ -206,7 +255,7 @@ def test_unusable_options_end_in_a_line(small, capsys, monkeypatch, tmp_path, op
 def test_on_a_gpu_the_rows_have_the_floor_and_the_peak(tiny_folder, tmp_path):
     options = ["--arch", "resnet8", "--batch-size", "16", "--json", str(tmp_path / "rows.jsonl")]
     options += ["--data", str(tiny_folder), "--data-dir", str(tiny_folder.parent / "prepared")]
-    assert bench.main(["speed", *options, "--repeats", "2", "--steps", "4", "--mode", "bn_only"]) == 0
+    assert status_of("speed", *options, "--repeats", "2", "--steps", "4", "--mode", "bn_only") == 0
     rows = rows_in(options, "speed")
     assert rows[0]["bytes_per_s"] > 1e11 and rows[1]["flops_per_s"] > 1e12
     for row in rows[2:]:
