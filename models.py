@@ -1,51 +1,44 @@
-"""Architectures by name, and their initial weights drawn bit for bit from a seed.
+"""Architectures by name, and their initial weights, which a seed determines to the last bit.
 
     resnetD       CIFAR ResNet of depth D = 6n+2 (He et al. 2015): 14, 20, 32, 44, 56, 110, 218, 434, 866 ...
     resnetD_wK    the same, K times as wide
-    vgg11|13|16|19                VGG with BatchNorm and a single linear layer, as the paper has it
+    vgg11|13|16|19                VGG with BatchNorm and a single linear layer, as in the paper
     resnet18|34|50|101|152|200    the ImageNet family (7x7 stem), with torchvision's layout and names
 
-All networks take images of any size from 32x32 up and end in a global average pool and one linear layer `fc`.
+All networks take images of any size from 32x32 up, and end in a global average pool and a linear layer `fc`.
 """
 
 import hashlib
 import math
 import re
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kernels import conv_bn_relu
+from kernels import Execution, conv_bn_relu
 
 SHORTCUTS = ("projection", "projection_all", "pad")
-CONV_INITS = ("kaiming_normal", "kaiming_uniform", "orthogonal", "binary")
-BN_INITS = ("uniform", "ones", "one_one", "signed_uniform", "he_normal")
 IMAGENET_LAYERS = {
     18: (2, 2, 2, 2),
     34: (3, 4, 6, 3),
     50: (3, 4, 6, 3),
     101: (3, 4, 23, 3),
     152: (3, 8, 36, 3),
+    200: (3, 24, 36, 3),
 }
-IMAGENET_LAYERS[200] = (3, 24, 36, 3)
-VGG_WIDTHS = {  # "M" halves the image
-    11: (64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512),
-    13: (64, 64, "M", 128, 128, "M", 256, 256, "M", 512, 512, "M", 512, 512),
-    16: (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512),
-    19: (64, 64, "M", 128, 128, "M", 256, 256, 256, 256, "M", 512, 512, 512, 512, "M", 512, 512, 512, 512),
-}
+VGG_LAYERS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
 
 
 class ModelError(ValueError):
-    """An architecture, initialisation or weight file that cannot be used; the message says what would do."""
+    """An architecture or initialisation that cannot be used; the message says what would do."""
+
+    exit_status = 2
 
 
 class Conv2d(nn.Conv2d):
-    """A convolution without bias, whose weights may be frozen but for some that are set apart to train."""
+    """A convolution without bias, some of whose weights may be set apart to train while others are frozen."""
 
     def __init__(self, c_in: int, c_out: int, kernel_size: int, stride: int = 1):
         super().__init__(c_in, c_out, kernel_size, stride, padding=kernel_size // 2, bias=False)
@@ -55,9 +48,9 @@ class Conv2d(nn.Conv2d):
     def set_apart(self, places: torch.Tensor) -> None:
         """Give the weights at `places` a small trainable tensor of their own, `values`.
 
-        `places` is int64 `[C_out, K]`: K different positions in every flattened filter. `weight` itself is
-        never written to again, so what is frozen stays bitwise frozen under momentum and weight decay, and
-        the decay acts on the chosen weights themselves, as it does on a masked network.
+        `places` is int64 `[C_out, K]`: K different positions in each flattened filter. `weight` itself is
+        never written to again. So the frozen weights stay bitwise frozen under momentum and weight decay,
+        and weight decay acts on the chosen weights alone, as it does in a masked network.
         """
         self.places = places.to(self.weight.device)
         self.values = nn.Parameter(self.weight.detach().flatten(1).gather(1, self.places))
@@ -74,7 +67,7 @@ class Conv2d(nn.Conv2d):
 
 
 class Pad(nn.Module):
-    """The shortcut without parameters: every stride-th pixel, new channels filled with zeros."""
+    """The shortcut without parameters: every stride-th pixel, with channels of zeros appended."""
 
     def __init__(self, extra_channels: int, stride: int):
         super().__init__()
@@ -85,17 +78,21 @@ class Pad(nn.Module):
 
 
 class Projection(nn.Sequential):
-    """1x1 convolution and BatchNorm; a Sequential for torchvision's names `downsample.0` and `.1`."""
+    """1x1 convolution and BatchNorm; a Sequential, for torchvision's names `downsample.0` and `.1`."""
+
+    execution = Execution()
 
     def __init__(self, c_in: int, c_out: int, stride: int):
         super().__init__(Conv2d(c_in, c_out, 1, stride), nn.BatchNorm2d(c_out))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return conv_bn_relu(x, [(self[0], self[1])], relu=False)
+        return conv_bn_relu(x, [(self[0], self[1])], relu=False, execution=self.execution)
 
 
 class BasicBlock(nn.Module):
-    expansion = 1
+    """Two 3x3 convolutions and a shortcut, which `downsample` fits to their output where it must."""
+
+    expansion, execution = 1, Execution()
 
     def __init__(self, c_in: int, width: int, stride: int, downsample: nn.Module | None):
         super().__init__()
@@ -105,11 +102,14 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
-        return conv_bn_relu(x, [(self.conv1, self.bn1), (self.conv2, self.bn2)], shortcut)
+        units = [(self.conv1, self.bn1), (self.conv2, self.bn2)]
+        return conv_bn_relu(x, units, shortcut, execution=self.execution)
 
 
 class Bottleneck(nn.Module):
-    expansion = 4
+    """1x1, 3x3 and 1x1 convolutions and a shortcut; the last has four times as many channels."""
+
+    expansion, execution = 4, Execution()
 
     def __init__(self, c_in: int, width: int, stride: int, downsample: nn.Module | None):
         super().__init__()
@@ -121,14 +121,11 @@ class Bottleneck(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
         units = [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)]
-        return conv_bn_relu(x, units, shortcut)
+        return conv_bn_relu(x, units, shortcut, execution=self.execution)
 
 
 class Network(nn.Module):
-    """`features`, then a global average pool and the output layer `fc`."""
-
-    def features(self, images: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+    """`features`, which every subclass defines, then a global average pool and the output layer `fc`."""
 
     def head(self, features: torch.Tensor) -> torch.Tensor:
         """Logits `[N, num_classes]` of features `[N, C, h, w]`."""
@@ -140,80 +137,88 @@ class Network(nn.Module):
 
 
 class ResNet(Network):
-    """Stages of residual blocks: `layers[i]` blocks of `widths[i]` channels, each stage at half the size."""
+    """Stages of residual blocks, stage i of `layers[i]`; each but the first halves the image.
+
+    The first stage has `width` channels (times the block's expansion), each other twice those before.
+    """
+
+    execution = Execution()
 
     def __init__(
-        self, block: type, layers: tuple, widths: tuple, imagenet_stem: bool, shortcut: str, num_classes: int
+        self, block: type, layers: tuple, width: int, imagenet_stem: bool, shortcut: str, num_classes: int
     ):
         super().__init__()
-        self.imagenet_stem = imagenet_stem
-        channels = widths[0]
-        self.conv1 = Conv2d(3, channels, 7, 2) if imagenet_stem else Conv2d(3, channels, 3)
-        self.bn1 = nn.BatchNorm2d(channels)
-        for stage, (count, width) in enumerate(zip(layers, widths, strict=True), start=1):
-            blocks = []
+        self.imagenet_stem, self.stages, channels = imagenet_stem, len(layers), width
+        self.conv1 = Conv2d(3, width, 7, 2) if imagenet_stem else Conv2d(3, width, 3)
+        self.bn1 = nn.BatchNorm2d(width)
+        for stage, count in enumerate(layers, start=1):
+            blocks = nn.Sequential()
             for i in range(count):
-                stride = 2 if i == 0 and stage > 1 else 1
-                out, first = width * block.expansion, i == 0
+                out, stride = width * block.expansion, 2 if i == 0 and stage > 1 else 1
                 downsample = None
-                if stride > 1 or channels != out or (first and shortcut == "projection_all"):
+                if stride > 1 or channels != out or (i == 0 and shortcut == "projection_all"):
                     pads = shortcut == "pad"
                     downsample = Pad(out - channels, stride) if pads else Projection(channels, out, stride)
                 blocks.append(block(channels, width, stride, downsample))
                 channels = out
-            setattr(self, f"layer{stage}", nn.Sequential(*blocks))
-        self.stages = len(layers)
+            setattr(self, f"layer{stage}", blocks)
+            width *= 2
         self.fc = nn.Linear(channels, num_classes)
-
-    def blocks(self) -> list[nn.Module]:
-        return [block for stage in range(1, self.stages + 1) for block in getattr(self, f"layer{stage}")]
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         """The last block's output `[N, C, h, w]` for images `[N, 3, H, W]`."""
-        x = conv_bn_relu(x, [(self.conv1, self.bn1)])
+        x = conv_bn_relu(x, [(self.conv1, self.bn1)], execution=self.execution)
         if self.imagenet_stem:
             x = F.max_pool2d(x, 3, 2, 1)
-        for block in self.blocks():
-            x = block(x)
+        for stage in range(1, self.stages + 1):
+            x = getattr(self, f"layer{stage}")(x)
         return x
 
 
 class VGGLayer(nn.Module):
+    """A 3x3 convolution with BatchNorm and ReLU, and with `pool` a max pool that halves the image."""
+
+    execution = Execution()
+
     def __init__(self, c_in: int, width: int, pool: bool):
         super().__init__()
         self.conv, self.bn, self.pool = Conv2d(c_in, width, 3), nn.BatchNorm2d(width), pool
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = conv_bn_relu(x, [(self.conv, self.bn)])
+        y = conv_bn_relu(x, [(self.conv, self.bn)], execution=self.execution)
         return F.max_pool2d(y, 2) if self.pool else y
 
 
 class VGG(Network):
-    def __init__(self, widths: tuple, num_classes: int):
+    """Five stages of 3x3 convolutions, stage i of `layers[i]`; each but the last halves its output."""
+
+    def __init__(self, layers: tuple[int, ...], num_classes: int):
         super().__init__()
         self.layers, channels = nn.Sequential(), 3
-        for width, following in zip(widths, (*widths[1:], None), strict=True):
-            if width != "M":
-                self.layers.append(VGGLayer(channels, width, pool=following == "M"))
+        for stage, (count, width) in enumerate(zip(layers, (64, 128, 256, 512, 512), strict=True), start=1):
+            for i in range(count):
+                pool = i == count - 1 and stage < len(layers)
+                self.layers.append(VGGLayer(channels, width, pool))
                 channels = width
         self.fc = nn.Linear(channels, num_classes)
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
+        """The last layer's output `[N, C, h, w]` for images `[N, 3, H, W]`."""
         return self.layers(x)
 
 
 def build(arch: str, num_classes: int = 10, shortcut: str = "projection") -> Network:
     """The network named `arch`, its weights not yet drawn (see `initialise`).
 
-    `shortcut` is how residual blocks whose shape changes bring their input along: "projection" (1x1
-    convolution and BatchNorm), "projection_all" (on the first block of stage 1 too) or "pad" (no
-    parameters; He et al.'s option A). Raises ModelError for a name that is none of the forms above.
+    `shortcut` says how a residual block whose output has another shape fits its input to it: "projection"
+    (1x1 convolution and BatchNorm), "projection_all" (also in the first block of stage 1), or "pad" (without
+    parameters; He et al.'s option A). Raises ModelError for a name that has none of the forms above.
     """
     if shortcut not in SHORTCUTS:
         raise ModelError(f"--shortcut {shortcut} is not known; choose from {', '.join(SHORTCUTS)}")
     if vgg := re.fullmatch(r"vgg(\d+)", arch):
-        if int(vgg[1]) in VGG_WIDTHS:
-            return VGG(VGG_WIDTHS[int(vgg[1])], num_classes)
+        if int(vgg[1]) in VGG_LAYERS:
+            return VGG(VGG_LAYERS[int(vgg[1])], num_classes)
     elif resnet := re.fullmatch(r"resnet([1-9]\d*)(?:_w([1-9]\d*))?", arch):
         depth, width = int(resnet[1]), int(resnet[2] or 1)
         if depth > 10_000 or width > 1_000:
@@ -221,11 +226,9 @@ def build(arch: str, num_classes: int = 10, shortcut: str = "projection") -> Net
         if depth in IMAGENET_LAYERS:
             if resnet[2] is None:
                 block = BasicBlock if depth < 50 else Bottleneck
-                return ResNet(block, IMAGENET_LAYERS[depth], (64, 128, 256, 512), True, shortcut, num_classes)
+                return ResNet(block, IMAGENET_LAYERS[depth], 64, True, shortcut, num_classes)
         elif depth >= 8 and depth % 6 == 2:
-            blocks = (depth - 2) // 6
-            widths = (16 * width, 32 * width, 64 * width)
-            return ResNet(BasicBlock, (blocks,) * 3, widths, False, shortcut, num_classes)
+            return ResNet(BasicBlock, ((depth - 2) // 6,) * 3, 16 * width, False, shortcut, num_classes)
     raise ModelError(
         f"--arch {arch} is not known; try resnet14, 20, 32, 44, 56, 110 (any depth 6n+2 from 8), "
         "resnet14_w2 (any width),\nvgg11, 13, 16, 19, or the ImageNet family resnet18, 34, 50, 101, 152, 200"
@@ -233,7 +236,7 @@ def build(arch: str, num_classes: int = 10, shortcut: str = "projection") -> Net
 
 
 def check_batches(arch: str, shortcut: str, batch_size: int, image_size: int) -> None:
-    """ModelError where the network cannot train on such batches: too small to normalise, or to halve."""
+    """Raise ModelError if the images are too small to be halved, or the batch too small to be normalised."""
     if batch_size > 1 and image_size >= 32:
         return
     with torch.device("meta"):
@@ -248,9 +251,9 @@ def check_batches(arch: str, shortcut: str, batch_size: int, image_size: int) ->
 
 
 def stream(seed: int, name: str, index: int = 0) -> np.random.RandomState:
-    """The random stream `name` (and, say, epoch `index`) of a run; no two names share draws.
+    """The random stream of a run for this `name` and, say, epoch `index`; no two of them share draws.
 
-    RandomState because NumPy's policy freezes its sequence for good (NEP 19). `seed` is 0 to 2**64 - 1.
+    `seed` is 0 to 2**64 - 1. It is a RandomState, because NumPy guarantees its sequence for good (NEP 19).
     """
     name_words = np.frombuffer(hashlib.sha256(name.encode()).digest(), "<u4")
     return np.random.RandomState([seed & 0xFFFFFFFF, seed >> 32, index, *name_words])
@@ -262,62 +265,57 @@ def initialise(
 ) -> None:
     """Draw every parameter of `model` from `seed`, each tensor from a stream of its own.
 
-    Convolutions by `conv_init` with fan-in and ReLU gain: He normal, He uniform (He et al. 2015),
-    orthogonal (Saxe et al. 2014, gain 1) or binary (plus or minus the He standard deviation). The output
-    layer is He normal with bias 0. BatchNorm's gamma, beta by `bn_init`: uniform U[0, 1], 0; ones 1, 0;
-    one_one 1, 1; signed_uniform U[-1, 1], 0; he_normal: Keras's (a normal truncated at two deviations,
-    variance 2/C), 0.
+    `conv_init` is the distribution of convolutions, with fan-in and ReLU's gain: kaiming_normal and
+    kaiming_uniform (He et al. 2015), orthogonal (Saxe et al. 2014, gain 1), or binary (plus or minus the
+    standard deviation of He et al.). The output layer is kaiming_normal with bias 0. `bn_init` is how gamma
+    and beta begin: uniform is U[0, 1] and 0, ones is 1 and 0, one_one is 1 and 1, signed_uniform is U[-1, 1]
+    and 0, he_normal is Keras's (a normal truncated at two deviations, variance 2/C) and 0.
     """
     if conv_init not in CONV_INITS:
         raise ModelError(f"the initialisation {conv_init} is not known; choose from {', '.join(CONV_INITS)}")
     for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d):
-            draw = _CONV_DRAWS[conv_init](stream(seed, f"weights/{name}"), tuple(module.weight.shape))
-            module.weight.copy_(torch.from_numpy(draw.astype(np.float32)))
-        elif isinstance(module, nn.Linear):
-            draw = _kaiming_normal(stream(seed, f"weights/{name}"), tuple(module.weight.shape))
-            module.weight.copy_(torch.from_numpy(draw.astype(np.float32)))
-            module.bias.zero_()
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            draw = CONV_INITS[conv_init] if isinstance(module, nn.Conv2d) else _kaiming_normal
+            weight = draw(stream(seed, f"weights/{name}"), tuple(module.weight.shape))
+            module.weight.copy_(torch.from_numpy(weight.astype(np.float32)))
+            if module.bias is not None:
+                module.bias.zero_()
     initialise_batchnorm(model, seed, bn_init)
 
 
 @torch.no_grad()
 def initialise_batchnorm(model: nn.Module, seed: int, bn_init: str = "uniform") -> None:
-    """Draw gamma and beta as `initialise` does, and forget the running statistics."""
+    """Draw gamma and beta as `initialise` does, and reset the running statistics."""
     if bn_init not in BN_INITS:
         raise ModelError(f"the initialisation {bn_init} is not known; choose from {', '.join(BN_INITS)}")
     for name, module in model.named_modules():
         if isinstance(module, nn.BatchNorm2d):
-            gamma = _GAMMA_DRAWS[bn_init](stream(seed, f"batchnorm/{name}"), module.num_features)
+            gamma = BN_INITS[bn_init](stream(seed, f"batchnorm/{name}"), module.num_features)
             module.weight.copy_(torch.from_numpy(np.asarray(gamma, np.float32)))
             module.bias.fill_(1.0 if bn_init == "one_one" else 0.0)
             module.reset_running_stats()
 
 
-def _fan_in(shape: tuple) -> int:
-    return math.prod(shape[1:])
-
-
 def _kaiming_normal(rng: np.random.RandomState, shape: tuple) -> np.ndarray:
-    return rng.standard_normal(shape) * math.sqrt(2 / _fan_in(shape))
+    return rng.standard_normal(shape) * math.sqrt(2 / math.prod(shape[1:]))
 
 
 def _kaiming_uniform(rng: np.random.RandomState, shape: tuple) -> np.ndarray:
-    bound = math.sqrt(6 / _fan_in(shape))
+    bound = math.sqrt(6 / math.prod(shape[1:]))
     return rng.random_sample(shape) * (2 * bound) - bound
 
 
 def _binary(rng: np.random.RandomState, shape: tuple) -> np.ndarray:
-    return np.where(rng.random_sample(shape) < 0.5, -1.0, 1.0) * math.sqrt(2 / _fan_in(shape))
+    return np.where(rng.random_sample(shape) < 0.5, -1.0, 1.0) * math.sqrt(2 / math.prod(shape[1:]))
 
 
 def _orthogonal(rng: np.random.RandomState, shape: tuple) -> np.ndarray:
-    """Rows (or columns, if fewer) orthonormal, uniform over such matrices: Gram-Schmidt on a normal draw.
+    """A matrix whose rows (or columns, if fewer) are orthonormal, uniform over all such matrices.
 
-    Not by LAPACK, whose last bits depend on the machine: products and sums here are single IEEE operations
-    in a fixed order, so every machine gets the same bits.
+    It is Gram-Schmidt on a normal draw; not LAPACK's, whose last bits depend on the machine. Products and
+    sums here are single IEEE operations in a fixed order, so that every machine gets the same bits.
     """
-    rows, columns = shape[0], _fan_in(shape)
+    rows, columns = shape[0], math.prod(shape[1:])
     q = rng.standard_normal((min(rows, columns), max(rows, columns)))
     for i in range(len(q)):
         q[i] /= math.sqrt(_fixed_order_sum((q[i] * q[i])[None])[0])
@@ -327,7 +325,7 @@ def _orthogonal(rng: np.random.RandomState, shape: tuple) -> np.ndarray:
 
 
 def _fixed_order_sum(x: np.ndarray) -> np.ndarray:
-    """Sum over the last axis by halving it, so that the order does not depend on a machine's vector width."""
+    """The sum over the last axis, halving it each time: an order that no machine's vector width changes."""
     while x.shape[-1] > 1:
         half = x.shape[-1] // 2
         odd = x[..., 2 * half :]
@@ -344,70 +342,16 @@ def _keras_he_normal(rng: np.random.RandomState, channels: int) -> np.ndarray:
     return draw * (math.sqrt(2 / channels) / 0.87962566103423978)  # the deviation left after truncation
 
 
-_CONV_DRAWS: dict[str, Callable] = dict(
-    zip(CONV_INITS, (_kaiming_normal, _kaiming_uniform, _orthogonal, _binary), strict=True)
-)
-_GAMMA_DRAWS: dict[str, Callable] = {
+CONV_INITS = {
+    "kaiming_normal": _kaiming_normal,
+    "kaiming_uniform": _kaiming_uniform,
+    "orthogonal": _orthogonal,
+    "binary": _binary,
+}
+BN_INITS = {
     "uniform": lambda rng, channels: rng.random_sample(channels),
     "ones": lambda rng, channels: np.ones(channels),
     "one_one": lambda rng, channels: np.ones(channels),
     "signed_uniform": lambda rng, channels: rng.random_sample(channels) * 2 - 1,
     "he_normal": _keras_he_normal,
 }
-
-
-def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors of a `.safetensors` file, or of a state dict saved by `torch.save`, by name.
-
-    Raises ModelError for a file that cannot be read without running code.
-    """
-    path = Path(path)
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            tensors = load_file(path)
-        else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ModelError(f"--init-from {path}: there is no such file or run") from None
-    except Exception as error:  # the readers' own errors for rubbish are of many kinds
-        reason = str(error).splitlines()[0]
-        raise ModelError(
-            f"--init-from {path}: not a weight file that loads safely ({reason});\n"
-            "give a .safetensors file, or a state dict saved with torch.save(model.state_dict(), ...)"
-        ) from None
-    named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
-    if not named or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
-        raise ModelError(f"--init-from {path}: holds no state dict (names to tensors)")
-    return tensors
-
-
-def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], path: str | Path) -> list[str]:
-    """Load `tensors`, which are from `path`, into `model`, by name.
-
-    The output layer keeps its draw where theirs has another number of classes; returns the names so left.
-    Raises ModelError where names or shapes do not fit.
-    """
-    own = {name: t for name, t in model.state_dict().items() if not name.endswith("num_batches_tracked")}
-    given = {name: t for name, t in tensors.items() if not name.endswith("num_batches_tracked")}
-    heads = [n for n in ("fc.weight", "fc.bias") if n in given and given[n].dim() == own[n].dim()]
-    other_head = [n for n in heads if given[n].shape[0] != own[n].shape[0]]
-    for name in other_head:
-        given[name] = own[name]
-    wrong = [f"{n} (missing)" for n in own if n not in given]
-    wrong += [f"{n} (not in this network)" for n in given if n not in own]
-    wrong += [
-        f"{n} ({list(given[n].shape)}, needs {list(own[n].shape)})"
-        for n in own
-        if n in given and given[n].shape != own[n].shape
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise ModelError(f"--init-from {path} does not fit the network: {', '.join(wrong[:4])}{more}")
-    try:
-        model.load_state_dict(given, strict=False)
-    except RuntimeError as error:  # tensors without values, say
-        reason = str(error).splitlines()[-1].strip()
-        raise ModelError(f"--init-from {path} cannot be loaded ({reason})") from None
-    return other_head

@@ -1,86 +1,89 @@
-"""What every network here is made of: convolutions with BatchNorm and ReLU in a row, a shortcut around them.
+"""What every network here is made of: convolutions with BatchNorm and ReLU, and a shortcut around them.
 
-`conv_bn_relu` is one differentiable function that keeps for its backward pass what a frozen network needs and
-no more: each convolution's output once, and a bit an element where a shortcut was added. Stock autograd keeps
-every convolution's input too, though nothing asks for the gradient of frozen weights (pytorch issue 133566).
+`conv_bn_relu` is one differentiable function that keeps for its backward pass no more than a frozen network
+needs: each convolution's output once, and one bit per element where a shortcut was added. Autograd by itself
+also keeps every convolution's input, although no gradient of frozen weights is wanted (pytorch issue 133566).
+The formulas are in reference.py; cpu.py and cuda.py compute them faster.
 """
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from types import SimpleNamespace
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kernels import cpu
-from kernels.distributed import Group
-from kernels.reference import D_B, D_BETA, D_GAMMA, Conv, TorchPasses
+from kernels.distributed import Group, Synced
+from kernels.reference import D_BETA, D_GAMMA, BatchNorm, Conv, TorchPasses
 
 MEMORY = ("lean", "recompute", "stock")
-_memory, _compiled, _group = "lean", True, None
+Units = Sequence[tuple[nn.Conv2d, nn.BatchNorm2d]]  # of a block, from its input to its output
 
 
-@contextlib.contextmanager
-def using(memory: str = "lean", compiled: bool = True, group: Group | None = None) -> Iterator[None]:
-    """How `conv_bn_relu` goes about it in this context.
+class Execution(NamedTuple):
+    """How `conv_bn_relu` computes.
 
-    `memory`: what is kept for backward, "lean" (each convolution's output), "recompute" (each block's input,
-    at the price of its convolutions' forward once more) or "stock" (what autograd keeps). `compiled`: by our
-    own kernels where they cover device, dtype and shape, else, and where not wanted, by PyTorch's. `group`:
-    the processes whose batches BatchNorm takes as one in training, see `Synced`; not with "stock".
+    `memory` is what it keeps for backward: "lean" (each convolution's output), "recompute" (each block's
+    input, at the price of computing its convolutions twice) or "stock" (what autograd keeps). `compiled`: use
+    our own kernels where they cover device, dtype and shape, and PyTorch's elsewhere; or only PyTorch's.
+    `group`: the processes over whose batches, taken together, BatchNorm normalises in training; see `Synced`.
     """
-    global _memory, _compiled, _group
+
+    memory: str = "lean"
+    compiled: bool = True
+    group: Group | None = None
+
+
+DEFAULT = Execution()
+
+
+def configure(
+    model: nn.Module, memory: str = "lean", compiled: bool = True, group: Group | None = None
+) -> None:
+    """Set how `model` computes, in each of its modules with an attribute `execution`; see `Execution`.
+
+    Raises ValueError for an unknown `memory`, and for "stock" with a group.
+    """
     if memory not in MEMORY:
-        raise ValueError(f"memory {memory!r}: choose from {', '.join(MEMORY)}")
+        raise ValueError(f"memory {memory!r} is unknown; choose from {', '.join(MEMORY)}")
     if memory == "stock" and group is not None:
-        raise ValueError("memory 'stock': autograd's BatchNorm knows of no other process's batch")
-    before, (_memory, _compiled, _group) = (_memory, _compiled, _group), (memory, compiled, group)
-    try:
-        yield
-    finally:
-        _memory, _compiled, _group = before
+        raise ValueError("memory 'stock' takes no group: autograd's BatchNorm sees one process's batch alone")
+    for module in model.modules():
+        if hasattr(module, "execution"):
+            module.execution = Execution(memory, compiled, group)
 
 
 def conv_bn_relu(
-    x: torch.Tensor,
-    units: Sequence[tuple[nn.Conv2d, nn.BatchNorm2d]],
-    shortcut: torch.Tensor | None = None,
-    relu: bool = True,
-) -> torch.Tensor:
-    """relu(unit_n(... relu(unit_1(x))) + shortcut), a unit being bn(conv(x)).
+    x: Tensor, units: Units, shortcut: Tensor | None = None, relu: bool = True, execution: Execution = DEFAULT
+) -> Tensor:
+    """relu(unit_n(... relu(unit_1(x))) + shortcut), a unit being bn(conv(x)); the last ReLU only with `relu`.
 
-    `x` is `[N, C_in, H, W]`, the result and `shortcut` are `[N, C_out, H', W']`, all channels_last. `bn` in
+    `x` is `[N, C_in, H, W]`, the result and `shortcut` are `[N, C_out, H', W']`, all channels_last. A `bn` in
     training mode normalises with the batch's statistics and updates its running ones, whether or not anything
-    is trained; it does not count batches (`num_batches_tracked`), since its momentum is constant.
+    is trained. It does not count batches (`num_batches_tracked`), because its momentum is constant. Raises
+    ValueError in training when a channel has only one value, which cannot be normalised.
     """
-    training, given = units[0][1].training, x
-    if _memory == "stock" or x.is_meta or (torch.is_grad_enabled() and not training):
+    training = units[0][1].training
+    if execution.memory == "stock" or x.is_meta or (torch.is_grad_enabled() and not training):
         return stock(x, units, shortcut, relu)
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    passes = _passes(x.device.type) if _compiled else TorchPasses()
-    weights = [_weight(conv, x.dtype) for conv, _ in units]
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        cast = x.to(torch.get_autocast_dtype(device_type))
+        x, shortcut = cast, cast if shortcut is x else shortcut
+    passes = _passes(device_type, execution.compiled)
     if training:
-        passes = passes if _group is None else Synced(passes, _group)
-        bn_parameters = [parameter for _, bn in units for parameter in (bn.weight, bn.bias)]
-        identity = shortcut is given  # whose gradient we add to x's, which saves autograd a pass
-        plan = (passes, units, relu, identity, _memory == "recompute")
-        return _Block.apply(plan, x, None if identity else shortcut, *weights, *bn_parameters)
+        passes = passes if execution.group is None else Synced(passes, execution.group)
+        return train_block(passes, x, units, shortcut, relu, execution.memory == "recompute")
     x, norm = _channels_last(x), None
-    for (conv, bn), weight in zip(units, weights, strict=True):
-        x, _ = passes.convolve(x, norm, weight, Conv(conv.stride, conv.padding))
-        norm = passes.norm(bn.running_mean, bn.running_var, bn)
+    for conv, bn in units:
+        x, _ = passes.convolve(x, norm, _weight(conv, x.dtype), Conv(conv.stride, conv.padding))
+        norm = passes.norm(bn.running_mean, bn.running_var, BatchNorm.of(bn))
     return passes.activate(x, norm, shortcut, relu)[0]
 
 
-def stock(
-    x: torch.Tensor,
-    units: Sequence[tuple[nn.Conv2d, nn.BatchNorm2d]],
-    shortcut: torch.Tensor | None = None,
-    relu: bool = True,
-) -> torch.Tensor:
-    """`conv_bn_relu` as one would write it, differentiated by autograd."""
+def stock(x: Tensor, units: Units, shortcut: Tensor | None = None, relu: bool = True) -> Tensor:
+    """`conv_bn_relu` as one would write it in PyTorch, differentiated by autograd."""
     for conv, bn in units[:-1]:
         x = F.relu(bn(conv(x)))
     conv, bn = units[-1]
@@ -90,60 +93,81 @@ def stock(
     return F.relu(y) if relu else y
 
 
+def train_block(
+    passes: TorchPasses, x: Tensor, units: Units, shortcut: Tensor | None, relu: bool, recompute: bool = False
+) -> Tensor:
+    """`conv_bn_relu` in training, computed by `passes`."""
+    identity = shortcut is x  # its gradient is added to x's within the block, which saves autograd a pass
+    convs = [Conv(conv.stride, conv.padding) for conv, _ in units]
+    batch_norms = [BatchNorm.of(bn) for _, bn in units]
+    plan = _Plan(passes, convs, batch_norms, relu, identity, recompute)
+    weights = [_weight(conv, x.dtype) for conv, _ in units]
+    bn_parameters = [parameter for bn in batch_norms for parameter in (bn.gamma, bn.beta)]
+    return _Block.apply(plan, x, None if identity else shortcut, *weights, *bn_parameters)
+
+
+def passes_name(device_type: str, compiled: bool = True) -> str:
+    """Whose passes a device of this type uses: "cpp" or "triton", which are our own, or "torch"."""
+    return _passes(device_type, compiled).name
+
+
+class _Plan(NamedTuple):
+    """What `_Block` does; lists run over the units."""
+
+    passes: TorchPasses
+    convs: list[Conv]
+    batch_norms: list[BatchNorm]
+    relu: bool
+    identity: bool  # the shortcut is x itself
+    recompute: bool
+
+
 class _Block(torch.autograd.Function):
-    """Lists run over the units: weights in `x`'s dtype, z (a convolution's output) and norm (its batch's)."""
+    """A block. The lists are over its units; weights are in x's dtype, zs and norms as in reference.py."""
 
     @staticmethod
-    def forward(ctx, plan, x, shortcut, *parameters):
-        passes, units, relu, identity, recompute = plan
-        x = _channels_last(x)
-        weights, convs = parameters[: len(units)], [Conv(conv.stride, conv.padding) for conv, _ in units]
+    def forward(ctx, plan: _Plan, x: Tensor, shortcut: Tensor | None, *parameters: Tensor) -> Tensor:
+        passes, count, x = plan.passes, len(plan.convs), _channels_last(x)
+        weights = parameters[:count]
         zs, norms, below = [], [], (x, None)
-        for (_, bn), weight, conv in zip(units, weights, convs, strict=True):
-            if _count(below[0], weight, conv) < 2:
+        for bn, weight, conv in zip(plan.batch_norms, weights, plan.convs, strict=True):
+            if _values_per_channel(below[0], weight, conv) < 2:
                 raise ValueError(f"BatchNorm needs more than one value per channel, of {tuple(x.shape)}")
             below = passes.convolve(*below, weight, conv, bn)
             zs.append(below[0])
             norms.append(below[1])
-        added = x if identity else shortcut
+        added = x if plan.identity else shortcut
         if added is not None:
             added = _channels_last(added)
-        y, signs = passes.activate(*below, added, relu, want_signs=relu and added is not None)
+        y, signs = passes.activate(*below, added, plan.relu, want_signs=plan.relu and added is not None)
 
-        trained = [i for i, needed in enumerate(ctx.needs_input_grad[3 : 3 + len(units)]) if needed]
-        keep_x = recompute or 0 in trained
-        ctx.plan, ctx.convs, ctx.trained, ctx.x_shape = plan, convs, trained, x.shape
-        # Frozen weights are the run's own copy, the same in every step: held, not saved.
-        ctx.weights = [None if i in trained else weight for i, weight in enumerate(weights)]
-        ctx.save_for_backward(
-            x if keep_x else None,
-            signs,
-            *norms,
-            *([] if recompute else zs),
-            *(weights[i] for i in trained),
-        )
+        trained = [i for i, needed in enumerate(ctx.needs_input_grad[3 : 3 + count]) if needed]
+        kept_x = x if plan.recompute or 0 in trained else None
+        ctx.plan, ctx.trained, ctx.x_shape = plan, trained, x.shape
+        # Frozen weights are the same tensors in every step: a reference to them costs no memory.
+        ctx.frozen = [None if i in trained else weight for i, weight in enumerate(weights)]
+        kept_zs = [] if plan.recompute else zs
+        ctx.save_for_backward(kept_x, signs, *norms, *kept_zs, *(weights[i] for i in trained))
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        passes, units, relu, identity, recompute = ctx.plan
+    def backward(ctx, dy: Tensor):
+        passes, convs, _, relu, identity, recompute = ctx.plan
+        count, weights = len(convs), list(ctx.frozen)
         x, signs, *saved = ctx.saved_tensors
-        count, convs = len(units), ctx.convs
         norms, saved = saved[:count], saved[count:]
         zs, saved = ([], saved) if recompute else (saved[:count], saved[count:])
-        weights = list(ctx.weights)
         for i, weight in zip(ctx.trained, saved, strict=True):
             weights[i] = weight
         for i in range(count if recompute else 0):
             below = (zs[i - 1], norms[i - 1]) if i else (x, None)
             zs.append(passes.convolve(*below, weights[i], convs[i])[0])
 
-        needs_x, needs_shortcut = ctx.needs_input_grad[1:3]
-        needs_parameters = ctx.needs_input_grad[3:]
+        needs_x, needs_shortcut, *needs_parameters = ctx.needs_input_grad[1:]
         d_weights, d_bn = [None] * count, [None] * (2 * count)
         g, sums = passes.mask_and_sum(_channels_last(dy), zs[-1], norms[-1], signs, relu)
-        d_shortcut = passes.whole(g) if needs_shortcut else None
+        d_shortcut = passes.dense(g) if needs_shortcut else None
         added = g if identity else None
         for i in reversed(range(count)):
             if needs_parameters[count + 2 * i]:
@@ -159,67 +183,22 @@ class _Block(torch.autograd.Function):
             if i:
                 below = (zs[i - 1], norms[i - 1])
                 g, sums = passes.convolve_backward(*here, below[0].shape, below, dz=dz)
-        d_x = None
-        if needs_x:
-            d_x, _ = passes.convolve_backward(*here, ctx.x_shape, add=added, dz=dz)
+        d_x = passes.convolve_backward(*here, ctx.x_shape, add=added, dz=dz)[0] if needs_x else None
         return None, d_x, d_shortcut, *d_weights, *d_bn
 
 
-class Synced:
-    """Passes over one process's part of a batch, with the BatchNorm of all parts, equal in size.
-
-    Only averages over the parts travel, a few numbers per channel. The loss being the mean over a part, so is
-    every gradient here; the average over the processes of those that come out is that of the whole batch.
-    """
-
-    def __init__(self, passes: TorchPasses, group: Group):
-        self.passes, self.group = passes, group
-
-    def __getattr__(self, name: str):
-        return getattr(self.passes, name)  # what depends on no other image of the batch
-
-    def convolve(self, x, norm, weight, conv, bn=None):
-        if bn is None:
-            return self.passes.convolve(x, norm, weight, conv)
-        # With momentum 1, running statistics become the part's own: its mean, and its variance over n - 1.
-        own = {name: torch.zeros_like(getattr(bn, name)) for name in ("running_mean", "running_var")}
-        part = SimpleNamespace(weight=bn.weight, bias=bn.bias, eps=bn.eps, momentum=1.0, **own)
-        z, _ = self.passes.convolve(x, norm, weight, conv, part)
-        n = z.numel() // z.shape[1]
-        mean, var = part.running_mean.double(), part.running_var.double() * ((n - 1) / n)
-        mean, square = self.group.average(torch.stack([mean, var + mean**2]))  # whose digits float64 spares
-        var, n = (square - mean**2).clamp_min(0), n * self.group.count
-        bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), bn.momentum)
-        bn.running_var.lerp_((var * (n / (n - 1))).to(bn.running_var.dtype), bn.momentum)
-        return z, self.passes.norm(mean.to(bn.weight.dtype), var.to(bn.weight.dtype), bn)
-
-    def mask_and_sum(self, *arguments):
-        g, sums = self.passes.mask_and_sum(*arguments)
-        return g, self.shared(sums)
-
-    def convolve_backward(self, *arguments, **more):
-        dx, sums = self.passes.convolve_backward(*arguments, **more)
-        return dx, None if sums is None else self.shared(sums)
-
-    def shared(self, sums: torch.Tensor) -> torch.Tensor:
-        """`sums` with the b and c of the whole batch: the average of the parts', since they are linear in
-        sums over a part, divided by its size. The gradients of gamma and beta stay the part's."""
-        self.group.average(sums[D_B:])
-        return sums
-
-
-def _passes(device_type: str) -> TorchPasses:
-    if device_type == "cpu":
+def _passes(device_type: str, compiled: bool) -> TorchPasses:
+    if compiled and device_type == "cpu":
         return cpu.passes()
-    if device_type == "cuda":
-        from kernels import cuda  # here, because Triton takes a second to import
+    if compiled and device_type == "cuda":
+        from kernels import cuda  # here, because importing Triton takes a second
 
         return cuda.passes()
     return TorchPasses()
 
 
-def _weight(conv: nn.Conv2d, dtype: torch.dtype) -> torch.Tensor:
-    """The weight that `conv` applies, in `dtype`; one that is frozen is converted once."""
+def _weight(conv: nn.Conv2d, dtype: torch.dtype) -> Tensor:
+    """The weight that `conv` applies, in `dtype`. A frozen one is converted only once."""
     weight = conv.effective_weight() if hasattr(conv, "effective_weight") else conv.weight
     if weight is not conv.weight or weight.dtype == dtype or weight.requires_grad:
         return weight.to(dtype)
@@ -229,12 +208,12 @@ def _weight(conv: nn.Conv2d, dtype: torch.dtype) -> torch.Tensor:
     return conv._converted[1]
 
 
-def _channels_last(x: torch.Tensor) -> torch.Tensor:
+def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _count(x: torch.Tensor, weight: torch.Tensor, conv: Conv) -> int:
-    """Values per channel that the convolution puts out."""
+def _values_per_channel(x: Tensor, weight: Tensor, conv: Conv) -> int:
+    """How many values each channel of the convolution's output has."""
     sizes = zip(x.shape[2:], weight.shape[2:], conv.stride, conv.padding, strict=True)
     height, width = ((n + 2 * p - k) // s + 1 for n, k, s, p in sizes)
     return len(x) * height * width

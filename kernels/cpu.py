@@ -1,4 +1,4 @@
-"""The passes for CPUs, in C++: kernels_cpu.cpp, compiled for this very processor on first use and kept."""
+"""The passes for CPUs, in C++: cpu.cpp, compiled for the processor at hand on first use, and kept."""
 
 import ctypes
 import functools
@@ -6,12 +6,15 @@ import hashlib
 import os
 import subprocess
 import tempfile
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from kernels.reference import TorchPasses, cache_folder
+from kernels.device import cache_folder
+from kernels.reference import TorchPasses
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 FLAGS = "-std=c++17 -O3 -march=native -mprefer-vector-width=512 -fno-math-errno -fno-trapping-math"
@@ -21,15 +24,17 @@ _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 @functools.cache
 def passes() -> TorchPasses:
-    """The compiled passes; PyTorch's, where there is no C++ compiler."""
+    """The compiled passes; or a warning and PyTorch's, where compiling fails, as without a C++ compiler."""
     try:
-        return _CpuPasses(ctypes.CDLL(str(_library())))
-    except (OSError, subprocess.CalledProcessError):
+        return CpuPasses(ctypes.CDLL(str(_library())))
+    except (OSError, subprocess.CalledProcessError) as error:
+        why = (getattr(error, "stderr", "") or str(error)).splitlines()[0]
+        warnings.warn(f"cpu.cpp does not compile; PyTorch's slower kernels are used ({why})", stacklevel=2)
         return TorchPasses()
 
 
 def _library() -> Path:
-    """The compiled file, from the user's cache; named by the source, the flags and the processor."""
+    """The compiled file, in the cache folder; its name depends on source, compiler, flags and processor."""
     compiler = os.environ.get("CXX", "g++")
     processor = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     kind = [line for line in processor.splitlines() if line.startswith(("model", "flags"))]
@@ -38,14 +43,15 @@ def _library() -> Path:
     library = cache / f"kernels-{key}.so"
     if not library.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:  # a file that is there is whole
+        with tempfile.TemporaryDirectory(dir=cache) as folder:  # no half-written file has the final name
             made = Path(folder) / library.name
-            subprocess.run([compiler, *FLAGS.split(), SOURCE, "-o", made], check=True, capture_output=True)
+            command = [compiler, *FLAGS.split(), SOURCE, "-o", made]
+            subprocess.run(command, check=True, capture_output=True, text=True)
             made.replace(library)
     return library
 
 
-# Arguments of the C++ functions: tensors are addresses or None, sizes 64 bits.
+# The arguments of the C++ functions. A tensor is an address or None.
 _TENSOR, _SIZE, _FLAG, _NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
 _SIGNATURES = {
     "statistics": (_TENSOR, _SIZE, _SIZE, _TENSOR, _TENSOR, _NUMBER, _NUMBER, _TENSOR, _TENSOR, _TENSOR),
@@ -56,7 +62,8 @@ _SIGNATURES = {
 }
 
 
-def _covers(z: torch.Tensor, per_channel: torch.Tensor) -> bool:
+def covers(z: Tensor, per_channel: Tensor) -> bool:
+    """Whether the C++ functions can take activations `z` and values `per_channel`."""
     channels = z.shape[1]
     return (
         z.dtype in _DTYPES
@@ -68,14 +75,18 @@ def _covers(z: torch.Tensor, per_channel: torch.Tensor) -> bool:
 
 
 class _Masked(NamedTuple):
-    """g, as what it is made of: `dy` where the unit's output was positive."""
+    """g, not written to memory: `dy` where the unit's output was positive, which masking again will give."""
 
-    dy: torch.Tensor
-    signs: torch.Tensor | None
+    dy: Tensor
+    signs: Tensor | None
     relu: bool
 
 
-class _CpuPasses(TorchPasses):
+class CpuPasses(TorchPasses):
+    """The passes of cpu.cpp where they cover a tensor, and PyTorch's elsewhere."""
+
+    name = "cpp"
+
     def __init__(self, library: ctypes.CDLL):
         self.functions = {}
         for name, signature in _SIGNATURES.items():
@@ -85,35 +96,30 @@ class _CpuPasses(TorchPasses):
         self.temporaries = {}
 
     def call(self, name: str, dtype: torch.dtype, *arguments) -> None:
-        self.functions[name, dtype](*[a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments])
+        self.functions[name, dtype](*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments])
 
-    def temporary(self, name: str, like: torch.Tensor) -> torch.Tensor:
-        """A tensor like `like` that lasts until the next of its name: memory that is in the cache already."""
-        key = name, like.dtype, like.shape
-        if key not in self.temporaries:
-            memory = self.temporaries.get((name, like.dtype))
-            if memory is None or memory.numel() < like.numel():
-                memory = self.temporaries[name, like.dtype] = like.new_empty(like.numel())
-            self.temporaries[key] = memory[: like.numel()].as_strided(like.shape, like.stride())
-        return self.temporaries[key]
+    def temporary(self, name: str, like: Tensor) -> Tensor:
+        """A tensor like `like`, valid until the next of the same name; its memory is in the CPU's cache."""
+        memory = self.temporaries.get((name, like.dtype))
+        if memory is None or memory.numel() < like.numel():
+            memory = self.temporaries[name, like.dtype] = like.new_empty(like.numel())
+        return memory.as_strided(like.shape, like.stride())
 
     def convolve(self, x, norm, weight, conv, bn=None):
-        if norm is not None and _covers(x, norm):
+        if norm is not None and covers(x, norm):
             x, norm = self.activate(x, norm, out=self.temporary("x", x))[0], None
         return super().convolve(x, norm, weight, conv, bn)
 
     def statistics(self, z, bn):
-        if not _covers(z, bn.weight):
+        if not covers(z, bn.gamma):
             return super().statistics(z, bn)
-        norm = torch.empty(4, z.shape[1])
-        constants = bn.weight, bn.bias, bn.eps, bn.momentum
-        self.call(
-            "statistics", z.dtype, z, z.numel(), z.shape[1], *constants, bn.running_mean, bn.running_var, norm
-        )
+        norm, sizes = torch.empty(4, z.shape[1]), (z.numel(), z.shape[1])
+        constants = bn.gamma, bn.beta, bn.eps, bn.momentum
+        self.call("statistics", z.dtype, z, *sizes, *constants, bn.running_mean, bn.running_var, norm)
         return norm
 
     def activate(self, z, norm, shortcut=None, relu=True, want_signs=False, out=None):
-        if not _covers(z, norm):
+        if not covers(z, norm):
             return super().activate(z, norm, shortcut, relu, want_signs)
         y = torch.empty_like(z) if out is None else out
         signs = torch.empty(z.numel() // 8, dtype=torch.uint8) if want_signs else None
@@ -121,13 +127,13 @@ class _CpuPasses(TorchPasses):
         return y, signs
 
     def mask_and_sum(self, dy, z, norm, signs=None, relu=True):
-        if not _covers(z, norm):
+        if not covers(z, norm):
             return super().mask_and_sum(dy, z, norm, signs, relu)
         sums = torch.empty_like(norm)
         self.call("sum_gradients", z.dtype, dy, z, z.numel(), z.shape[1], norm, signs, relu, sums)
         return _Masked(dy, signs, relu) if relu else dy, sums
 
-    def whole(self, g):
+    def dense(self, g):
         return self.add_masked(torch.zeros_like(g.dy), g) if isinstance(g, _Masked) else g
 
     def add_masked(self, dx, g):
@@ -136,7 +142,7 @@ class _CpuPasses(TorchPasses):
 
     def gradient(self, g, z, norm, sums):
         if not isinstance(g, _Masked):
-            if not _covers(z, norm):
+            if not covers(z, norm):
                 return super().gradient(g, z, norm, sums)
             g = _Masked(g, None, False)
         dz, sizes = self.temporary("dz", z), (z.numel(), z.shape[1])
@@ -146,5 +152,5 @@ class _CpuPasses(TorchPasses):
     def convolve_backward(self, g, z, norm, sums, weight, conv, x_shape, below=None, add=None, dz=None):
         masked = isinstance(add, _Masked)
         rest = weight, conv, x_shape, below, None if masked else add, dz
-        dx, sums_below = super().convolve_backward(g, z, norm, sums, *rest)
-        return self.add_masked(dx, add) if masked else dx, sums_below
+        dx, sums = super().convolve_backward(g, z, norm, sums, *rest)
+        return self.add_masked(dx, add) if masked else dx, sums

@@ -1,4 +1,4 @@
-"""The device a network runs on: which it is, what it computes in, its memory, and its replayed graphs."""
+"""The device that a network runs on: its name, its fastest dtype, its memory, and its CUDA graphs."""
 
 import ctypes
 import os
@@ -12,6 +12,9 @@ import torch
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 EAGER_CALLS = 3  # before a graph is captured: libraries set themselves up, kernels are compiled and chosen
 
+torch.backends.cudnn.allow_tf32 = False  # float32 keeps its full precision; for speed there is bf16
+torch.backends.cudnn.benchmark = True  # shapes never change, so searching for the fastest algorithm pays
+
 
 class DeviceError(ValueError):
     """A device that is not there; the message says what would do."""
@@ -22,6 +25,11 @@ class DeviceError(ValueError):
 def cache_folder() -> Path:
     """The folder in which compiled and chosen kernels are kept between runs."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "batchnorm-only"
+
+
+# What torch.compile and Triton compile is kept there too, since /tmp, where it would be, may be emptied.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
+os.environ.setdefault("TRITON_CACHE_DIR", str(cache_folder() / "triton"))
 
 
 def choose(name: str = "auto") -> torch.device:
@@ -88,7 +96,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether a GPU's or a CPU's memory was not enough; torch has an exception of its own for the first only."""
+    """Whether the memory of a GPU or a CPU was not enough; only for the GPU has torch its own exception."""
     messages = ("can't allocate memory", "CUDA error: out of memory")
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in messages)
 

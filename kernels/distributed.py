@@ -1,10 +1,10 @@
-"""The processes that torchrun starts to train one model: which one this is, and what they tell each other.
+"""The processes that torchrun starts to train one network together, and BatchNorm over all their batches.
 
     torchrun --standalone --nproc_per_node=2 train.py --arch resnet32 --mode bn_only
 
-Each has the whole network, takes its part of every batch, and makes the same update from the average
-gradient; the first speaks and writes for all. Numbers travel over gloo on CPUs, over nccl on GPUs. A process
-that torchrun did not start, or started alone, is a group of one, in which nothing is sent.
+Each process has the whole network, takes its part of every batch, and makes the same update from the average
+gradient; the first one prints and writes files for all. They communicate through gloo on CPUs and nccl on
+GPUs. A process that torchrun did not start, or that it started alone, is a group of one, which sends nothing.
 """
 
 import contextlib
@@ -15,14 +15,22 @@ from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
+
+from kernels.reference import D_B, TorchPasses
+
+
+class ProcessEnded(ConnectionError):
+    """Another process of the group has ended."""
+
+    exit_status = 1
 
 
 class Group:
     """`count` processes, of which this is number `rank`; `count_here` of them are on this machine.
 
-    Every process must make the same calls in the same order. Those that speak over gloo raise ConnectionError
-    where another process has ended; on GPUs too, `wait` and `stop_together` do.
+    Every process must make the same calls in the same order. When another process has ended, communication
+    through gloo raises ProcessEnded; `wait` and `stop_together` do so on GPUs, too.
     """
 
     def __init__(self, rank: int = 0, count: int = 1, count_here: int = 1):
@@ -31,47 +39,51 @@ class Group:
 
     @property
     def leads(self) -> bool:
+        """Whether this process prints and writes files for all."""
         return self.rank == 0
 
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """`tensor`, in place, summed over the processes: in each of them the same, to the last bit."""
+    def sum(self, tensor: Tensor) -> Tensor:
+        """`tensor`, summed in place over the processes; every process gets the same bits."""
         if self.connected:
             try:
                 distributed.all_reduce(tensor)
             except RuntimeError as error:
-                if tensor.is_cuda:  # nccl says itself what is wrong
+                if tensor.is_cuda:  # nccl's own message says what is wrong
                     raise
                 self.broken = True
-                raise ConnectionError("another process of this run has ended; torchrun says which") from error
+                raise ProcessEnded("another process of this run has ended; torchrun says which") from error
         return tensor
 
-    def average(self, tensor: torch.Tensor) -> torch.Tensor:
-        """`tensor`, in place, averaged over the processes."""
+    def average(self, tensor: Tensor) -> Tensor:
+        """`tensor`, averaged in place over the processes."""
         return self.sum(tensor).div_(self.count) if self.connected else tensor
 
-    def average_all(self, tensors: Sequence[torch.Tensor]) -> None:
-        """The same for many tensors of one dtype, in one message."""
+    def average_all(self, tensors: Sequence[Tensor]) -> None:
+        """Average many tensors of one dtype in place, in one message."""
         if self.connected and tensors:
             flat = self.average(torch.cat([tensor.reshape(-1) for tensor in tensors]))
             for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
                 tensor.copy_(part.view_as(tensor))
 
     def agree(self, number: float) -> float:
-        """Its average, for what all must decide alike."""
+        """The average of each process's `number`, for decisions that all must make alike."""
         return float(self.average(torch.tensor(number, dtype=torch.float64)))
 
     def wait(self) -> None:
-        """Until every process is here. From now on Ctrl-C and SIGTERM are remembered for `stop_together`: a
-        process that left in the middle of a step would leave the others waiting for its gradient."""
+        """Wait until every process is here.
+
+        From now on, Ctrl-C and SIGTERM are remembered for `stop_together`: a process that left in the middle
+        of a step would leave the others waiting for its gradient.
+        """
         if self.connected:
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, self._remember)
             self.sum(torch.zeros(1))
 
     def stop_together(self) -> None:
-        """KeyboardInterrupt in every process, once a signal to end has reached one; call it between steps.
+        """Raise KeyboardInterrupt in every process once one has received a signal to end.
 
-        It costs a message over gloo, and waits for no GPU.
+        Call it between steps. It costs one message through gloo, and waits for no GPU.
         """
         if self.connected and self.sum(torch.tensor(float(self.signalled))) > 0:
             raise KeyboardInterrupt
@@ -83,6 +95,52 @@ class Group:
 ALONE = Group()
 
 
+class Synced:
+    """`passes` over one process's part of a batch, with BatchNorm over all parts, which are equal in size.
+
+    Only averages over the parts are sent, a few numbers per channel. The loss is the mean over a part, so
+    that the average over the processes of each gradient that comes out is the gradient of the whole batch.
+    """
+
+    def __init__(self, passes: TorchPasses, group: Group):
+        self.passes, self.group = passes, group
+
+    def __getattr__(self, name: str):
+        return getattr(self.passes, name)  # the passes that treat every image by itself
+
+    def convolve(self, x, norm, weight, conv, bn=None):
+        if bn is None:
+            return self.passes.convolve(x, norm, weight, conv)
+        # With momentum 1, the running statistics become the part's own: its mean and its unbiased variance.
+        means, variances = torch.zeros_like(bn.running_mean), torch.zeros_like(bn.running_var)
+        part = bn._replace(running_mean=means, running_var=variances, momentum=1.0)
+        z, _ = self.passes.convolve(x, norm, weight, conv, part)
+        n = z.numel() // z.shape[1]
+        mean, var = means.double(), variances.double() * ((n - 1) / n)
+        # In float64, because the difference below loses digits.
+        mean, square = self.group.average(torch.stack([mean, var + mean**2]))
+        var, n = (square - mean**2).clamp_min(0), n * self.group.count
+        bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), bn.momentum)
+        bn.running_var.lerp_((var * (n / (n - 1))).to(bn.running_var.dtype), bn.momentum)
+        return z, self.passes.norm(mean.to(bn.gamma.dtype), var.to(bn.gamma.dtype), bn)
+
+    def mask_and_sum(self, *arguments):
+        g, sums = self.passes.mask_and_sum(*arguments)
+        return g, self.shared(sums)
+
+    def convolve_backward(self, *arguments, **more):
+        dx, sums = self.passes.convolve_backward(*arguments, **more)
+        return dx, None if sums is None else self.shared(sums)
+
+    def shared(self, sums: Tensor) -> Tensor:
+        """`sums` with the b and c of the whole batch; d_gamma and d_beta stay those of the part.
+
+        b and c are linear in a part's sums divided by its size, so those of the whole batch are averages.
+        """
+        self.group.average(sums[D_B:])
+        return sums
+
+
 def rank() -> int:
     """This process's number, from 0, among those that torchrun started; 0 without torchrun."""
     return int(os.environ["RANK"]) if distributed.is_torchelastic_launched() else 0
@@ -90,8 +148,10 @@ def rank() -> int:
 
 @contextlib.contextmanager
 def joined() -> Iterator[Group]:
-    """The group of all that torchrun started, connected until the `with` block ends; CUDA's current device
-    is then this process's own."""
+    """The group of all processes that torchrun started, connected until the `with` block ends.
+
+    Where there are GPUs, CUDA's current device becomes this process's own.
+    """
     count = int(os.environ["WORLD_SIZE"]) if distributed.is_torchelastic_launched() else 1
     if count == 1:
         yield ALONE
@@ -100,7 +160,7 @@ def joined() -> Iterator[Group]:
     if count_here == count:  # one machine, whose name need not resolve to anything
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     gpus = torch.cuda.device_count()
-    if here < gpus:  # options.check_processes refuses more processes than GPUs
+    if here < gpus:  # config.check_processes refuses more processes than GPUs
         torch.cuda.set_device(here)
     distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
     group = Group(rank(), count, count_here)
@@ -112,8 +172,11 @@ def joined() -> Iterator[Group]:
 
 
 def leave(status: int) -> NoReturn:
-    """End this process. One that torchrun started does so at once: where another has gone, gloo's threads may
-    abort it as they are taken down ("terminate called without an active exception")."""
+    """End this process.
+
+    One that torchrun started ends at once: where another has gone, gloo's threads may abort it while they are
+    taken down ("terminate called without an active exception").
+    """
     if distributed.is_torchelastic_launched():
         sys.stdout.flush()
         sys.stderr.flush()

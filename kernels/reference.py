@@ -1,22 +1,27 @@
-"""The passes over activations that a convolution with BatchNorm is made of, in PyTorch: on every device, in
-every dtype, and the reference that the compiled ones are held against.
+"""The passes over activations that convolution, BatchNorm and ReLU consist of, in PyTorch.
 
-Activations are `[N, C, H, W]`, channels_last, in the run's dtype. What is kept per channel is `[4, C]`, in
-gamma's dtype:
+They run on every device in every dtype, and the compiled passes are tested against them. A unit is a
+convolution and its BatchNorm; a block is one or more units, with ReLU between them. In a unit, with n values
+per channel in the batch (Ioffe and Szegedy 2015):
 
-    norm    mean, 1/deviation, scale = gamma/deviation, shift = beta - mean scale     y = z scale + shift
-    sums    gradients of gamma and of beta, then b and c of the gradient of z         dz = g scale + z b + c
+    z = conv(x)              mean, var = those of z in the batch       rstd = 1 / sqrt(var + eps)
+    y = z scale + shift      scale = gamma rstd                        shift = beta - mean scale
+    g, gradient of y         d_gamma = rstd sum(g (z - mean))          d_beta = sum(g)
+    dz = g scale + z b + c   b = -scale rstd d_gamma / n               c = -scale d_beta / n - b mean
 
-with z the convolution's output, y BatchNorm's, and g the gradient that reaches y through ReLU (Ioffe, Szegedy
-2015). Signs are one bit an element, in memory order: whether a unit's output is positive.
+g is the gradient of relu(y), or of relu(y + shortcut), set to zero where that is not positive. Activations
+are `[N, C, H, W]`, channels_last, in the run's dtype. What is kept per channel is `[4, C]`, in gamma's dtype:
+
+    norm    mean, rstd, scale, shift          rows MEAN, RSTD, SCALE, SHIFT
+    sums    d_gamma, d_beta, b, c             rows D_GAMMA, D_BETA, D_B, D_C
+
+Signs are one bit per element, in memory order: whether the block's output is positive there; see `pack`.
 """
 
-import os
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 MEAN, RSTD, SCALE, SHIFT = range(4)
@@ -24,62 +29,63 @@ D_GAMMA, D_BETA, D_B, D_C = range(4)
 
 
 class Conv(NamedTuple):
-    """What a convolution is, besides its weight."""
+    """What the passes need of a convolution besides its weight."""
 
     stride: tuple[int, int]
     padding: tuple[int, int]
 
 
-def cache_folder() -> Path:
-    """Where what was compiled and chosen is kept between runs."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "batchnorm-only"
+class BatchNorm(NamedTuple):
+    """What the passes need of a BatchNorm layer. The running statistics are updated in place."""
+
+    gamma: Tensor
+    beta: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    eps: float
+    momentum: float
+
+    @classmethod
+    def of(cls, bn: nn.BatchNorm2d) -> "BatchNorm":
+        return cls(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps, bn.momentum)
 
 
-def affine(z: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
-    """z scale + shift, in one pass and z's dtype."""
+def affine(z: Tensor, norm: Tensor) -> Tensor:
+    """z scale + shift, in one pass and in z's dtype."""
     zero, one = torch.zeros_like(norm[MEAN]), torch.ones_like(norm[MEAN])
     return torch.batch_norm(z, norm[SCALE], norm[SHIFT], zero, one, False, 0.0, 0.0, False)  # with eps 0
 
 
 class TorchPasses:
-    """Other implementations override what they have something faster for, and fall back on this."""
+    """The passes. Other implementations override those that they have a faster way for."""
+
+    name = "torch"
 
     def convolve(
-        self,
-        x: torch.Tensor,
-        norm: torch.Tensor | None,
-        weight: torch.Tensor,
-        conv: Conv,
-        bn: nn.BatchNorm2d | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """z = conv(x), or with `norm` conv(relu(x scale + shift)); and with `bn` the norm of its batch.
-
-        `bn`'s running statistics move towards the batch's.
-        """
+        self, x: Tensor, norm: Tensor | None, weight: Tensor, conv: Conv, bn: BatchNorm | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """z = conv(x), or with `norm` conv(relu(x scale + shift)); and with `bn` the `statistics` of z."""
         if norm is not None:
             x, _ = self.activate(x, norm)
         z = F.conv2d(x, weight, None, conv.stride, conv.padding)
         return z, None if bn is None else self.statistics(z, bn)
 
-    def statistics(self, z: torch.Tensor, bn: nn.BatchNorm2d) -> torch.Tensor:
-        """The norm of z's batch; `bn`'s running statistics move towards it, by its momentum."""
+    def statistics(self, z: Tensor, bn: BatchNorm) -> Tensor:
+        """The norm of the batch z. `bn`'s running statistics move towards the batch's, by its momentum."""
         mean, var = torch.ops.aten.batch_norm_update_stats(z, bn.running_mean, bn.running_var, bn.momentum)
         return self.norm(mean, var, bn)
 
-    def norm(self, mean: torch.Tensor, var: torch.Tensor, bn: nn.BatchNorm2d) -> torch.Tensor:
+    def norm(self, mean: Tensor, var: Tensor, bn: BatchNorm) -> Tensor:
+        """The norm of a batch with this mean and variance, each `[C]`."""
         rstd = (var + bn.eps).rsqrt()
-        scale = bn.weight * rstd
-        return torch.stack([mean, rstd, scale, bn.bias - mean * scale])
+        scale = bn.gamma * rstd
+        return torch.stack([mean, rstd, scale, bn.beta - mean * scale])
 
     def activate(
-        self,
-        z: torch.Tensor,
-        norm: torch.Tensor,
-        shortcut: torch.Tensor | None = None,
-        relu: bool = True,
+        self, z: Tensor, norm: Tensor, shortcut: Tensor | None = None, relu: bool = True,
         want_signs: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """y = relu(z scale + shift + shortcut), and its signs where asked for."""
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """y = relu(z scale + shift + shortcut), and its signs if they are wanted."""
         y = affine(z, norm)
         if shortcut is not None:
             y += shortcut
@@ -87,14 +93,12 @@ class TorchPasses:
         return y.relu_() if relu else y, signs
 
     def mask_and_sum(
-        self,
-        dy: torch.Tensor,
-        z: torch.Tensor,
-        norm: torch.Tensor,
-        signs: torch.Tensor | None = None,
-        relu: bool = True,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """g and sums from the gradient of the unit's output; by its signs, or those of z scale + shift."""
+        self, dy: Tensor, z: Tensor, norm: Tensor, signs: Tensor | None = None, relu: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """g and its sums, from the gradient dy of the unit's output.
+
+        Where the output was positive is read from `signs`, or without them from z scale + shift.
+        """
         if signs is not None:
             g = dy * unpack(signs, dy)
         elif relu:
@@ -104,40 +108,31 @@ class TorchPasses:
         mean, rstd, scale, _ = norm
         settings = None, None, mean, rstd, True, 0.0, (False, True, True)
         _, d_gamma, d_beta = torch.ops.aten.native_batch_norm_backward(g, z, scale, *settings)
-        count = z.numel() // z.shape[1]
-        b = -scale * rstd * d_gamma / count
-        return g, torch.stack([d_gamma, d_beta, b, -scale * d_beta / count - b * mean])
+        n = z.numel() // z.shape[1]
+        b = -scale * rstd * d_gamma / n
+        return g, torch.stack([d_gamma, d_beta, b, -scale * d_beta / n - b * mean])
 
-    def whole(self, g: torch.Tensor) -> torch.Tensor:
-        """g as a tensor; other implementations may hand it about in another form."""
+    def dense(self, g: Tensor) -> Tensor:
+        """g as a tensor, where an implementation represents it otherwise."""
         return g
 
-    def gradient(
-        self, g: torch.Tensor, z: torch.Tensor, norm: torch.Tensor, sums: torch.Tensor
-    ) -> torch.Tensor:
+    def gradient(self, g: Tensor, z: Tensor, norm: Tensor, sums: Tensor) -> Tensor:
         """dz, the gradient of the convolution's output."""
-        a, b, c = (coefficients.view(1, -1, 1, 1) for coefficients in (norm[SCALE], sums[D_B], sums[D_C]))
-        return torch.addcmul(torch.addcmul(c, z.to(c.dtype), b), g.to(c.dtype), a).to(z.dtype)
+        scale, b, c = (row.view(1, -1, 1, 1) for row in (norm[SCALE], sums[D_B], sums[D_C]))
+        return torch.addcmul(torch.addcmul(c, z.to(c.dtype), b), g.to(c.dtype), scale).to(z.dtype)
 
     def convolve_backward(
-        self,
-        g: torch.Tensor,
-        z: torch.Tensor,
-        norm: torch.Tensor,
-        sums: torch.Tensor,
-        weight: torch.Tensor,
-        conv: Conv,
-        x_shape: torch.Size,
-        below: tuple[torch.Tensor, torch.Tensor] | None = None,
-        add: torch.Tensor | None = None,
-        dz: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The gradient of the convolution's input, plus `add`; from `dz`, where that is known already.
+        self, g: Tensor, z: Tensor, norm: Tensor, sums: Tensor, weight: Tensor, conv: Conv,
+        x_shape: torch.Size, below: tuple[Tensor, Tensor] | None = None, add: Tensor | None = None,
+        dz: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """The gradient of the convolution's input, `[N, C_in, H, W]`, plus `add`.
 
-        With `below`, the z and norm of the unit that the input came from: that unit's g, and its sums.
+        With `below`, the z and norm of the unit that the input came from, it is that unit's g, returned with
+        its sums. `dz` spares computing it anew from g, z, norm and sums.
         """
         dz = self.gradient(g, z, norm, sums) if dz is None else dz
-        # Not aten::convolution_backward, which wants the input, and copies even one that has no memory.
+        # aten::convolution_backward would want the input, and would copy even one that has no memory.
         sizes = zip(x_shape[2:], z.shape[2:], weight.shape[2:], conv.stride, conv.padding, strict=True)
         rest = [n - ((m - 1) * stride - 2 * padding + k) for n, m, k, stride, padding in sizes]
         dx = F.conv_transpose2d(dz, weight, None, conv.stride, conv.padding, rest)
@@ -145,26 +140,22 @@ class TorchPasses:
             dx += add
         return (dx, None) if below is None else self.mask_and_sum(dx, *below)
 
-    def weight_gradient(
-        self, dz: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, conv: Conv
-    ) -> torch.Tensor:
-        """The gradient of the weight, of its dtype."""
-        _, dw, _ = torch.ops.aten.convolution_backward(
-            dz, x, weight, None, conv.stride, conv.padding, (1, 1), False, (0, 0), 1, (False, True, False)
-        )
-        return dw
+    def weight_gradient(self, dz: Tensor, x: Tensor, weight: Tensor, conv: Conv) -> Tensor:
+        """The gradient of the weight, in its dtype."""
+        settings = None, conv.stride, conv.padding, (1, 1), False, (0, 0), 1, (False, True, False)
+        return torch.ops.aten.convolution_backward(dz, x, weight, *settings)[1]
 
 
-def pack(positive: torch.Tensor) -> torch.Tensor:
-    """Signs: uint8, bit k of byte i for element 8i + k in memory order; of booleans `[N, C, H, W]`."""
+def pack(positive: Tensor) -> Tensor:
+    """The signs of booleans `[N, C, H, W]`: uint8, bit k of byte i for element 8i + k in memory order."""
     flat = positive.permute(0, 2, 3, 1).reshape(-1)
-    eights = F.pad(flat, (0, -len(flat) % 8)).view(torch.int64)  # bytes 0 or 1, the first the lowest
+    eights = F.pad(flat, (0, -len(flat) % 8)).view(torch.int64)  # eight bytes of 0 or 1, the first the lowest
     return (eights * 0x0102040810204080 >> 56).to(torch.uint8)  # byte k's bit goes to place 56 + k
 
 
-def unpack(signs: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def unpack(signs: Tensor, like: Tensor) -> Tensor:
     """The booleans that `pack` was given, in the shape of `like`."""
     n, c, h, w = like.shape
     bits = torch.arange(256, device=signs.device)[:, None] >> torch.arange(8, device=signs.device) & 1
-    eights = bits.to(torch.uint8).view(torch.int64).view(256)  # what each byte stands for
+    eights = bits.to(torch.uint8).view(torch.int64).view(256)  # the eight booleans of each byte value
     return eights[signs.int()].view(torch.bool)[: like.numel()].view(n, h, w, c).permute(0, 3, 1, 2)

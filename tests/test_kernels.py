@@ -1,6 +1,10 @@
-"""kernels.py: lean and recomputing blocks are the stock one, in value and every gradient, and keep less."""
+"""conv_bn_relu: lean and recomputing blocks equal the stock one in value and gradients, and keep less."""
 
 import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,12 +14,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 import kernels
-from kernels import cpu as kernels_cpu
-from kernels.reference import TorchPasses, pack, unpack
+import models
+from kernels import Execution
+from kernels.distributed import Group
+from kernels.reference import pack, unpack
 from models import Conv2d
 
+ROOT = Path(models.__file__).parent
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-COMPILED = kernels_cpu.passes()
 
 
 def error(out: torch.Tensor, expected: torch.Tensor) -> float:
@@ -75,15 +81,15 @@ def make(shape: dict, dtype: torch.dtype = torch.float64):
     return x, units, shortcut, draw(shape["n"], c_in, size, size).to(dtype)
 
 
-def run(
+def results_of(
     shape: dict, dtype: torch.dtype, memory: str, compiled: bool = True, dy: torch.Tensor | None = None
 ) -> dict[str, torch.Tensor]:
     """Output, running statistics and every gradient."""
     x, units, shortcut, drawn = make(shape, dtype)
     dy = drawn if dy is None else dy
     half = dtype in (torch.bfloat16, torch.float16)
-    with kernels.using(memory, compiled), torch.autocast("cpu", dtype) if half else contextlib.nullcontext():
-        y = kernels.conv_bn_relu(x, units, shortcut, shape["relu"])
+    with torch.autocast("cpu", dtype) if half else contextlib.nullcontext():
+        y = kernels.conv_bn_relu(x, units, shortcut, shape["relu"], Execution(memory, compiled))
     out = {"y": y.detach()}
     if y.requires_grad:
         y.backward(dy.to(y.dtype))
@@ -98,7 +104,7 @@ def run(
 @settings(max_examples=120, deadline=None, derandomize=True)
 @given(shape=blocks())
 def test_values_and_gradients_equal_stock_autograd_in_float64(memory, shape):
-    expected, out = run(shape, torch.float64, "stock"), run(shape, torch.float64, memory)
+    expected, out = results_of(shape, torch.float64, "stock"), results_of(shape, torch.float64, memory)
     assert out.keys() == expected.keys()
     for name, value in expected.items():
         allowed = {"rtol": 1e-10, "atol": 1e-10 * max(1, value.abs().max())}
@@ -110,57 +116,14 @@ def test_values_and_gradients_equal_stock_autograd_in_float64(memory, shape):
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(shape=blocks())
 def test_each_dtype_is_as_near_to_float64_as_stock_autograd_is(dtype, compiled, shape):
-    before_relu = run(shape | {"relu": False}, torch.float64, "stock")["y"]
+    before_relu = results_of(shape | {"relu": False}, torch.float64, "stock")["y"]
     dy = make(shape)[-1] * (before_relu.abs() > 0.05)  # nothing hangs on a sign that rounding may turn
-    exact = run(shape, torch.float64, "stock", dy=dy)
-    stock, out = run(shape, dtype, "stock", dy=dy), run(shape, dtype, "lean", compiled, dy)
+    exact = results_of(shape, torch.float64, "stock", dy=dy)
+    stock, out = results_of(shape, dtype, "stock", dy=dy), results_of(shape, dtype, "lean", compiled, dy)
     assert out.keys() == exact.keys()
     for name, value in exact.items():
         if value.abs().mean() > 1e-2:  # else terms of about 1 have cancelled, and with them the digits
             assert error(out[name], value) <= 2 * error(stock[name], value) + TOLERANCE[dtype], name
-
-
-@pytest.mark.skipif(type(COMPILED) is TorchPasses, reason="needs a C++ compiler")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    "n, channels, size", [(7, 16, 32), (8, 32, 16), (9, 64, 8), (3, 128, 4), (8, 8, 7), (8, 2, 8)]
-)
-def test_the_compiled_passes_equal_pytorchs(n, channels, size, dtype):
-    generator = torch.Generator().manual_seed(channels)
-    z, dy, shortcut = (
-        (3 + torch.randn(n, channels, size, size, generator=generator)).to(dtype) for _ in range(3)
-    )
-    z, dy, shortcut = (t.contiguous(memory_format=torch.channels_last) for t in (z, dy, shortcut))
-    assert kernels_cpu._covers(z, torch.ones(channels))
-    results = []
-    for passes in (TorchPasses(), COMPILED):
-        bn = nn.BatchNorm2d(channels)
-        bn.weight.data.copy_(torch.linspace(-1, 2, channels))
-        norm = passes.statistics(z, bn)
-        y, signs = passes.activate(z, norm, shortcut, True, True)
-        g, sums = passes.mask_and_sum(dy, z, norm, signs)
-        results.append([norm, bn.running_mean, bn.running_var, y, unpack(signs, z).float()])
-        results[-1] += [passes.whole(g), sums, passes.gradient(g, z, norm, sums).clone()]
-        for relu in (True, False):
-            g, sums = passes.mask_and_sum(dy, z, norm, None, relu)
-            results[-1] += [sums, passes.gradient(g, z, norm, sums).clone()]
-    for expected, out in zip(*results, strict=True):
-        # Where the sum is all but 0, its sign is a matter of rounding.
-        tolerance, share = (2e-4, 1e-4) if dtype == torch.float32 else (4e-2, 1e-2)
-        off = (out - expected).abs() > tolerance * expected.abs().max()
-        assert off.float().mean() < share, (out, expected)
-
-
-def test_the_compiled_passes_do_not_depend_on_the_number_of_threads():
-    z, bn = torch.randn(8, 16, 32, 32).contiguous(memory_format=torch.channels_last), nn.BatchNorm2d(16)
-    before, norms = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            norms.append(COMPILED.statistics(z, bn))
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(norms[0], norms[1]) and torch.equal(norms[0], norms[2])
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 3, 3), (2, 16, 8, 8)])
@@ -177,8 +140,8 @@ def saved_bytes(memory: str, shape: dict, dtype: torch.dtype = torch.bfloat16) -
     own = {p.untyped_storage().data_ptr() for unit in units for m in unit for p in m.parameters()}
     kept = []
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
-    with kernels.using(memory), torch.autocast("cpu", dtype), hooks:
-        y = kernels.conv_bn_relu(x, units, shortcut, shape["relu"])
+    with torch.autocast("cpu", dtype), hooks:
+        y = kernels.conv_bn_relu(x, units, shortcut, shape["relu"], Execution(memory))
     del y
     own.add(x.untyped_storage().data_ptr())
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
@@ -198,10 +161,46 @@ def test_a_frozen_block_keeps_each_convolutions_output_and_a_bit_for_each_of_its
     assert saved_bytes("stock", BASIC) > 2 * saved_bytes("lean", BASIC) - elements
 
 
+def test_a_network_is_configured_in_every_block():
+    for arch, blocks in (("resnet8", 6), ("resnet50", 21), ("vgg11", 8)):  # stem and projections included
+        with torch.device("meta"):
+            model = models.build(arch)
+        for given in (("recompute", False, None), ("stock",), ("lean", True, Group()), ()):
+            kernels.configure(model, *given)
+            executions = [m.execution for m in model.modules() if hasattr(m, "execution")]
+            assert executions == [Execution(*given)] * blocks
+        assert models.build("resnet8").execution == Execution(), "other networks keep the defaults"
+
+
+def test_settings_that_cannot_be_are_refused():
+    model = models.build("resnet8")
+    with pytest.raises(ValueError, match="'lena' is unknown; choose from lean, recompute, stock"):
+        kernels.configure(model, "lena")
+    with pytest.raises(ValueError, match="'stock' takes no group"):
+        kernels.configure(model, "stock", group=Group())
+    assert model.execution == Execution()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_stock_network_compiles_as_a_whole(training):
+    """The benchmark's compiled baseline is torch.compile over the whole network."""
+    images, outputs = torch.randn(4, 3, 32, 32), []
+    for wrap in (
+        lambda model: model,
+        lambda model: torch.compile(model, fullgraph=True, backend="aot_eager"),
+    ):
+        model = models.build("resnet8").train(training)
+        models.initialise(model, 0)
+        kernels.configure(model, "stock")
+        outputs.append(wrap(model)(images))
+        outputs[-1].sum().backward()
+        outputs.append(model.conv1.weight.grad)
+    torch.testing.assert_close(outputs[2:], outputs[:2], rtol=1e-4, atol=1e-4)
+
+
 def test_stock_memory_is_autograds_own():
     x, units, _, _ = make(BASIC, torch.float32)
-    with kernels.using("stock"):
-        y = kernels.conv_bn_relu(x, units)
+    y = kernels.conv_bn_relu(x, units, execution=Execution("stock"))
     assert type(y.grad_fn).__name__ == "ReluBackward0"
 
 
@@ -216,11 +215,31 @@ def test_a_value_that_is_not_a_number_comes_out(compiled):
     """ReLU must not hide that a run has diverged."""
     x, units, _, _ = make(BASIC, torch.float32)
     x.data[0, 0, 0, 0] = torch.nan
-    with kernels.using(compiled=compiled):
-        assert kernels.conv_bn_relu(x, units, x).isnan().all()
+    execution = Execution(compiled=compiled)
+    assert kernels.conv_bn_relu(x, units, x, execution=execution).isnan().all()
 
 
-def test_evaluation_uses_the_running_statistics():
+@pytest.mark.parametrize("memory", ["lean", "recompute"])
+def test_training_does_not_count_batches(memory):
+    x, units, _, _ = make(BASIC, torch.float32)
+    kernels.conv_bn_relu(x, units, x, execution=Execution(memory))
+    assert all(bn.num_batches_tracked == 0 and bn.running_mean.any() for _, bn in units)
+
+
+@pytest.mark.parametrize("memory", kernels.MEMORY)
+@pytest.mark.parametrize("compiled", [True, False])
+def test_evaluation_uses_the_running_statistics(memory, compiled):
+    x, units, _, _ = make(BASIC, torch.float32)
+    for _, bn in units:
+        bn.running_mean.uniform_(-1, 1)
+        bn.running_var.uniform_(0.5, 2)
+        bn.eval()
+    with torch.no_grad():
+        y = kernels.conv_bn_relu(x, units, x, execution=Execution(memory, compiled))
+        torch.testing.assert_close(y, kernels.stock(x, units, x), rtol=1e-4, atol=1e-4)
+
+
+def test_evaluation_in_float64_is_exact():
     x, units, _, _ = make(BASIC, torch.float64)
     for _, bn in units:
         bn.running_mean.uniform_(-1, 1)
@@ -248,3 +267,16 @@ def test_weights_made_of_trained_values_are_never_those_of_before(monkeypatch):
     for value in range(3):
         memory[:] = value
         assert (kernels._weight(conv, torch.bfloat16) == value).all()
+
+
+def test_what_is_compiled_is_kept_in_the_cache_folder_and_float32_is_exact(tmp_path):
+    program = """if True:
+        import os, kernels, torch
+        print(os.environ["TORCHINDUCTOR_CACHE_DIR"], os.environ["TRITON_CACHE_DIR"])
+        print(torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark)
+    """
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "TRITON_CACHE_DIR": "/mine"}
+    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
+    command = [sys.executable, "-c", program]
+    ended = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ended.stdout.split() == [f"{tmp_path}/batchnorm-only/inductor", "/mine", "False", "True"]
