@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kernels import Execution, conv_bn_relu
+import kernels
 
 SHORTCUTS = ("projection", "projection_all", "pad")
 IMAGENET_LAYERS = {
@@ -80,19 +80,19 @@ class Pad(nn.Module):
 class Projection(nn.Sequential):
     """1x1 convolution and BatchNorm; a Sequential, for torchvision's names `downsample.0` and `.1`."""
 
-    execution = Execution()
+    execution = kernels.Execution()
 
     def __init__(self, c_in: int, c_out: int, stride: int):
         super().__init__(Conv2d(c_in, c_out, 1, stride), nn.BatchNorm2d(c_out))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return conv_bn_relu(x, [(self[0], self[1])], relu=False, execution=self.execution)
+        return kernels.conv_bn_relu(x, [(self[0], self[1])], relu=False, execution=self.execution)
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut, which `downsample` fits to their output where it must."""
+    """Two 3x3 convolutions, and a shortcut that `downsample` fits to their output where shapes differ."""
 
-    expansion, execution = 1, Execution()
+    expansion, execution = 1, kernels.Execution()
 
     def __init__(self, c_in: int, width: int, stride: int, downsample: nn.Module | None):
         super().__init__()
@@ -103,13 +103,13 @@ class BasicBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
         units = [(self.conv1, self.bn1), (self.conv2, self.bn2)]
-        return conv_bn_relu(x, units, shortcut, execution=self.execution)
+        return kernels.conv_bn_relu(x, units, shortcut, execution=self.execution)
 
 
 class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolutions and a shortcut; the last has four times as many channels."""
 
-    expansion, execution = 4, Execution()
+    expansion, execution = 4, kernels.Execution()
 
     def __init__(self, c_in: int, width: int, stride: int, downsample: nn.Module | None):
         super().__init__()
@@ -121,7 +121,7 @@ class Bottleneck(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
         units = [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)]
-        return conv_bn_relu(x, units, shortcut, execution=self.execution)
+        return kernels.conv_bn_relu(x, units, shortcut, execution=self.execution)
 
 
 class Network(nn.Module):
@@ -137,12 +137,9 @@ class Network(nn.Module):
 
 
 class ResNet(Network):
-    """Stages of residual blocks, stage i of `layers[i]`; each but the first halves the image.
+    """Stages of `layers[i]` residual blocks; each after the first halves the image and doubles `width`."""
 
-    The first stage has `width` channels (times the block's expansion), each other twice those before.
-    """
-
-    execution = Execution()
+    execution = kernels.Execution()
 
     def __init__(
         self, block: type, layers: tuple, width: int, imagenet_stem: bool, shortcut: str, num_classes: int
@@ -167,7 +164,7 @@ class ResNet(Network):
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         """The last block's output `[N, C, h, w]` for images `[N, 3, H, W]`."""
-        x = conv_bn_relu(x, [(self.conv1, self.bn1)], execution=self.execution)
+        x = kernels.conv_bn_relu(x, [(self.conv1, self.bn1)], execution=self.execution)
         if self.imagenet_stem:
             x = F.max_pool2d(x, 3, 2, 1)
         for stage in range(1, self.stages + 1):
@@ -178,14 +175,14 @@ class ResNet(Network):
 class VGGLayer(nn.Module):
     """A 3x3 convolution with BatchNorm and ReLU, and with `pool` a max pool that halves the image."""
 
-    execution = Execution()
+    execution = kernels.Execution()
 
     def __init__(self, c_in: int, width: int, pool: bool):
         super().__init__()
         self.conv, self.bn, self.pool = Conv2d(c_in, width, 3), nn.BatchNorm2d(width), pool
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = conv_bn_relu(x, [(self.conv, self.bn)], execution=self.execution)
+        y = kernels.conv_bn_relu(x, [(self.conv, self.bn)], execution=self.execution)
         return F.max_pool2d(y, 2) if self.pool else y
 
 

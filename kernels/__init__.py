@@ -41,7 +41,7 @@ DEFAULT = Execution()
 def configure(
     model: nn.Module, memory: str = "lean", compiled: bool = True, group: Group | None = None
 ) -> None:
-    """Set how `model` computes, in each of its modules with an attribute `execution`; see `Execution`.
+    """Set the `execution` of every module of `model` that has one.
 
     Raises ValueError for an unknown `memory`, and for "stock" with a group.
     """
@@ -61,7 +61,7 @@ def conv_bn_relu(
 
     `x` is `[N, C_in, H, W]`, the result and `shortcut` are `[N, C_out, H', W']`, all channels_last. A `bn` in
     training mode normalises with the batch's statistics and updates its running ones, whether or not anything
-    is trained. It does not count batches (`num_batches_tracked`), because its momentum is constant. Raises
+    is trained. Batches are not counted (`num_batches_tracked`), because momentum is constant. Raises
     ValueError in training when a channel has only one value, which cannot be normalised.
     """
     training = units[0][1].training
@@ -100,53 +100,41 @@ def train_block(
     identity = shortcut is x  # its gradient is added to x's within the block, which saves autograd a pass
     convs = [Conv(conv.stride, conv.padding) for conv, _ in units]
     batch_norms = [BatchNorm.of(bn) for _, bn in units]
-    plan = _Plan(passes, convs, batch_norms, relu, identity, recompute)
+    plan = passes, convs, batch_norms, relu, identity, recompute
     weights = [_weight(conv, x.dtype) for conv, _ in units]
     bn_parameters = [parameter for bn in batch_norms for parameter in (bn.gamma, bn.beta)]
     return _Block.apply(plan, x, None if identity else shortcut, *weights, *bn_parameters)
 
 
 def passes_name(device_type: str, compiled: bool = True) -> str:
-    """Whose passes a device of this type uses: "cpp" or "triton", which are our own, or "torch"."""
+    """Which passes a device of this type uses: "cpp" or "triton", which are our own, or "torch"."""
     return _passes(device_type, compiled).name
-
-
-class _Plan(NamedTuple):
-    """What `_Block` does; lists run over the units."""
-
-    passes: TorchPasses
-    convs: list[Conv]
-    batch_norms: list[BatchNorm]
-    relu: bool
-    identity: bool  # the shortcut is x itself
-    recompute: bool
 
 
 class _Block(torch.autograd.Function):
     """A block. The lists are over its units; weights are in x's dtype, zs and norms as in reference.py."""
 
     @staticmethod
-    def forward(ctx, plan: _Plan, x: Tensor, shortcut: Tensor | None, *parameters: Tensor) -> Tensor:
-        passes, count, x = plan.passes, len(plan.convs), _channels_last(x)
-        weights = parameters[:count]
-        zs, norms, below = [], [], (x, None)
-        for bn, weight, conv in zip(plan.batch_norms, weights, plan.convs, strict=True):
-            if _values_per_channel(below[0], weight, conv) < 2:
+    def forward(ctx, plan: tuple, x: Tensor, shortcut: Tensor | None, *parameters: Tensor) -> Tensor:
+        passes, convs, batch_norms, relu, identity, recompute = plan
+        count, x = len(convs), _channels_last(x)
+        weights, zs, norms, below = parameters[:count], [], [], (x, None)
+        for bn, weight, conv in zip(batch_norms, weights, convs, strict=True):
+            below = z, norm = passes.convolve(*below, weight, conv, bn)
+            if z.numel() == z.shape[1]:
                 raise ValueError(f"BatchNorm needs more than one value per channel, of {tuple(x.shape)}")
-            below = passes.convolve(*below, weight, conv, bn)
-            zs.append(below[0])
-            norms.append(below[1])
-        added = x if plan.identity else shortcut
-        if added is not None:
-            added = _channels_last(added)
-        y, signs = passes.activate(*below, added, plan.relu, want_signs=plan.relu and added is not None)
+            zs.append(z)
+            norms.append(norm)
+        if shortcut is not None:
+            shortcut = _channels_last(shortcut)
+        added = x if identity else shortcut
+        y, signs = passes.activate(*below, added, relu, want_signs=relu and added is not None)
 
         trained = [i for i, needed in enumerate(ctx.needs_input_grad[3 : 3 + count]) if needed]
-        kept_x = x if plan.recompute or 0 in trained else None
+        kept_x, kept_zs = x if recompute or 0 in trained else None, [] if recompute else zs
         ctx.plan, ctx.trained, ctx.x_shape = plan, trained, x.shape
         # Frozen weights are the same tensors in every step: a reference to them costs no memory.
         ctx.frozen = [None if i in trained else weight for i, weight in enumerate(weights)]
-        kept_zs = [] if plan.recompute else zs
         ctx.save_for_backward(kept_x, signs, *norms, *kept_zs, *(weights[i] for i in trained))
         return y
 
@@ -156,9 +144,9 @@ class _Block(torch.autograd.Function):
         passes, convs, _, relu, identity, recompute = ctx.plan
         count, weights = len(convs), list(ctx.frozen)
         x, signs, *saved = ctx.saved_tensors
-        norms, saved = saved[:count], saved[count:]
-        zs, saved = ([], saved) if recompute else (saved[:count], saved[count:])
-        for i, weight in zip(ctx.trained, saved, strict=True):
+        end = len(saved) - len(ctx.trained)
+        norms, zs = saved[:count], saved[count:end]
+        for i, weight in zip(ctx.trained, saved[end:], strict=True):
             weights[i] = weight
         for i in range(count if recompute else 0):
             below = (zs[i - 1], norms[i - 1]) if i else (x, None)
@@ -167,13 +155,11 @@ class _Block(torch.autograd.Function):
         needs_x, needs_shortcut, *needs_parameters = ctx.needs_input_grad[1:]
         d_weights, d_bn = [None] * count, [None] * (2 * count)
         g, sums = passes.mask_and_sum(_channels_last(dy), zs[-1], norms[-1], signs, relu)
-        d_shortcut = passes.dense(g) if needs_shortcut else None
-        added = g if identity else None
+        d_shortcut, added = passes.dense(g) if needs_shortcut else None, g if identity else None
         for i in reversed(range(count)):
-            if needs_parameters[count + 2 * i]:
-                d_bn[2 * i] = sums[D_GAMMA]
-            if needs_parameters[count + 2 * i + 1]:
-                d_bn[2 * i + 1] = sums[D_BETA]
+            for j, row in ((2 * i, D_GAMMA), (2 * i + 1, D_BETA)):
+                if needs_parameters[count + j]:
+                    d_bn[j] = sums[row]
             here, dz = (g, zs[i], norms[i], sums), None
             if i in ctx.trained:
                 dz = passes.gradient(*here)
@@ -210,10 +196,3 @@ def _weight(conv: nn.Conv2d, dtype: torch.dtype) -> Tensor:
 
 def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
-
-
-def _values_per_channel(x: Tensor, weight: Tensor, conv: Conv) -> int:
-    """How many values each channel of the convolution's output has."""
-    sizes = zip(x.shape[2:], weight.shape[2:], conv.stride, conv.padding, strict=True)
-    height, width = ((n + 2 * p - k) // s + 1 for n, k, s, p in sizes)
-    return len(x) * height * width

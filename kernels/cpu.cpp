@@ -1,9 +1,11 @@
-// The passes over activations around a frozen convolution, for CPUs: each reads what it needs once.
+// The passes over activations between convolutions, for CPUs; reference.py has the formulas and the layout of norm
+// and sums. Each pass reads every element once.
 //
-// A tensor is its channels_last memory, `count` elements of which element i belongs to channel i % channels;
-// `channels` divides 64 or is a multiple of it, and `count` is a multiple of 64. So 64 neighbours, four vector
-// registers of AVX-512, always have the same 64 coefficients up to an offset, and their signs are one 64-bit word.
-// Sums are taken over fixed pieces and added in a fixed order: results do not depend on the number of threads.
+// A tensor is given by its channels_last memory: `count` elements, of which element i belongs to channel i % channels.
+// `channels` divides 64 or is a multiple of it, and `count` is a multiple of 64. So 64 neighbouring elements, which are
+// four vector registers of AVX-512, have the coefficients of 64 neighbouring channels, or of all channels repeated; and
+// their signs are one 64-bit word. Sums are taken over pieces of fixed size and added in a fixed order, so that results
+// do not depend on the number of threads.
 
 #include <algorithm>
 #include <cmath>
@@ -60,15 +62,7 @@ inline void keep(float* v, uint64_t word) {
 #endif
 }
 
-// dy where the unit's output was positive: by `signs`, else by z scale + shift; everywhere without ReLU.
-inline void mask(float* dy, const float* z, const uint64_t* signs, int relu, const float* scale, const float* shift) {
-  if (signs)
-    keep(dy, *signs);
-  else if (relu)
-    for (int k = 0; k < TILE; ++k) dy[k] = z[k] * scale[k] + shift[k] > 0 ? dy[k] : 0;
-}
-
-// The pieces that a tensor is summed in: `size` elements, all but the last, of rows of `width`.
+// The pieces in which a tensor is summed. Each has `size` elements, except for the last, in rows of `width`.
 struct Pieces {
   int64_t count, channels, width, size, number;
   Pieces(int64_t count, int64_t channels)
@@ -77,8 +71,8 @@ struct Pieces {
 
   int64_t rows(int64_t piece) const { return (std::min(count, (piece + 1) * size) - piece * size) / width; }
 
-  // Runs body(piece, t, begin, end) in parallel: the tiles that begin at begin, begin + width, ... before `end`,
-  // all of which have the coefficients of channels t to t + 63.
+  // Calls body(piece, t, begin, end) in parallel, for the tiles that begin at begin, begin + width, ... before `end`;
+  // all of them have the coefficients from t to t + 63.
   template <class F>
   void for_tiles(F body) const {
 #pragma omp parallel for schedule(static)
@@ -87,21 +81,21 @@ struct Pieces {
   }
 };
 
-// 64 coefficients, or sums, which the compiler keeps in registers.
+// 64 coefficients or sums, which the compiler keeps in registers.
 struct Tile {
   float at[TILE];
   Tile() : at{} {}
   explicit Tile(const float* from) { std::copy(from, from + TILE, at); }
 };
 
-// Coefficients of `channels` channels, repeated to at least one tile.
+// The coefficients of all channels, repeated until they fill at least one tile.
 std::vector<float> tiled(const float* per_channel, int64_t channels) {
   std::vector<float> out(std::max(TILE, channels));
   for (size_t i = 0; i < out.size(); ++i) out[i] = per_channel[i % channels];
   return out;
 }
 
-// dy where the unit's output was positive: by `signs`, else by z scale + shift; everywhere without ReLU.
+// Sets dy to zero where the unit's output was not positive, by `signs` or else by z scale + shift; not without ReLU.
 inline void mask(float* dy, const float* z, const uint64_t* signs, int relu, const Tile& scale, const Tile& shift) {
   if (signs)
     keep(dy, *signs);
@@ -109,7 +103,7 @@ inline void mask(float* dy, const float* z, const uint64_t* signs, int relu, con
     for (int k = 0; k < TILE; ++k) dy[k] = z[k] * scale.at[k] + shift.at[k] > 0 ? dy[k] : 0;
 }
 
-// Rows mean, 1/deviation, gamma/deviation, beta - mean gamma/deviation of `norm`; running statistics follow.
+// The norm of z; the running statistics move towards those of z.
 template <class T>
 void statistics(const T* z, int64_t count, int64_t channels, const float* gamma, const float* beta, double eps,
                 double momentum, float* running_mean, float* running_var, float* norm) {
@@ -121,7 +115,7 @@ void statistics(const T* z, int64_t count, int64_t channels, const float* gamma,
     for (int64_t i = begin; i < end; i += width)
       for (int k = 0; k < TILE; ++k) sum.at[k] += load(z + i + k);
     for (int k = 0; k < TILE; ++k) mean.at[k] = sum.at[k] / pieces.rows(p);
-    for (int64_t i = begin; i < end; i += width)  // again, from the cache: deviations from the piece's own mean
+    for (int64_t i = begin; i < end; i += width)  // again, now from the cache, about the piece's own mean
       for (int k = 0; k < TILE; ++k) {
         float deviation = load(z + i + k) - mean.at[k];
         square.at[k] += deviation * deviation;
@@ -151,7 +145,7 @@ void statistics(const T* z, int64_t count, int64_t channels, const float* gamma,
   }
 }
 
-// y = z scale + shift (+ shortcut), ReLU where asked for; `signs`: where y is positive.
+// y = z scale + shift (+ shortcut), with ReLU if `relu`. `signs`, if given, become those of y.
 template <class T>
 void activate(const T* z, int64_t count, int64_t channels, const float* norm, const T* shortcut, int relu, T* y,
               uint64_t* signs) {
@@ -172,8 +166,7 @@ void activate(const T* z, int64_t count, int64_t channels, const float* norm, co
   });
 }
 
-// Of g, which is dy as `mask` leaves it. Rows of `sums`: gradient of gamma, of beta, and b, c of the gradient of z,
-// scale g + b z + c. g itself is not written: to mask dy again where it is needed is cheaper than to store it.
+// The sums of g, which is dy as `mask` leaves it. g is not stored: masking dy again where g is needed is cheaper.
 template <class T>
 void sum_gradients(const T* dy, const T* z, int64_t count, int64_t channels, const float* norm, const uint64_t* signs,
                    int relu, float* sums) {
@@ -209,7 +202,7 @@ void sum_gradients(const T* dy, const T* z, int64_t count, int64_t channels, con
   }
 }
 
-// The gradient of z, scale g + b z + c.
+// The gradient of z, dz = g scale + z b + c.
 template <class T>
 void gradient(const T* dy, const T* z, int64_t count, int64_t channels, const float* norm, const uint64_t* signs,
               int relu, const float* sums, T* dz) {
@@ -227,7 +220,7 @@ void gradient(const T* dy, const T* z, int64_t count, int64_t channels, const fl
   });
 }
 
-// dx += dy where `signs` has a bit.
+// dx += dy where `signs` has a bit set.
 template <class T>
 void add_masked(const T* dy, int64_t count, const uint64_t* signs, T* dx) {
   Pieces(count, TILE).for_tiles([&](int64_t, int64_t, int64_t begin, int64_t end) {

@@ -41,7 +41,7 @@ class Config(NamedTuple):
     stages: int
 
 
-# Computes a convolution as a Config says, or by cuDNN if None, without lasting effect; gives all its results.
+# Computes a convolution as the Config says, or by cuDNN for None; has all results, and no lasting effect.
 Attempt = Callable[[Config | None], Sequence[Tensor | None]]
 
 CONFIGS = (Config(64, 4, 1), Config(64, 4, 3), Config(128, 4, 3), Config(128, 8, 3), Config(256, 8, 1))
@@ -89,16 +89,16 @@ class CudaPasses(TorchPasses):
             z = empty_image(x, (len(x), shape["C_OUT"], shape["H_OUT"], shape["W_OUT"]))
             positions, programs = _grid(z, config.block)
             partial = None if bn is None else _partial(z, programs)
-            shape |= {"BLOCK": config.block, "BLOCK_IN": max(16, shape["C_IN"])}
             arguments = x, norm, weight, z, partial, positions
-            self.launch(triton_kernels.convolve, (programs,), *arguments, config=config, **shape)
+            blocks = {"BLOCK": config.block, "BLOCK_IN": max(16, shape["C_IN"])}
+            self.launch(triton_kernels.convolve, (programs,), *arguments, config=config, **shape, **blocks)
             return z, None if bn is None else self.finish_norm(partial, z, bn, config.block)
 
-        def attempt(config: Config | None) -> list[Tensor]:
+        def attempt(config: Config | None) -> tuple[Tensor | None, ...]:
             if bn is None:
-                return [*compute(config, None)]
+                return compute(config, None)
             mean, var = bn.running_mean.clone(), bn.running_var.clone()  # bn's own must move only once
-            return [*compute(config, bn._replace(running_mean=mean, running_var=var)), mean, var]
+            return *compute(config, bn._replace(running_mean=mean, running_var=var)), mean, var
 
         # Whether statistics are wanted is not in the key: what is faster with them is faster without.
         key = _key("convolve", x.shape, weight, conv, "" if norm is None else " norm")
@@ -177,10 +177,9 @@ class CudaPasses(TorchPasses):
 
 
 def covers(images: Sequence[Tensor | None], per_channel: Sequence[Tensor | None], multiple: int = 8) -> bool:
-    """Whether the kernels take these images and per-channel values.
+    """Whether the kernels take these tensors: channels_last, of one dtype, with offsets that fit 32 bits.
 
-    They need one dtype, channels_last, offsets that fit 32 bits, and channels that are a multiple of
-    `multiple`, which is 8 because a byte holds the signs of eight.
+    The number of channels must be a multiple of `multiple`: 8, because a byte holds the signs of eight.
     """
     images = [image for image in images if image is not None]
     return (
@@ -193,10 +192,9 @@ def covers(images: Sequence[Tensor | None], per_channel: Sequence[Tensor | None]
 
 
 def covers_conv(image: Tensor, weight: Tensor, conv: Conv, fewest: int = 16) -> bool:
-    """Whether the kernels take this convolution.
+    """Whether the kernels take this convolution: 1x1 or 3x3, with "same" padding, and channels of one tile.
 
-    They need a 1x1 or 3x3 window with "same" padding, and channels that fit one tile; `fewest` is the least
-    number of input channels, which is 3 for images.
+    `fewest` input channels are allowed, too: the 3 of an image.
     """
     c_out, c_in, k, width = weight.shape
     # In fp32, without a matrix instruction, 128 channels take a minute to compile.
@@ -216,9 +214,11 @@ def covers_conv(image: Tensor, weight: Tensor, conv: Conv, fewest: int = 16) -> 
 def _shape(x_shape: Sequence[int], weight: Tensor, conv: Conv) -> dict[str, int]:
     """The constants that both convolution kernels take."""
     (c_out, c_in, k, _), (h, w), stride = weight.shape, x_shape[2:], conv.stride[0]
-    sizes = {"H": h, "W": w, "C_IN": c_in, "H_OUT": (h - 1) // stride + 1, "W_OUT": (w - 1) // stride + 1}
-    strides = {"W_O": weight.stride(0), "W_I": weight.stride(1), "W_TAP": weight.stride(3)}
-    return {**sizes, "C_OUT": c_out, "K": k, "STRIDE": stride, **strides}
+    return {
+        "H": h, "W": w, "H_OUT": (h - 1) // stride + 1, "W_OUT": (w - 1) // stride + 1,
+        "C_IN": c_in, "C_OUT": c_out, "K": k, "STRIDE": stride,
+        "W_O": weight.stride(0), "W_I": weight.stride(1), "W_TAP": weight.stride(3),
+    }  # fmt: skip
 
 
 def _grid(image: Tensor, block: int) -> tuple[int, int]:
@@ -244,9 +244,6 @@ def empty_image(like: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
-# The choice between a Config and cuDNN, measured once per machine.
-
-
 def _key(name: str, x_shape: Sequence[int], weight: Tensor, conv: Conv, flags: str) -> str:
     """What a choice depends on; the batch size is rounded up to a power of two."""
     (c_out, c_in, k, _), (n, _, h, w) = weight.shape, x_shape
@@ -255,7 +252,7 @@ def _key(name: str, x_shape: Sequence[int], weight: Tensor, conv: Conv, flags: s
 
 
 def _choices_file(device: str) -> Path:
-    """In the cache folder; its name depends on all that the times depend on."""
+    """A file in the cache folder, named by all that the times depend on."""
     sources = [path.read_text() for path in (Path(__file__), Path(triton_kernels.__file__))]
     versions = [triton.__version__, torch.__version__, device]
     key = hashlib.sha256("\n".join([*sources, *versions]).encode()).hexdigest()[:16]
@@ -263,10 +260,9 @@ def _choices_file(device: str) -> Path:
 
 
 class Choices:
-    """For each key, the fastest way that gives right results; None is cuDNN.
+    """For each key the fastest way with right results, found on first use and kept in `file`; None is cuDNN.
 
-    It is found on first use, and kept in `file` for later processes. Nothing can be tried while a graph is
-    captured: there, a convolution that has not been computed before is left to cuDNN.
+    Nothing can be tried while a graph is captured: what was not computed before is left to cuDNN there.
     """
 
     def __init__(self, file: Path):
@@ -294,10 +290,9 @@ class Choices:
         return min(times, key=times.get)
 
     def read(self) -> dict[str, list[int] | None]:
-        try:
+        with contextlib.suppress(OSError, ValueError):
             return json.loads(self.file.read_text())
-        except (OSError, ValueError):
-            return {}
+        return {}
 
     def write(self) -> None:
         """Add to the file what is new. Where it cannot be written, every process measures anew."""

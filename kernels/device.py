@@ -70,10 +70,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc reuse freed memory instead of returning it to the system.
-
-    On a CPU a step's activations would otherwise be new pages every time, which the system fills with zeros.
-    """
+    """Have glibc reuse freed memory; the system would fill pages with zeros before it gave them out again."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):  # another C library
@@ -89,22 +86,22 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory the whole process had in use at once: the GPU's by torch's count, or on a CPU all."""
+    """The most memory the process used at once: of a GPU, what torch allocated; on a CPU, all its memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether the memory of a GPU or a CPU was not enough; only for the GPU has torch its own exception."""
+    """Whether the memory of a GPU or a CPU was not enough; torch has its own exception for GPUs alone."""
     messages = ("can't allocate memory", "CUDA error: out of memory")
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in messages)
 
 
 class Captured:
-    """A function without arguments or result, replayed from a CUDA graph after its first calls.
+    """A function replayed from a CUDA graph after its first calls.
 
-    It must read what changes between calls from tensors that stay where they are.
+    It has no arguments or result, and reads what changes between calls from tensors that keep their place.
     """
 
     def __init__(self, function: Callable[[], None], eager_calls: int = EAGER_CALLS):

@@ -70,10 +70,9 @@ class Group:
         return float(self.average(torch.tensor(number, dtype=torch.float64)))
 
     def wait(self) -> None:
-        """Wait until every process is here.
+        """Wait until every process is here, and from now on remember Ctrl-C and SIGTERM for `stop_together`.
 
-        From now on, Ctrl-C and SIGTERM are remembered for `stop_together`: a process that left in the middle
-        of a step would leave the others waiting for its gradient.
+        A process that ended in the middle of a step would leave the others waiting for its gradient.
         """
         if self.connected:
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -81,9 +80,9 @@ class Group:
             self.sum(torch.zeros(1))
 
     def stop_together(self) -> None:
-        """Raise KeyboardInterrupt in every process once one has received a signal to end.
+        """Raise KeyboardInterrupt in every process once one was told to end; to be called between steps.
 
-        Call it between steps. It costs one message through gloo, and waits for no GPU.
+        It costs one message through gloo, and waits for no GPU.
         """
         if self.connected and self.sum(torch.tensor(float(self.signalled))) > 0:
             raise KeyboardInterrupt
@@ -150,7 +149,7 @@ def rank() -> int:
 def joined() -> Iterator[Group]:
     """The group of all processes that torchrun started, connected until the `with` block ends.
 
-    Where there are GPUs, CUDA's current device becomes this process's own.
+    It makes this process's own GPU, if there is one, CUDA's current device.
     """
     count = int(os.environ["WORLD_SIZE"]) if distributed.is_torchelastic_launched() else 1
     if count == 1:

@@ -1,9 +1,8 @@
-"""The roofline of a training step: the least seconds that a device could take, and the least bytes kept.
+"""The roofline of a training step: the least seconds it could take, and the least bytes it could keep.
 
 A step must move its activations through memory and do its multiply-adds. So it takes no less than the bytes
-divided by the device's bandwidth, and no less than the operations divided by its peak rate: the larger of the
-two is its floor (Williams, Waterman, Patterson 2009). Of the bytes that forward must keep for backward, too,
-there is a least number. What is measured is compared with both.
+divided by the device's bandwidth, and no less than the operations divided by its peak rate; the larger of
+the two is its floor (Williams, Waterman, Patterson 2009).
 """
 
 import copy

@@ -45,8 +45,8 @@ class Forecast(CudaPasses):
         if self.seen is None or variant in self.seen:
             return
         self.seen.add(variant)
-        shape = f"{constants['C_IN']}->{constants['C_OUT']}" if k else f"{constants['C']}"
-        shape += f" {constants['H']}x{constants['W']} k{k} s{constants['STRIDE']}" if k else ""
+        convolution = "{C_IN}->{C_OUT} {H}x{W} k{K} s{STRIDE}"
+        shape = (convolution if k else "{C}").format(**constants)
         block = config.block or constants.get("BLOCK", constants.get("STEP"))
         print(f"{kernel.__name__:18}{shape:18}{block:5}{config.warps:3}{config.stages:3}", end=" ")
         print(resources(kernel, arguments, config, constants), end=" ")
@@ -58,7 +58,7 @@ class Forecast(CudaPasses):
 
 def resources(kernel, arguments: Sequence, config: Config, constants: dict) -> str:
     """Registers, bytes spilt, bytes of shared memory and the matrix instruction, compiled for Hopper."""
-    pointers = {**DTYPES, torch.uint8: "u8"}
+    pointers = DTYPES | {torch.uint8: "u8"}
     signature, fixed, attributes = dict.fromkeys(constants, "constexpr"), dict(constants), {}
     for i, (name, a) in enumerate(zip(kernel.arg_names, arguments, strict=False)):
         if a is None:

@@ -1,8 +1,8 @@
-"""The kernels of kernels_cuda.py, in Triton.
+"""The Triton kernels that cuda.py launches; reference.py has their formulas.
 
-Activations are `[positions, C]`, a position being a pixel of an image, numbered in memory order; per-channel
-values are `[4, C]` in float32, as in reference.py. A convolution is a matrix product for every tap of its
-window: `[BLOCK, C_IN]` inputs, gathered, by `[C_IN, C_OUT]` weights. Optional tensors may be None.
+Activations are `[positions, C]`: a position is a pixel of an image, numbered in memory order. What is kept
+per channel is `[4, C]` in float32. A convolution is one matrix product for each tap of its window, of
+`[BLOCK, C_IN]` gathered inputs by `[C_IN, C_OUT]` weights. Arguments that are optional may be None.
 
 Sums over positions go through `partial`, `[2, C, programs]`: each program writes its own, and finish_norm or
 finish_sums adds them up, always in the same order.
@@ -25,31 +25,27 @@ def _per_channel(values, row: tl.constexpr, channels, C: tl.constexpr):
 
 
 @triton.jit
-def _scale_and_shift(norm, channels, C: tl.constexpr):
-    return _per_channel(norm, _SCALE, channels, C), _per_channel(norm, _SHIFT, channels, C)
-
-
-@triton.jit
 def _normalise(z, norm, channels, C: tl.constexpr):
-    scale, shift = _scale_and_shift(norm, channels, C)
-    return z.to(tl.float32) * scale + shift
+    return z.to(tl.float32) * _per_channel(norm, _SCALE, channels, C) + _per_channel(
+        norm, _SHIFT, channels, C
+    )
 
 
 @triton.jit
 def _relu(y):
-    return tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)  # a run that diverges must show it
+    return tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)  # so that divergence is not hidden
 
 
 @triton.jit
 def _gradient_coefficients(norm, sums, channels, C: tl.constexpr):
-    """a, b and c of dz = g a + z b + c."""
+    """scale, b and c of dz = g scale + z b + c."""
     b, c = _per_channel(sums, _D_B, channels, C), _per_channel(sums, _D_C, channels, C)
     return _per_channel(norm, _SCALE, channels, C), b, c
 
 
 @triton.jit
 def _tile(positions, C: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr):
-    """What this program of an elementwise kernel works on: channels, offsets, and which of them there are."""
+    """This program's part of an elementwise kernel: channels, offsets, and which positions exist."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     return channels, at[:, None] * C + channels, (at < positions)[:, None]
@@ -57,7 +53,6 @@ def _tile(positions, C: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr
 
 @triton.jit
 def _store_partial(partial, first, second, channels, C: tl.constexpr):
-    """Into partial, `[2, C, programs]`."""
     at = partial + channels * tl.num_programs(0) + tl.program_id(0)
     tl.store(at, first)
     tl.store(at + C * tl.num_programs(0), second)
@@ -65,7 +60,7 @@ def _store_partial(partial, first, second, channels, C: tl.constexpr):
 
 @triton.jit
 def _store_statistics(partial, z, live, positions, BLOCK: tl.constexpr, channels, C: tl.constexpr):
-    """Sum, and sum of squares about this block's own mean: nothing cancels if the mean is far from zero."""
+    """The sum, and the sum of squares about this block's own mean, so that no digits cancel."""
     count = tl.minimum(positions - tl.program_id(0) * BLOCK, BLOCK)
     total = tl.sum(z, 0)
     centred = tl.where(live, z - total / count, 0.0)
@@ -85,13 +80,13 @@ def convolve(
     C_OUT: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, W_O: tl.constexpr, W_I: tl.constexpr,
     W_TAP: tl.constexpr, BLOCK: tl.constexpr, BLOCK_IN: tl.constexpr,
 ):  # fmt: skip
-    """z `[positions, C_OUT]` of x, or with norm of relu(x scale + shift); with partial, z's statistics."""
+    """z `[positions, C_OUT]` of x, or with norm of relu(x scale + shift); and with partial its statistics."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = (at < positions)[:, None]
     image, h_out, w_out = at // (H_OUT * W_OUT), at // W_OUT % H_OUT, at % W_OUT
     c_in, c_out = tl.arange(0, BLOCK_IN), tl.arange(0, C_OUT)
     if norm is not None:
-        scale, shift = _scale_and_shift(norm, c_in, C_IN)
+        scale, shift = _per_channel(norm, _SCALE, c_in, C_IN), _per_channel(norm, _SHIFT, c_in, C_IN)
     total = tl.zeros([BLOCK, C_OUT], tl.float32)
     for tap in range(K * K):  # not unrolled: at 64 channels that takes every register
         h = h_out * STRIDE + tap // K - K // 2
@@ -117,7 +112,7 @@ def convolve_backward(
     C_OUT: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, W_O: tl.constexpr, W_I: tl.constexpr,
     W_TAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dx `[positions, C_IN]`, the gradient of x; with z_below, through the ReLU below, and its two sums."""
+    """The gradient of x, dx `[positions, C_IN]`; or with z_below, the g of the unit below, and its sums."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = (at < positions)[:, None]
     image, h_in, w_in = at // (H * W), at // W % H, at % W
@@ -128,12 +123,12 @@ def convolve_backward(
         h = h_in + K // 2 - tap // K
         w = w_in + K // 2 - tap % K
         inside = (h >= 0) & (h < H_OUT * STRIDE) & (w >= 0) & (w < W_OUT * STRIDE)
-        if STRIDE > 1:  # an input that this tap reaches no output from
+        if STRIDE > 1:  # at some inputs, this tap belongs to no output
             inside = inside & (h % STRIDE == 0) & (w % STRIDE == 0)
         inside = inside[:, None] & live
-        from_ = ((image * H_OUT + h // STRIDE) * W_OUT + w // STRIDE)[:, None] * C_OUT + c_out
-        d_out = tl.load(g + from_, mask=inside, other=0.0).to(tl.float32) * a
-        d_out += tl.load(z + from_, mask=inside, other=0.0).to(tl.float32) * b + c
+        above = ((image * H_OUT + h // STRIDE) * W_OUT + w // STRIDE)[:, None] * C_OUT + c_out
+        d_out = tl.load(g + above, mask=inside, other=0.0).to(tl.float32) * a
+        d_out += tl.load(z + above, mask=inside, other=0.0).to(tl.float32) * b + c
         d_out = tl.where(inside, d_out, 0.0).to(g.dtype.element_ty)
         taps = tl.load(weight + tap * W_TAP + c_out[:, None] * W_O + c_in * W_I)
         total = tl.dot(d_out, taps, total, input_precision="ieee")
@@ -152,7 +147,7 @@ def convolve_backward(
 
 @triton.jit
 def statistics(z, partial, positions, C: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr):
-    """z's, where another than convolve made it."""
+    """The statistics of z, when the convolution was done by cuDNN."""
     channels, here, live = _tile(positions, C, BLOCK, BLOCK_C)
     values = tl.load(z + here, mask=live, other=0.0).to(tl.float32)
     _store_statistics(partial, values, live, positions, BLOCK, channels, C)
@@ -163,7 +158,7 @@ def activate(
     z, norm, shortcut, y, signs, positions,
     RELU: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """y = relu(z scale + shift + shortcut), and its signs."""
+    """y = relu(z scale + shift + shortcut); with signs, also those."""
     channels, here, live = _tile(positions, C, BLOCK, BLOCK_C)
     values = _normalise(tl.load(z + here, mask=live, other=0.0), norm, channels, C)
     if shortcut is not None:
@@ -182,7 +177,7 @@ def mask_and_sum(
     dy, z, norm, signs, g, partial, positions,
     C: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """g and its sums, of dy; by signs or else by z. Without g nothing is masked: then it is dy."""
+    """g and its sums from dy, masked by signs or else by z scale + shift; without g, nothing is masked."""
     channels, here, live = _tile(positions, C, BLOCK, BLOCK_C)
     gradient = tl.load(dy + here, mask=live, other=0.0)
     values = tl.load(z + here, mask=live, other=0.0)
@@ -200,7 +195,7 @@ def mask_and_sum(
 def gradient(
     g, z, norm, sums, dz, positions, C: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
-    """dz, the gradient of a convolution's output, where its weights train or cuDNN convolves it."""
+    """The gradient dz of a convolution's output, when its weights train or cuDNN does its backward pass."""
     channels, here, live = _tile(positions, C, BLOCK, BLOCK_C)
     a, b, c = _gradient_coefficients(norm, sums, channels, C)
     d_out = tl.load(g + here, mask=live, other=0.0).to(tl.float32) * a
@@ -213,7 +208,7 @@ def finish_norm(
     partial, gamma, beta, running_mean, running_var, norm, positions, programs, eps, momentum,
     C: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """One program a channel: norm, and the running statistics moved; BLOCK as of those who wrote partial."""
+    """Norm and running statistics, one program per channel; BLOCK is that of the kernel before."""
     channel = tl.program_id(0)
     total = tl.zeros([STEP], tl.float32)
     for start in range(0, programs, STEP):
@@ -221,7 +216,7 @@ def finish_norm(
         total += tl.load(partial + channel * programs + at, mask=at < programs, other=0.0)
     mean = tl.sum(total, 0) / positions
     total = tl.zeros([STEP], tl.float32)
-    for start in range(0, programs, STEP):  # Chan, Golub, LeVeque 1983: within the blocks, and between them
+    for start in range(0, programs, STEP):  # the squares within blocks and between them (Chan et al. 1983)
         at = start + tl.arange(0, STEP)
         live = at < programs
         count = tl.where(live, tl.minimum(positions - at * BLOCK, BLOCK), 1)
@@ -243,7 +238,7 @@ def finish_norm(
 
 @triton.jit
 def finish_sums(partial, norm, sums, positions, programs, C: tl.constexpr, STEP: tl.constexpr):
-    """One program a channel: gradients of gamma and beta, and b and c of TorchPasses.gradient."""
+    """The four rows of sums, one program per channel."""
     channel = tl.program_id(0)
     d_beta, d_gamma = tl.zeros([STEP], tl.float32), tl.zeros([STEP], tl.float32)
     for start in range(0, programs, STEP):

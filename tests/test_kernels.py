@@ -165,10 +165,10 @@ def test_a_network_is_configured_in_every_block():
     for arch, blocks in (("resnet8", 6), ("resnet50", 21), ("vgg11", 8)):  # stem and projections included
         with torch.device("meta"):
             model = models.build(arch)
-        for given in (("recompute", False, None), ("stock",), ("lean", True, Group()), ()):
-            kernels.configure(model, *given)
+        for chosen in (("recompute", False, None), ("stock",), ("lean", True, Group()), ()):
+            kernels.configure(model, *chosen)
             executions = [m.execution for m in model.modules() if hasattr(m, "execution")]
-            assert executions == [Execution(*given)] * blocks
+            assert executions == [Execution(*chosen)] * blocks
         assert models.build("resnet8").execution == Execution(), "other networks keep the defaults"
 
 
