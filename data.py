@@ -1,30 +1,30 @@
-"""A data set by name, prepared once: CIFAR-10, Imagenette, a folder of class folders, or a set drawn here.
+"""A data set by name, and batches of it on the device.
 
-    dataset = open_dataset("cifar10", "data")    # found or downloaded, checked, prepared as FFCV files
-    python data.py cifar10 [--data-dir data]     # the same, say before jobs that have no network
+python data.py cifar10 [--data-dir data]     # downloads and prepares it, for jobs that have no network
 
-A source is read once, into <data_dir>/beton/. Later starts recognise it by the names, sizes and times of its
-files, and map the prepared pixels without importing FFCV, whose import and compilation take many seconds.
+dataset = open_dataset("cifar10", "data")
+train = make_loader(dataset, "train", batch_size=128, device="cuda", dtype=torch.bfloat16, rng=rng)
+for images, labels in train.epoch(0): ...
 """
 
 import argparse
 import contextlib
-import errno
-import hashlib
-import json
+import functools
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import filelock
 import numpy as np
 import torch
-from rich import progress as bars
 
-from datasets import sources
-from datasets.sources import DataError
+import progress
+from datasets import DataError, augment, prepare, sources
+from datasets import download as downloading
+
+SPLITS = {"train": "train", "validation": "train", "test": "test"}  # where each one's images lie
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,10 @@ def open_dataset(
 
     `name` is one of sources.NAMES, or a folder with train/<class>/* and test/<class>/* or val/<class>/*.
     `data_dir` is where the named sets are looked for (it may also be an archive) and where prepared files are
-    kept; these go to the user's cache where it cannot be written to.
-    `image_size` is in pixels; by default 32 for CIFAR-10 and synthetic, 128 for Imagenette, and for a folder
-    its images' own size if they are squares of one size, else 128.
-    Raises DataError.
+    kept, in its folder beton; where it cannot be written to, the user's cache takes its place. Later starts
+    recognise a source by the names, sizes and times of its files, and map the prepared pixels without FFCV.
+    `image_size` is in pixels; by default that of the named set, and for a folder the size of its images if
+    they are squares of one size, else 128. Raises DataError.
     """
     data_dir = Path(data_dir).expanduser()
     home = store = data_dir.parent if data_dir.is_file() else data_dir
@@ -80,23 +80,25 @@ def open_dataset(
     places = list(dict.fromkeys((data_dir, store)))
     try:
         found = sources.locate(name, places, image_size, say)
-        dataset = found and (_load(home / "beton", found) or _load(store / "beton", found))
+        prepared = found and (prepare.load(home / "beton", found) or prepare.load(store / "beton", found))
         if not found and not download:
-            raise DataError(sources.missing(name, places, "is not there"))
-        if not dataset:
+            raise DataError(downloading.missing(name, places, "is not there"))
+        if not prepared:
             if store != home:
                 say(f"{home} cannot be written to, so prepared data goes to {store}")
-            with _locked(store / "beton", say) as folder:
+            with prepare.locked(store / "beton", say) as folder:
                 if not found:  # unless another process has fetched it by now
                     found = sources.locate(name, places, image_size, say)
                 if not found:
-                    sources.download(name, places, say)
+                    downloading.fetch(name, places, say)
                     found = sources.locate(name, [store], image_size, say)
-                dataset = _load(folder, found) or _prepare(folder, found, say)
+                prepared = prepare.load(folder, found) or prepare.prepare(folder, found, say)
     except OSError as error:  # no permission, say, or a disk that fails
         why = sources.brief(error)
         raise DataError(f"--data {name}: {why}; mend that or give another --data-dir") from error
-    if name in sources.URLS and "(" in dataset.title:
+    facts, splits = ((tuple(fact) if isinstance(fact, list) else fact for fact in prepared[0]), prepared[1])
+    dataset = Dataset(*facts, *(Split(*split) for split in splits))
+    if name in sources.SETS and dataset.title != sources.SETS[name].title:  # whose bytes are not verified
         say(f"{found.path}: {dataset.title}")
     return dataset
 
@@ -152,164 +154,212 @@ def class_subset(
     return np.sort(np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:each] for c in classes]))
 
 
-def _prepare(folder: Path, found: sources.Found, say: sources.Say) -> Dataset:
-    """Write a source's .beton files and, last, its entry in index.json; the lock on the folder is held."""
-    source, index = sources.read(found), _index(folder)
-    size, counts = source.image_size, {split: len(labels) for split, labels in source.labels.items()}
-    listed = {entry[split]["file"] for entry in index.values() for split in counts}
-    for path in folder.glob("*.beton*"):
-        if path.name not in listed:  # left behind by a preparation that was killed
-            path.unlink()
-    with_ffcv = import_ffcv()
-    if not with_ffcv:
-        say("ffcv is not installed: the images are kept in memory and read again at the next start")
-    digest = hashlib.sha256(json.dumps([size, source.classes, list(counts.values())]).encode())
-    entry, images, histogram = {}, {}, np.zeros((3, 256), np.int64)
-    try:
-        images_total = sum(counts.values())
-        with sources.progress(f"preparing {found.name}", images_total, bars.MofNCompleteColumn()) as advance:
-            for split, labels in source.labels.items():
-                shape, part = (counts[split], size, size, 3), folder / f"{split}.beton.part"
-                if with_ffcv:
-                    entry[split] = _new_beton(part, labels, size)
-                    images[split] = np.memmap(part, np.uint8, "r+", entry[split]["images_at"], shape)
-                else:
-                    images[split] = np.empty(shape, np.uint8)
-                done = 0
-                for block in source.blocks(split):
-                    images[split][done : done + len(block)] = block
-                    digest.update(np.ascontiguousarray(block))
-                    pixels = block.reshape(-1, 3) if split == "train" else block[:0].reshape(-1, 3)
-                    for start in range(0, len(pixels), 65536):  # which fit a processor's cache
-                        channels = pixels[start : start + 65536].T
-                        histogram += [np.bincount(channel, minlength=256) for channel in channels]
-                    done += len(block)
-                    advance(len(block))
-                digest.update(labels.astype("<i8"))
-        values = np.arange(256.0)
-        mean, square = (histogram @ values**power / histogram[0].sum() for power in (1, 2))
-        std = np.maximum(np.sqrt(square - mean**2), 1.0)  # a channel without contrast is not blown up
-        fingerprint, scale = digest.hexdigest()[:16], (mean.tolist(), std.tolist())
-        facts = [found.name, source.title, fingerprint, source.classes, size, *scale]
-        if not with_ffcv:
-            return _dataset(facts, *(Split(images[split], source.labels[split], None) for split in images))
-        images.clear()
-        for split in counts:
-            entry[split]["file"] = f"{found.name}-{size}px-{fingerprint}-{split}.beton"
-            os.replace(folder / f"{split}.beton.part", folder / entry[split]["file"])
-        part = folder / "index.json.part"
-        part.write_text(json.dumps({**index, found.key: {**entry, "facts": facts}}, indent=1) + "\n")
-        os.replace(part, folder / "index.json")
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        needed = sum(counts.values()) * (size * size * 3 + 64)
-        what = f"{folder}: no space left for the prepared data, about {needed:,} bytes"
-        raise DataError(f"{what}\nfree as much, or name a folder on another disk with --data-dir") from error
-    finally:
-        for path in folder.glob("*.part"):
-            path.unlink()
-    return _load(folder, found)
+class _Loader:
+    """What both loaders share: which image comes when, how it is changed, and what a batch looks like."""
+
+    def __init__(self, dataset, split, batch_size, device, dtype, rng, augmented, subset, share):
+        self.source, self.train = getattr(dataset, SPLITS[split]), split == "train"
+        every = np.arange(len(self.source.labels))
+        self.positions = every if subset is None else np.asarray(subset, np.int64)
+        self.num_images, self.image_size = len(self.positions), dataset.image_size
+        self.rank, self.processes = share
+        self.batch_size = batch_size // self.processes  # this process's part
+        self.rng, self.parts = rng, augment.parts_of(augmented) if self.train else set()
+        self.device, self.dtype = torch.device(device), dtype
+        self.mean, self.std = (torch.tensor(x, device=self.device) for x in (dataset.mean, dataset.std))
+
+    def __len__(self) -> int:
+        whole, rest = divmod(self.num_images, self.batch_size * self.processes)
+        return whole if self.train else whole + (rest > 0)
+
+    def drawn(self, epoch: int) -> tuple[np.ndarray, torch.Tensor | None]:
+        """Positions in the split, int64, in the epoch's order; and augmentation's draws for them.
+
+        All are drawn at once, so they depend on the seed and the epoch alone; of each batch, a process then
+        takes its own part.
+        """
+        order, draws = self.positions, None
+        if self.train:
+            shuffled = self.rng("order", epoch).permutation(self.num_images)
+            order = order[shuffled[: len(self) * self.batch_size * self.processes]]
+        if self.parts:
+            drawn = augment.draw(self.parts, self.rng, epoch, self.num_images)
+            draws = torch.from_numpy(self.part(drawn[: len(order)]))
+        return self.part(order), draws
+
+    def part(self, drawn: np.ndarray) -> np.ndarray:
+        """This process's part, of one batch after another."""
+        if self.processes == 1:
+            return drawn
+        parts = drawn.reshape(len(self), self.processes, self.batch_size, *drawn.shape[1:])
+        return parts[:, self.rank].reshape(-1, *drawn.shape[1:])
+
+    def transform(self, images: torch.Tensor, draws: torch.Tensor | None) -> torch.Tensor:
+        """Images uint8 [n, H, W, 3] augmented, normalised, and as `dtype` [n, 3, H, W], channels_last."""
+        if draws is not None:
+            images = augment.augment(images, draws, self.parts)
+        # In place, because fresh memory costs more than arithmetic. The permuted view is channels_last.
+        images = images.float().sub_(self.mean).div_(self.std)
+        return images.to(self.dtype).permute(0, 3, 1, 2)
+
+    def epoch(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield the batches, on the device: images `dtype` [n, 3, H, W], channels_last, labels int64 [n]."""
+        raise NotImplementedError
 
 
-def _load(folder: Path, found: sources.Found) -> Dataset | None:
-    """What was prepared of this very source, the source unread; None if nothing was, or it is damaged."""
-    try:
-        entry, splits = _index(folder)[found.key], []
-        size = entry["facts"][4]
-        for part in (entry["train"], entry["test"]):
-            path, count = folder / part["file"], part["count"]
-            if path.stat().st_size != part["bytes"]:
-                return None
-            raw = np.memmap(path, np.uint8, "c")  # never written to; torch warns of arrays that cannot be
-            images = raw[part["images_at"] :][: count * size * size * 3].reshape(count, size, size, 3)
-            labels = np.ndarray(count, "<i8", raw, part["labels_at"], (part["label_stride"],))
-            splits.append(Split(images, labels.astype(np.int64), path))
-        return _dataset(entry["facts"], *splits)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+class _ResidentLoader(_Loader):
+    """All images lie on the device as uint8; in an epoch, a batch is a few kernels and nothing else."""
+
+    resident = True
+
+    def __init__(self, *options, compiled: bool):
+        super().__init__(*options)
+        self.images, self.labels = self.source.on(self.device)
+        self.order = self.draws = None
+        if compiled and self.device.type == "cuda":  # one kernel in the place of a dozen
+            self.transform = torch.compile(self.transform, dynamic=False)
+
+    def start(self, epoch: int) -> None:
+        """Put the order and the draws of an epoch where `batch` finds them: always in the same memory."""
+        order, draws = self.drawn(epoch)
+        missing = len(self) * self.batch_size - len(order)  # of the last batch: image 0 stands in
+        order = torch.from_numpy(np.pad(order, (0, missing))).view(len(self), -1)
+        if self.order is None:
+            self.order = torch.empty_like(order, device=self.device)
+            self.draws = None if draws is None else torch.empty_like(draws, device=self.device)
+        self.order.copy_(order)
+        if draws is not None:
+            self.draws.copy_(draws)
+
+    def batch(self, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The batch of the epoch started last at `position`, int64 [1]; nothing waits for the device."""
+        index = self.order.index_select(0, position)[0]
+        draws = self.draws
+        if draws is not None:
+            draws = draws.view(len(self), -1, augment.DRAWS).index_select(0, position)[0]
+        # Not index_select, which shares out every image among the threads, and waits for them each time.
+        return self.transform(self.images[index], draws), self.labels[index]
+
+    def epoch(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        self.start(epoch)
+        for position, count in enumerate(self.counts()):
+            images, labels = self.batch(torch.full((1,), position, device=self.device))  # a copy would wait
+            yield images[:count], labels[:count]
+
+    def counts(self) -> list[int]:
+        """Images in each batch."""
+        rest = self.num_images - (len(self) - 1) * self.batch_size
+        return [self.batch_size] * (len(self) - 1) + [min(rest, self.batch_size)]
 
 
-def _dataset(facts: list, *splits: Split) -> Dataset:
-    return Dataset(*(tuple(fact) if isinstance(fact, list) else fact for fact in facts), *splits)
+class _FfcvLoader(_Loader):
+    """FFCV streams the images from the file, in our order; the batches are the resident ones, bit for bit."""
+
+    resident = False
+
+    def __init__(self, *options, compiled: bool):
+        super().__init__(*options)
+        if not prepare.import_ffcv():
+            raise DataError(
+                "--loader ffcv: ffcv cannot be imported; give --loader resident, or install it with\n"
+                "apt-get install g++ pkg-config libopencv-dev libturbojpeg0-dev && pip install ffcv==1.0.2"
+            )
+        if self.source.beton is None:
+            raise DataError("--loader ffcv: this data was opened before ffcv was installed; open it again")
+        from ffcv.fields.basics import IntDecoder
+        from ffcv.fields.rgb_image import SimpleRGBImageDecoder
+        from ffcv.loader import Loader
+        from ffcv.transforms import ToTensor
+        from ffcv.traversal_order.base import TraversalOrder
+        from numba import config
+
+        class Given(TraversalOrder):
+            def sample_order(self, epoch: int) -> np.ndarray:
+                return self.indices
+
+        self.loader = Loader(
+            str(self.source.beton),
+            self.batch_size,
+            # FFCV sets torch's number of threads to that of its workers, so that must stay what it is.
+            num_workers=min(torch.get_num_threads(), config.NUMBA_NUM_THREADS),
+            os_cache=True,  # the file is mapped, whatever FFCV_DEFAULT_CACHE_PROCESS says (see _new_beton)
+            drop_last=False,
+            pipelines={"image": [SimpleRGBImageDecoder(), ToTensor()], "label": [IntDecoder(), ToTensor()]},
+        )
+        self.loader.traversal_order = Given(self.loader)
+        self.copying = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+    def epoch(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        order, draws = self.drawn(epoch)
+        draws = iter([None] * len(self) if draws is None else draws.to(self.device).split(self.batch_size))
+        self.loader.traversal_order.indices = order.astype(np.uint64)
+        batches = iter(self.loader)
+        try:
+            for images, labels in batches:
+                yield self.transform(self.copied(images), next(draws)), self.copied(labels).view(-1)
+        finally:
+            batches.close()
+
+    def copied(self, buffer: torch.Tensor) -> torch.Tensor:
+        """A finished copy on the device: FFCV fills the buffer anew once the next batch is asked for."""
+        if self.copying is None:
+            return buffer.to(self.device, copy=True)
+        with torch.cuda.stream(self.copying):  # its own stream: waiting for it does not wait for training
+            copy = buffer.to(self.device, non_blocking=True)
+        self.copying.synchronize()
+        copy.record_stream(torch.cuda.current_stream(self.device))
+        return copy
 
 
-def _index(folder: Path) -> dict[str, dict]:
-    try:
-        index = json.loads((folder / "index.json").read_text())
-        return {key: entry for key, entry in index.items() if {"facts", "train", "test"} <= entry.keys()}
-    except (OSError, ValueError, AttributeError):
-        return {}
+def make_loader(
+    dataset: Dataset,
+    split: str,
+    *,
+    kind: str | None = None,
+    batch_size: int,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    rng: Callable[[str, int], np.random.RandomState] | None = None,
+    augmented: str = "none",
+    subset: np.ndarray | None = None,
+    compiled: bool = False,
+    share: tuple[int, int] = (0, 1),
+) -> _Loader:
+    """A loader of "train" (shuffled, augmented, last partial batch dropped), or of "test" or "validation"
+    (training images, of which `subset` says which): in file order, as they are, every image once.
 
-
-def _new_beton(path: Path, labels: np.ndarray, size: int) -> dict[str, object]:
-    """An FFCV file whole but for its pixels, with all its space reserved; returns what lies where in it.
-
-    Head and tables are FFCV's work. Its pixels are left to the caller, because FFCV's writer waits for ever
-    if one of its processes fails, as on a full disk, and leaves gaps, so that no one array covers all images.
+    `loader.epoch(e)` yields `len(loader)` batches. `rng(stream, epoch)` gives the generators of order and
+    augmentation, `augmented` is its name in augment.py. `subset`: positions in the split. `kind`: "resident",
+    "ffcv", or None for resident if both splits take at most half of the device's free memory. `compiled`: on
+    a GPU, augment and normalise by torch.compile. `share`: (r, n) for the r-th of n equal parts of every
+    batch, to train on; the batches are those of (0, 1), cut. Raises DataError: too few images, or no FFCV.
     """
-    from ffcv.fields import IntField, RGBImageField
-    from ffcv.fields.rgb_image import IMAGE_MODES
-    from ffcv.types import ALLOC_TABLE_TYPE
-    from ffcv.writer import DatasetWriter
-
-    count, each = len(labels), size * size * 3
-    page = 1 << min(31, max(21, (count * (each + 64)).bit_length()))  # up to 2 GiB all images lie on one page
-    fields = {"image": RGBImageField(write_mode="raw"), "label": IntField()}
-    writer = DatasetWriter(str(path), fields, page, num_workers=1)
-    writer.num_samples = count
-    writer.prepare()
-    try:  # it holds shared memory from here on
-        images_at = -(-writer.data_region_start // 4096) * 4096
-        rows, table = np.zeros(count, writer.metadata_type), np.zeros(count, ALLOC_TABLE_TYPE)
-        image, label = rows.dtype.names
-        rows[image]["mode"], rows[image]["height"], rows[image]["width"] = IMAGE_MODES["raw"], size, size
-        rows[image]["data_ptr"] = table["ptr"] = images_at + np.arange(count) * each
-        rows[label], table["sample_id"], table["size"] = labels, np.arange(count), each
-        writer.metadata_sm.buf[: rows.nbytes] = rows.tobytes()
-        with open(path, "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, images_at + count * each)
-        writer.finalize([table])
-    finally:
-        writer.metadata_sm.close()
-        writer.metadata_sm.unlink()
-    labels_at = writer.metadata_start + rows.dtype.fields[label][1]
-    where = {"images_at": images_at, "labels_at": labels_at, "label_stride": rows.itemsize}
-    return {"bytes": path.stat().st_size, "count": count, **where}
+    if split not in SPLITS or kind not in ("resident", "ffcv", None):
+        known = "train, validation or test, and resident, ffcv or None"
+        raise ValueError(f"split {split!r}, kind {kind!r}: give {known}")
+    count = len(getattr(dataset, SPLITS[split]).labels) if subset is None else len(subset)
+    if batch_size < 1 or (split == "train" and count < batch_size):
+        raise DataError(f"--batch-size {batch_size}: give 1 to {count}, the number of images to train on")
+    if kind is None:
+        size = dataset.train.images.nbytes + dataset.test.images.nbytes
+        fits = dataset.train.beton is None or size <= _free_bytes(torch.device(device)) // 2
+        kind = "resident" if fits else "ffcv"
+    make = _ResidentLoader if kind == "resident" else _FfcvLoader
+    return make(dataset, split, batch_size, device, dtype, rng, augmented, subset, share, compiled=compiled)
 
 
-def import_ffcv() -> bool:
-    """Whether FFCV is there; imported, with torch's number of threads left as it was."""
-    threads = torch.get_num_threads()
-    try:
-        import ffcv  # noqa: F401
-    except (ImportError, OSError):  # not installed, or without its system libraries
-        return False
-    finally:
-        torch.set_num_threads(threads)  # the import sets it to 1
-    return True
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with contextlib.suppress(OSError, TypeError):
+        return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def _writable(folder: Path) -> bool:
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path, say: sources.Say) -> Iterator[Path]:
-    """Let one process at a time prepare data in a folder, so that the others find it done."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=1)
-    except filelock.Timeout:
-        say(f"waiting for another process that prepares data in {folder}")
-        lock.acquire()
-    try:
-        yield folder
-    finally:
-        lock.release()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -320,19 +370,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data-dir", default="data", help="where archives are looked for and kept [data]")
     parser.add_argument("--image-size", type=int, help="pixels a side")
     options = parser.parse_args(argv)
-    try:
-        dataset = open_dataset(options.name, options.data_dir, image_size=options.image_size, say=_note)
-    except DataError as error:
-        _note(str(error))
-        return 2
+    say = functools.partial(progress.note, "data.py")
+    dataset = open_dataset(options.name, options.data_dir, image_size=options.image_size, say=say)
     counts = f"{len(dataset.train.labels):,} + {len(dataset.test.labels):,}"
-    _note(f"{dataset.title}, {counts} images of {dataset.image_size} pixels: ready")
+    say(f"{dataset.title}, {counts} images of {dataset.image_size} pixels: ready")
     return 0
 
 
-def _note(line: str) -> None:
-    print(f"data.py: {line}", file=sys.stderr, flush=True)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(progress.run("data.py", main))

@@ -1,88 +1,108 @@
-"""Where images come from: official releases found or downloaded, class folders, and a set drawn here.
+"""Where images come from: official releases, folders of class folders, and a set that is drawn.
 
-`locate` finds a source without reading it, `download` fetches one, `read` opens it: labels at once, images in
-blocks. Files are untrusted: nothing in them runs, and damage is named by file.
+`locate` finds a source without reading it, and `read` opens it: labels at once, images in blocks. Files are
+untrusted: nothing in them is executed, and an error names the file that is damaged. To add a named set, add
+an entry to SETS.
 """
 
-import contextlib
 import hashlib
-import http.client
 import io
 import json
 import os
 import pickle
-import queue
 import re
 import tarfile
-import threading
-import urllib.error
-import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from rich import progress as bars
-from rich.console import Console
 
-from datasets import synthetic
+from datasets import DataError, synthetic
 
-NAMES = ("cifar10", "imagenette", "synthetic")
-URLS = {
-    "cifar10": "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
-    "imagenette": "https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-160.tgz",
-}
-ARCHIVE_MD5 = {
-    "cifar-10-python.tar.gz": "c58f30108f718f92721af3b95e74349a",
-    "cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530",
-    "imagenette2-160.tgz": "e793b78cc4c9e9a4ccc0c1155377a412",
-}
-BATCH_MD5 = {  # of the files in the python archive; for those in the binary one none are published
-    "data_batch_1": "c99cafc152244af753f735de768cd75f",
-    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
-    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
-    "data_batch_4": "634d18415352ddfa80567beed471001a",
-    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
-    "test_batch": "40351d587109b95175f43aff81a1287e",
-}
-BATCH_ROWS = 10_000  # images in each of these six
-CIFAR10_MEAN = (125.3069, 122.9504, 113.8654)  # of the official training pixels, as widely published
-COUNTS = {  # training and test images of the sets as class folders
-    "cifar10": (5 * BATCH_ROWS, BATCH_ROWS),
-    "imagenette": (9_469, 3_925),
-}
-SIZES = {"cifar10": 32, "imagenette": 128, "synthetic": 32}  # default image size in pixels
-CLASSES = {  # in the order of their labels
-    "cifar10": "airplane automobile bird cat deer dog frog horse ship truck",
-    "imagenette": "n01440764 n02102040 n02979186 n03000684 n03028079 n03394916 n03417042 n03425413 n03445777 "
-    "n03888257",
-    "synthetic": "disc striped_disc square striped_square triangle striped_triangle cross striped_cross ring "
-    "striped_ring",
-}
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
-ANSWER_S = 8.0  # a site that has not answered by then is given up
-STALL_S = 8.0  # and so is a connection on which nothing arrives for so long
 BLOCK = 1000  # images handled together while preparing
 FORMAT = 1  # part of every key in index.json: raised when data is read, drawn or written another way
 
-Say = Callable[[str], None]
+Say = Callable[[str], None]  # receives notes of one line
 
 
-class DataError(ValueError):
-    """Data that is missing, damaged or unsuitable; one or two lines that say what would do."""
+# ---- known by name ----
 
 
-@contextlib.contextmanager
-def progress(what: str, total: int | None, column: bars.ProgressColumn) -> Iterator[Callable[[int], None]]:
-    """A progress bar where a person is watching; yields what moves it on."""
-    console = Console(stderr=True)
-    columns = bars.TextColumn("{task.description}"), bars.BarColumn(), column, bars.TimeRemainingColumn()
-    with bars.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda step: bar.advance(task, step)
+@dataclass(frozen=True)
+class NamedSet:
+    """A set whose official files are class folders or, if it has `files`, in CIFAR's own formats.
+
+    These hold 32x32 images as rows of 3,072 bytes (cs.toronto.edu/~kriz/cifar.html), the same number in each
+    file of a split. The python version pickles rows and labels; in the binary version, whose names end in
+    .bin, each row follows its label, and no MD5 of a file is published.
+    """
+
+    title: str  # for people: says what it is
+    classes: tuple[str, ...]  # in the order of their labels
+    counts: dict[str, int]  # images in each split
+    image_size: int = 32  # pixels, unless another size is asked for
+    url: str | None = None  # of the archive to download
+    archives: dict[str, str] = field(default_factory=dict)  # name and MD5 of each official one
+    folders: tuple[str, ...] = ()  # what the archives unpack to
+    files: dict[str, dict[str, str]] = field(default_factory=dict)  # by split: name and MD5 (python version)
+    mean: tuple[float, float, float] | None = None  # of the official training pixels, as widely published
+    label_key: str = "labels"  # in the python version
+    label_bytes: int = 1  # before each row of the binary version; the last one is the label
+    draw: Callable[[], tuple[dict, dict]] | None = None  # makes images and labels of a set without files
+
+    @property
+    def checksums(self) -> dict[str, str]:
+        return {name: md5 for files in self.files.values() for name, md5 in files.items()}
+
+
+SETS = {
+    "cifar10": NamedSet(
+        "CIFAR-10",
+        ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+        {"train": 50_000, "test": 10_000},
+        url="https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+        archives={
+            "cifar-10-python.tar.gz": "c58f30108f718f92721af3b95e74349a",
+            "cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530",
+        },
+        folders=("cifar-10-batches-py", "cifar-10-batches-bin"),
+        files={
+            "train": {
+                "data_batch_1": "c99cafc152244af753f735de768cd75f",
+                "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+                "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+                "data_batch_4": "634d18415352ddfa80567beed471001a",
+                "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+            },
+            "test": {"test_batch": "40351d587109b95175f43aff81a1287e"},
+        },
+        mean=(125.3069, 122.9504, 113.8654),
+    ),
+    "imagenette": NamedSet(
+        "Imagenette",
+        (
+            *("n01440764", "n02102040", "n02979186", "n03000684", "n03028079"),
+            *("n03394916", "n03417042", "n03425413", "n03445777", "n03888257"),
+        ),
+        {"train": 9_469, "test": 3_925},
+        image_size=128,
+        url="https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-160.tgz",
+        archives={"imagenette2-160.tgz": "e793b78cc4c9e9a4ccc0c1155377a412"},
+        folders=("imagenette2-160",),
+    ),
+    "synthetic": NamedSet(synthetic.TITLE, synthetic.CLASSES, synthetic.COUNTS, draw=synthetic.draw),
+}
+NAMES = tuple(SETS)
+
+
+def short_name(name: str) -> str:
+    """What run folders call the data set `name`: itself, or the last part of a folder's path."""
+    return name if name in SETS else re.sub(r"[^\w.-]", "_", Path(name).resolve().name)
 
 
 # ---- found ----
@@ -93,7 +113,7 @@ class Found:
     """A source of which nothing has been read."""
 
     name: str
-    kind: str  # "batches" (CIFAR-10's six files), "images" (of a named set), "folder" or "synthetic"
+    kind: str  # "batches" (the row files of a named set), "images" (of a named set), "folder" or "synthetic"
     path: Path
     image_size: int | None
     stamps: dict[str, str]  # size and time of each of its files
@@ -105,34 +125,30 @@ class Found:
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 
-def short_name(name: str) -> str:
-    """What run folders call the data set `name`: itself, or the last part of a folder's path."""
-    return name if name in NAMES else re.sub(r"[^\w.-]", "_", Path(name).resolve().name)
-
-
 def locate(name: str, places: list[Path], image_size: int | None, say: Say) -> Found | None:
-    """The first source in the places, official files before an archive before class folders, or None."""
-    if name == "synthetic":
-        return Found(name, name, Path("/"), image_size, {})
-    if name not in NAMES:
+    """The first source in the places, official files before an archive before class folders, or None.
+
+    Raises DataError for a folder that does not exist or has other folders than those of two splits.
+    """
+    if name not in SETS:
         if not Path(name).is_dir():
-            raise DataError(f"--data {name}: no such folder; give a folder, or one of {', '.join(NAMES)}")
+            raise DataError(f"--data {name}: no such folder; give a folder, or one of {', '.join(SETS)}")
         return Found(short_name(name), "folder", Path(name), image_size, _class_folders(Path(name), say))
-    cifar10 = name == "cifar10"
-    kind = "batches" if cifar10 else "images"
+    known = SETS[name]
+    if known.draw:
+        return Found(name, "synthetic", Path("/"), image_size, {})
+    official = [batch + suffix for batch in known.checksums for suffix in ("", ".bin")]
     for place in places:
-        inside = ("cifar-10-batches-py", "cifar-10-batches-bin") if cifar10 else ("imagenette2-160",)
-        folders = [place, *(place / folder for folder in inside)]
-        for folder in folders if cifar10 else ():
-            files = [folder / (batch + suffix) for batch in BATCH_MD5 for suffix in ("", ".bin")]
-            if files := [file for file in files if file.is_file()]:
-                return Found(name, kind, folder, image_size, {file.name: _stamp(file) for file in files})
-        archives = [place / file for file in ARCHIVE_MD5 if file.startswith("cifar") == cifar10]
-        for archive in [place] if place.is_file() else archives:
+        folders = [place, *(place / folder for folder in known.folders)]
+        for folder in folders:
+            if files := [folder / file for file in official if (folder / file).is_file()]:
+                return Found(name, "batches", folder, image_size, {file.name: _stamp(file) for file in files})
+        for archive in [place] if place.is_file() else [place / file for file in known.archives]:
             if archive.is_file():
+                kind = "batches" if known.files else "images"
                 return Found(name, kind, archive, image_size, {archive.name: _stamp(archive)})
         for folder in folders:
-            if (folder / "train").is_dir() and _classes(folder / "train") == CLASSES[name].split():
+            if (folder / "train").is_dir() and _classes(folder / "train") == list(known.classes):
                 return Found(name, "images", folder, image_size, _class_folders(folder, say))
     return None
 
@@ -180,21 +196,20 @@ class Source:
 
 
 def read(found: Found) -> Source:
-    """Open a source; what can be checked before its images are decoded is checked here."""
+    """Open a source; what can be checked before its images are decoded is checked here. Raises DataError."""
     if found.kind in ("images", "folder"):
         return _read_images(found)
-    title = "synthetic (drawn by the program)"
-    images, labels = synthetic.draw() if found.kind == "synthetic" else ({}, {})
-    if found.kind == "batches":
-        images, labels, title = _read_batches(found.path)
-    size = found.image_size or SIZES[found.name]
+    known = SETS[found.name]
+    images, labels, title = (*known.draw(), known.title) if known.draw else _read_rows(found.path, known)
+    size = found.image_size or known.image_size
 
     def blocks(split: str) -> Iterator[np.ndarray]:
         for start in range(0, len(images[split]), BLOCK):
             block = images[split][start : start + BLOCK]
-            yield block if size == 32 else np.stack([_fit(Image.fromarray(image), size) for image in block])
+            same = block.shape[1] == size
+            yield block if same else np.stack([_fit(Image.fromarray(image), size) for image in block])
 
-    return Source(title, tuple(CLASSES[found.name].split()), size, labels, blocks)
+    return Source(title, known.classes, size, labels, blocks)
 
 
 def _read_images(found: Found) -> Source:
@@ -214,14 +229,14 @@ def _read_images(found: Found) -> Source:
     if found.kind == "folder":
         title, size = f"{found.name} (a folder of images)", found.image_size or _own_size(files)
     else:
-        official = found.path.is_file() and _md5(found.path) == ARCHIVE_MD5["imagenette2-160.tgz"]
-        title = "Imagenette" if official else "Imagenette (bytes not verified)"
-        title = title if found.name == "imagenette" else "CIFAR-10 (not the official bytes)"
-        size = found.image_size or SIZES[found.name]
-        counts = tuple(len(part) for part in parts.values())
-        if counts != COUNTS[found.name]:
+        known, counts = SETS[found.name], {split: len(part) for split, part in parts.items()}
+        verified = not known.files and found.path.is_file() and _md5(found.path) in known.archives.values()
+        doubt = "" if verified else " (not the official bytes)" if known.files else " (bytes not verified)"
+        title, size = f"{known.title}{doubt}", found.image_size or known.image_size
+        if counts != known.counts:
+            have, want = (f"{each['train']} + {each['test']}" for each in (counts, known.counts))
             raise DataError(
-                f"{found.path} is incomplete: {counts} training and test images, not {COUNTS[found.name]}\n"
+                f"{found.path} is incomplete: {have} training and test images, not {want}\n"
                 f"copy or unpack it again, or give --data {found.path} to use what is there"
             )
 
@@ -270,58 +285,64 @@ def _fit(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
-def _read_batches(path: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], str]:
-    """CIFAR-10's six files, python or binary, in a folder or an archive (cs.toronto.edu/~kriz/cifar.html).
+def _read_rows(path: Path, known: NamedSet) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], str]:
+    """The row files of a named set, python or binary, in a folder or an archive.
 
     Returns images uint8 [N, 32, 32, 3] and labels int64 [N] by split, and a title that tells official or not.
     """
-    names = {batch + suffix for batch in BATCH_MD5 for suffix in ("", ".bin")}
+    checksums = known.checksums
+    names = {name + suffix for name in checksums for suffix in ("", ".bin")}
     if path.is_dir():
         files = {name: (path / name).read_bytes() for name in names if (path / name).is_file()}
     else:
         files = {name.split("/")[-1]: data for name, data in _untar(path, names.__contains__).items()}
-    suffix = "" if any(batch in files for batch in BATCH_MD5) else ".bin"
-    images, labels = {"train": [], "test": []}, {"train": [], "test": []}
-    for batch in BATCH_MD5:
-        name, mend = batch + suffix, f"copy or unpack it again, or remove {path} to download it"
-        if name not in files:
-            raise DataError(f"{path}: {name} is missing\n{mend}")
-        try:
-            pixels, numbers = (_binary_batch if suffix else _python_batch)(files[name])
-        except Exception as error:  # a damaged pickle can raise nearly anything
-            what = f"{name} is truncated or not CIFAR-10's ({brief(error)})"
-            raise DataError(f"{path}: {what}\n{mend}") from error
-        split = "test" if batch == "test_batch" else "train"
-        images[split].append(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-        labels[split].append(numbers.astype(np.int64))
-    images, labels = ({split: np.concatenate(parts[split]) for split in parts} for parts in (images, labels))
-    if suffix:
-        official = path.is_file() and _md5(path) == ARCHIVE_MD5["cifar-10-binary.tar.gz"]
+    binary = not any(name in files for name in checksums)
+    mend = f"copy or unpack it again, or remove {path} to download it"
+    images, labels = {}, {}
+    for split, parts in known.files.items():
+        read_parts, count = [], known.counts[split] // len(parts)
+        for name in [part + ".bin" if binary else part for part in parts]:
+            if name not in files:
+                raise DataError(f"{path}: {name} is missing\n{mend}")
+            try:
+                read_parts.append((_binary_rows if binary else _python_rows)(files[name], known, count))
+            except Exception as error:  # a damaged pickle can raise nearly anything
+                what = f"{name} is truncated or not {known.title}'s ({brief(error)})"
+                raise DataError(f"{path}: {what}\n{mend}") from error
+        pixels, numbers = map(np.concatenate, zip(*read_parts, strict=True))
+        images[split] = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        labels[split] = numbers.astype(np.int64)
+    if binary:
+        official = path.is_file() and _md5(path) in known.archives.values()
     else:
-        official = all(hashlib.md5(files[batch]).hexdigest() == md5 for batch, md5 in BATCH_MD5.items())
-    # No checksums to go by: pixels with the published mean may be official, with another they are not.
-    likely = suffix and np.allclose(images["train"].mean((0, 1, 2)), CIFAR10_MEAN, rtol=0, atol=1e-3)
+        official = all(hashlib.md5(files[name]).hexdigest() == md5 for name, md5 in checksums.items())
+    # Unpacked binary files have no checksums to go by. With the published mean their pixels may be official.
+    likely = binary and np.allclose(images["train"].mean((0, 1, 2)), known.mean, rtol=0, atol=1e-3)
     doubt = "" if official else " (bytes not verified)" if likely else " (not the official bytes)"
-    return images, labels, f"CIFAR-10{doubt}"
+    return images, labels, f"{known.title}{doubt}"
 
 
-def _binary_batch(data: bytes) -> tuple[np.ndarray, np.ndarray]:
-    if len(data) != BATCH_ROWS * 3073:
-        raise ValueError(f"{len(data):,} bytes, not {BATCH_ROWS * 3073:,}")
-    rows = np.frombuffer(data, np.uint8).reshape(BATCH_ROWS, 3073)
-    if rows[:, 0].max() > 9:
-        raise ValueError(f"a label {rows[:, 0].max()}, over 9")
-    return rows[:, 1:], rows[:, 0]
+def _binary_rows(data: bytes, known: NamedSet, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels uint8 [count, 3072] and labels [count] of a binary file. Raises ValueError if it is another."""
+    head = known.label_bytes
+    if len(data) != count * (head + 3072):
+        raise ValueError(f"{len(data):,} bytes, not {count * (head + 3072):,}")
+    rows = np.frombuffer(data, np.uint8).reshape(count, head + 3072)
+    labels = rows[:, head - 1]
+    if labels.max() >= len(known.classes):
+        raise ValueError(f"a label {labels.max()}, over {len(known.classes) - 1}")
+    return rows[:, head:], labels
 
 
-def _python_batch(data: bytes) -> tuple[np.ndarray, np.ndarray]:
+def _python_rows(data: bytes, known: NamedSet, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same of a pickled file, of which a damaged one can raise nearly anything."""
     batch = _Unpickler(io.BytesIO(data), encoding="bytes").load()
     batch = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
-    pixels, labels = batch["data"], np.array(batch["labels"])
-    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape != (BATCH_ROWS, 3072):
-        raise ValueError(f"its pixels are not {BATCH_ROWS} rows of 3072 bytes")
-    if labels.shape != (BATCH_ROWS,) or labels.dtype.kind != "i" or labels.min() < 0 or labels.max() > 9:
-        raise ValueError(f"its labels are not {BATCH_ROWS} numbers from 0 to 9")
+    pixels, labels, most = batch["data"], np.array(batch[known.label_key]), len(known.classes) - 1
+    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape != (count, 3072):
+        raise ValueError(f"its pixels are not {count} rows of 3072 bytes")
+    if labels.shape != (count,) or labels.dtype.kind != "i" or labels.min() < 0 or labels.max() > most:
+        raise ValueError(f"its labels are not {count} numbers from 0 to {most}")
     return pixels, labels
 
 
@@ -362,80 +383,3 @@ def _md5(path: Path) -> str:
 
 def brief(error: Exception) -> str:
     return " ".join((str(error) or type(error).__name__).split())[:200]
-
-
-# ---- downloaded ----
-
-
-def missing(name: str, places: list[Path], why: str) -> str:
-    archive, looked = URLS[name].rpartition("/")[2], ", ".join(map(str, places))
-    return (
-        f"{name} {why}; looked in {looked}. Put {archive} or what it unpacks to in a folder\n"
-        "and give --data-dir FOLDER, or --data FOLDER (train/<class>/*, test/<class>/*), or --data synthetic"
-    )
-
-
-def download(name: str, places: list[Path], say: Say) -> None:
-    """Fetch a set's archive into the last place, from where an earlier try broke off; the lock is held."""
-    file = places[-1] / URLS[name].rpartition("/")[2]
-    part = file.with_name(f"{file.name}.part")
-    say(f"downloading {URLS[name]} to {file}")
-    for fresh in (not part.exists(), True):  # what was left of an earlier try may be rubbish
-        try:
-            whole = False
-            while not whole:
-                have = part.stat().st_size if part.exists() else 0
-                whole = _transfer(URLS[name], part, have)
-                if not whole and part.stat().st_size <= have:
-                    raise OSError("the connection breaks off")
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            raise DataError(missing(name, places, f"cannot be downloaded ({brief(error)})")) from error
-        if _md5(part) == ARCHIVE_MD5[file.name]:
-            os.replace(part, file)
-            return
-        part.unlink()
-        if fresh:
-            break
-    raise DataError(missing(name, places, f"came from {URLS[name]} with a wrong checksum and was removed"))
-
-
-def _transfer(url: str, part: Path, have: int) -> bool:
-    """Add to `part`, `have` bytes long, what the site sends; True if that was all, False if it broke off."""
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
-        response = _within(ANSWER_S, lambda: urllib.request.urlopen(request, timeout=STALL_S))
-    except urllib.error.HTTPError as error:
-        if error.code == 416 and have:  # nothing is left to send: the checksum will tell
-            return True
-        raise
-    with response, open(part, "ab") as file:
-        if response.status != 206:  # the site sends all of it once more
-            have = file.truncate(0)
-        total = have + int(response.headers["Content-Length"] or 0)
-        with progress(part.stem, total, bars.DownloadColumn()) as advance:
-            advance(have)
-            with contextlib.suppress(TimeoutError, ConnectionError):
-                while chunk := response.read1(1 << 16):
-                    have += file.write(chunk)
-                    advance(len(chunk))
-    return have >= total
-
-
-def _within(seconds: float, work: Callable[[], object]) -> object:
-    """The result of work that may hang where no timeout reaches (looking up a name), or TimeoutError."""
-    answers = queue.SimpleQueue()
-
-    def run() -> None:
-        try:
-            answers.put((work(), None))
-        except Exception as error:
-            answers.put((None, error))
-
-    threading.Thread(target=run, daemon=True).start()  # left behind if it hangs
-    try:
-        result, error = answers.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError(f"no answer within {seconds:g} s") from None
-    if error:
-        raise error
-    return result

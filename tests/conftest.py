@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from layouts import ROWS
+from layouts import ROWS, change_set
 from PIL import Image
 
 from datasets import sources
@@ -48,12 +48,9 @@ def cifar10_folder() -> Path:
 @pytest.fixture
 def small_and_offline(monkeypatch, tmp_path):
     """Tiny official files, no site but those a test makes, and no cache but the test's own."""
-    monkeypatch.setattr(sources, "BATCH_ROWS", ROWS)
-    monkeypatch.setitem(sources.COUNTS, "cifar10", (5 * ROWS, ROWS))
-    monkeypatch.setattr(
-        sources,
-        "URLS",
-        {name: "http://127.0.0.1:9/" + url.rpartition("/")[2] for name, url in sources.URLS.items()},
-    )
+    change_set(monkeypatch, "cifar10", counts={"train": 5 * ROWS, "test": ROWS})
+    for name, known in sources.SETS.items():
+        if known.url:
+            change_set(monkeypatch, name, url="http://127.0.0.1:9/" + known.url.rpartition("/")[2])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "*")

@@ -1,8 +1,9 @@
-"""Official data sets in miniature, in every layout, for the tests of sources.py and data.py."""
+"""Official data sets in miniature, in every layout, for the tests of datasets/ and data.py."""
 
 import multiprocessing
 import pickle
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,14 @@ from PIL import Image
 from datasets import sources
 
 ROWS = 20  # images in each of the six tiny CIFAR-10 files
-CIFAR10_CLASSES = sources.CLASSES["cifar10"].split()
+OFFICIAL_CIFAR10 = sources.SETS["cifar10"]
+CIFAR10_CLASSES = list(OFFICIAL_CIFAR10.classes)
 FORK = multiprocessing.get_context("fork")
+
+
+def change_set(monkeypatch, name: str, **fields) -> None:
+    """Give a named set other values in the table, for one test."""
+    monkeypatch.setitem(sources.SETS, name, replace(sources.SETS[name], **fields))
 
 
 def silent(note: str) -> None:
@@ -37,7 +44,7 @@ def tiny_cifar10(seed: int = 0) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     rng = np.random.RandomState(seed)
     return {
         name: (rng.randint(0, 256, (ROWS, 3072), dtype=np.uint8), rng.permutation(ROWS) % 10)
-        for name in sources.BATCH_MD5
+        for name in OFFICIAL_CIFAR10.checksums
     }
 
 

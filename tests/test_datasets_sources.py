@@ -1,13 +1,9 @@
-"""sources.py: layouts, folders and downloads are read right, or refused by name; nothing in them runs."""
+"""datasets/sources.py: layouts and folders are read right, or refused by name; nothing in them runs."""
 
 import hashlib
-import http.server
 import io
 import os
 import pickle
-import socket
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +11,7 @@ import pytest
 from layouts import (
     CIFAR10_CLASSES,
     ROWS,
+    change_set,
     expected_images,
     fill_with_rubbish,
     pack,
@@ -78,8 +75,11 @@ def test_title_and_note_tell_whether_the_bytes_are_official(tmp_path, monkeypatc
         data.open_dataset("cifar10", tmp_path, say=notes.append).title == "CIFAR-10 (not the official bytes)"
     )
     assert len(notes) == 1 and "not the official bytes" in notes[0]
-    for name in sources.BATCH_MD5:
-        monkeypatch.setitem(sources.BATCH_MD5, name, hashlib.md5((python / name).read_bytes()).hexdigest())
+    official = {
+        split: {name: hashlib.md5((python / name).read_bytes()).hexdigest() for name in files}
+        for split, files in sources.SETS["cifar10"].files.items()
+    }
+    change_set(monkeypatch, "cifar10", files=official)
     notes.clear()
     assert (
         data.open_dataset("cifar10", pack(tmp_path / "whole.tar.gz", python), say=notes.append).title
@@ -91,12 +91,12 @@ def test_title_and_note_tell_whether_the_bytes_are_official(tmp_path, monkeypatc
 def test_unpacked_binary_files_cannot_be_verified_but_their_mean_can_betray_them(tmp_path, monkeypatch):
     batches = tiny_cifar10()
     folder = write_binary(tmp_path / "cifar-10-batches-bin", batches)
-    assert sources._read_batches(folder)[2] == "CIFAR-10 (not the official bytes)"
-    monkeypatch.setattr(sources, "CIFAR10_MEAN", expected_images(batches).mean((0, 1, 2)))
-    assert sources._read_batches(folder)[2] == "CIFAR-10 (bytes not verified)"
+    assert sources._read_rows(folder, sources.SETS["cifar10"])[2] == "CIFAR-10 (not the official bytes)"
+    change_set(monkeypatch, "cifar10", mean=expected_images(batches).mean((0, 1, 2)))
+    assert sources._read_rows(folder, sources.SETS["cifar10"])[2] == "CIFAR-10 (bytes not verified)"
     archive = pack(tmp_path / "cifar-10-binary.tar.gz", folder)
-    monkeypatch.setitem(sources.ARCHIVE_MD5, archive.name, hashlib.md5(archive.read_bytes()).hexdigest())
-    assert sources._read_batches(archive)[2] == "CIFAR-10"
+    change_set(monkeypatch, "cifar10", archives={archive.name: hashlib.md5(archive.read_bytes()).hexdigest()})
+    assert sources._read_rows(archive, sources.SETS["cifar10"])[2] == "CIFAR-10"
 
 
 class Attack:
@@ -157,7 +157,7 @@ def test_pickles_of_python_2_and_of_both_numpy_names_are_read():
     )
     assert old != new or b"numpy.core" in new
     for file in (new, old, two):
-        read, labels = sources._python_batch(file)
+        read, labels = sources._python_rows(file, sources.SETS["cifar10"], ROWS)
         np.testing.assert_array_equal(read, pixels)
         assert labels.tolist() == [1] * ROWS
 
@@ -191,9 +191,9 @@ def test_wrong_labels_and_shapes_are_refused():
         python_file(pixels[1:], labels),
     ):
         with pytest.raises(ValueError, match=r"its (pixels|labels)"):
-            sources._python_batch(bad)
+            sources._python_rows(bad, sources.SETS["cifar10"], ROWS)
     with pytest.raises(ValueError, match="label"):
-        sources._binary_batch(bytes([10]) * (ROWS * 3073))
+        sources._binary_rows(bytes([10]) * (ROWS * 3073), sources.SETS["cifar10"], ROWS)
 
 
 def test_a_folder_takes_images_of_any_mode_and_size(tmp_path):
@@ -254,13 +254,15 @@ def test_unusable_folders_are_refused_by_name(tmp_path):
 
 
 def test_imagenette_is_read_from_its_archive_and_from_its_folder(tmp_path, monkeypatch):
-    monkeypatch.setitem(sources.COUNTS, "imagenette", (20, 10))
-    classes = sources.CLASSES["imagenette"].split()
+    change_set(monkeypatch, "imagenette", counts={"train": 20, "test": 10})
+    classes = sources.SETS["imagenette"].classes
     folder = write_images(tmp_path / "imagenette2-160", ["train"], classes, each=2, size=(180, 160))
     write_images(folder, ["val"], classes, each=1, size=(160, 200))
     archive = pack(tmp_path / "packed" / "imagenette2-160.tgz", folder)
     unpacked = data.open_dataset("imagenette", tmp_path, say=silent)
-    monkeypatch.setitem(sources.ARCHIVE_MD5, archive.name, hashlib.md5(archive.read_bytes()).hexdigest())
+    change_set(
+        monkeypatch, "imagenette", archives={archive.name: hashlib.md5(archive.read_bytes()).hexdigest()}
+    )
     packed = data.open_dataset("imagenette", archive.parent, say=silent)
     assert packed.image_size == 128 and packed.train.images.shape == (20, 128, 128, 3)
     assert (
@@ -271,135 +273,36 @@ def test_imagenette_is_read_from_its_archive_and_from_its_folder(tmp_path, monke
     assert (packed.title, unpacked.title) == ("Imagenette", "Imagenette (bytes not verified)")
 
 
-# ---- downloading ----
-
-
-class Site(http.server.ThreadingHTTPServer):
-    """A loopback site with one file; `breaks` is after how many bytes each answer breaks off or stalls."""
-
-    daemon_threads = True
-
-    def __init__(self, content: bytes, breaks=(), stalls=False, ranges=True):
-        super().__init__(("127.0.0.1", 0), Answer)
-        self.content, self.breaks, self.stalls, self.ranges = content, list(breaks), stalls, ranges
-        self.asked = []
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    def handle_error(self, request, client_address):
-        pass
-
-
-class Answer(http.server.BaseHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
-
-    def do_GET(self):
-        site, asked = self.server, self.headers["Range"]
-        site.asked.append(asked)
-        start = int(asked[len("bytes=") : -1]) if asked and site.ranges else 0
-        if start >= len(site.content):
-            self.send_error(416)
-            return
-        self.send_response(206 if asked and site.ranges else 200)
-        self.send_header("Content-Length", str(len(site.content) - start))
-        self.end_headers()
-        self.wfile.write(site.content[start:][: site.breaks.pop(0) if site.breaks else None])
-        self.wfile.flush()
-        if site.stalls:
-            time.sleep(3)
-
-
-@pytest.fixture
-def archive(tmp_path, monkeypatch) -> bytes:
-    folder = write_python(tmp_path / "elsewhere" / "cifar-10-batches-py", tiny_cifar10())
-    content = pack(tmp_path / "elsewhere" / "x.tar.gz", folder).read_bytes()
-    monkeypatch.setitem(sources.ARCHIVE_MD5, "cifar-10-python.tar.gz", hashlib.md5(content).hexdigest())
-    return content
-
-
-@pytest.fixture
-def serve(monkeypatch):
-    sites = []
-
-    def start(*options, **named) -> Site:
-        sites.append(Site(*options, **named))
-        monkeypatch.setitem(
-            sources.URLS, "cifar10", f"http://127.0.0.1:{sites[-1].server_port}/cifar-10-python.tar.gz"
-        )
-        return sites[-1]
-
-    yield start
-    for site in sites:
-        site.shutdown()
-        site.server_close()
-
-
-def test_a_broken_download_goes_on_where_it_broke(tmp_path, archive, serve):
-    site = serve(archive, breaks=[1000, 5000])
-    dataset = data.open_dataset("cifar10", tmp_path / "data", say=silent)
-    assert site.asked == [None, "bytes=1000-", "bytes=6000-"]
-    np.testing.assert_array_equal(dataset.train.images, expected_images(tiny_cifar10()))
-    assert (tmp_path / "data" / "cifar-10-python.tar.gz").read_bytes() == archive
-    assert not list(tmp_path.glob("data/*.part"))
-
-
-def test_an_interrupted_download_goes_on_in_the_next_call(tmp_path, archive, serve, monkeypatch):
-    monkeypatch.setattr(sources, "STALL_S", 0.3)
-    serve(archive, breaks=[2000, 0], stalls=True)
-    with pytest.raises(data.DataError, match="--data-dir"):
-        data.open_dataset("cifar10", tmp_path / "data", say=silent)
-    site = serve(archive)
-    data.open_dataset("cifar10", tmp_path / "data", say=silent)
-    assert site.asked == ["bytes=2000-"]
-
-
-def test_a_site_without_ranges_sends_everything_again(tmp_path, archive, serve):
-    site = serve(archive, breaks=[1000], ranges=False)
-    data.open_dataset("cifar10", tmp_path / "data", say=silent)
-    assert len(site.asked) == 2
-
-
-def test_a_wrong_checksum_is_refused_and_nothing_kept(tmp_path, archive, serve):
-    serve(archive[:-1] + b"?")
-    with pytest.raises(data.DataError, match="checksum"):
-        data.open_dataset("cifar10", tmp_path / "data", say=silent)
-    assert not list(tmp_path.glob("data/cifar*"))
-
-
-@pytest.mark.parametrize("length", [500, 10**6])
-def test_rubbish_left_of_an_earlier_download_is_replaced(tmp_path, archive, serve, length):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "cifar-10-python.tar.gz.part").write_bytes(b"?" * length)
-    serve(archive)
-    assert len(data.open_dataset("cifar10", tmp_path / "data", say=silent).train.labels) == 5 * ROWS
-
-
-def given_up_after(tmp_path) -> float:
-    start = time.monotonic()
-    with pytest.raises(data.DataError) as error:
-        data.open_dataset("cifar10", tmp_path / "data", say=silent)
-    for way in ("--data-dir", "--data FOLDER", "--data synthetic"):
-        assert way in str(error.value)
-    assert len(str(error.value).splitlines()) <= 2
-    return time.monotonic() - start
-
-
-def test_a_site_that_does_not_answer_is_given_up_in_time(tmp_path, monkeypatch):
-    assert sources.ANSWER_S < 10 and sources.STALL_S < 10
-    monkeypatch.setattr(sources, "ANSWER_S", 0.4)
-    with socket.create_server(("127.0.0.1", 0)) as deaf:
-        monkeypatch.setitem(sources.URLS, "cifar10", f"http://127.0.0.1:{deaf.getsockname()[1]}/x.tar.gz")
-        assert given_up_after(tmp_path) < 2
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(3))
-    assert given_up_after(tmp_path) < 2
-
-
-def test_a_site_that_refuses_is_given_up_at_once(tmp_path):
-    assert given_up_after(tmp_path) < 2
-
-
-def test_nothing_is_downloaded_when_told_so(tmp_path, archive, serve):
-    site = serve(archive)
-    with pytest.raises(data.DataError, match="--data synthetic"):
-        data.open_dataset("cifar10", tmp_path / "data", download=False, say=silent)
-    assert site.asked == [] and not (tmp_path / "data").exists()
+def test_another_set_in_cifars_formats_is_an_entry_in_the_table(tmp_path, monkeypatch):
+    """As CIFAR-100 has them: one file a split, of its own number of rows, and two labels a row."""
+    rng = np.random.RandomState(3)
+    pixels = {
+        name: rng.randint(0, 256, (rows, 3072), dtype=np.uint8) for name, rows in (("train", 30), ("test", 6))
+    }
+    fine = {name: rng.randint(0, 100, len(rows)) for name, rows in pixels.items()}
+    python, binary = tmp_path / "python" / "hundred-py", tmp_path / "binary" / "hundred-bin"
+    python.mkdir(parents=True)
+    binary.mkdir(parents=True)
+    for name, rows in pixels.items():
+        batch = {b"data": rows, b"coarse_labels": [0] * len(rows), b"fine_labels": fine[name].tolist()}
+        (python / name).write_bytes(pickle.dumps(batch, protocol=2))
+        labels = np.stack([np.zeros(len(rows)), fine[name]], axis=1).astype(np.uint8)
+        (binary / f"{name}.bin").write_bytes(np.concatenate([labels, rows], axis=1).tobytes())
+    hundred = sources.NamedSet(
+        "Hundred",
+        tuple(f"class{i}" for i in range(100)),
+        {"train": 30, "test": 6},
+        folders=("hundred-py", "hundred-bin"),
+        files={
+            split: {split: hashlib.md5((python / split).read_bytes()).hexdigest()}
+            for split in ("train", "test")
+        },
+        mean=(0.0, 0.0, 0.0),
+        label_key="fine_labels",
+        label_bytes=2,
+    )
+    monkeypatch.setitem(sources.SETS, "hundred", hundred)
+    one, two = (data.open_dataset("hundred", place, say=silent) for place in (python.parent, binary.parent))
+    assert (one.title, two.title) == ("Hundred", "Hundred (not the official bytes)")
+    assert one.fingerprint == two.fingerprint and one.train.labels.tolist() == fine["train"].tolist()
+    np.testing.assert_array_equal(one.test.images.transpose(0, 3, 1, 2).reshape(6, 3072), pixels["test"])

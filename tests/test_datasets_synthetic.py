@@ -1,4 +1,4 @@
-"""synthetic.py: the same images on every machine, and no class to be told by its colours."""
+"""datasets/synthetic.py: the same images on every machine, and no class to be told by its colours."""
 
 import numpy as np
 from layouts import silent

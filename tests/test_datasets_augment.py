@@ -1,4 +1,4 @@
-"""augment.py: each image is changed by its own draws, and as a plain reference would change it."""
+"""datasets/augment.py: each image is changed by its own draws, and as a plain reference would change it."""
 
 import math
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from layouts import naive_crop_and_flip, stream
 
-from datasets import augment
+from datasets import DataError, augment
 
 COLUMNS = dict(
     zip(
@@ -121,7 +121,7 @@ def test_a_part_shifts_no_draw_of_another():
 )
 def test_an_augmentation_has_one_spelling(given, canonical):
     if canonical is None:
-        with pytest.raises(augment.AugmentError, match="choose paper, photo, none"):
+        with pytest.raises(DataError, match="choose paper, photo, none"):
             augment.canonical(given)
     else:
         assert augment.canonical(given) == canonical

@@ -1,4 +1,4 @@
-"""loaders.py: batches depend on seed and epoch alone, whichever loader brings them."""
+"""data.py, its loaders: batches depend on seed and epoch alone, whichever loader brings them."""
 
 from dataclasses import replace
 
@@ -8,7 +8,6 @@ import torch
 from layouts import naive_crop_and_flip, silent, stream, tiny_cifar10, write_python
 
 import data
-import loaders
 
 pytestmark = pytest.mark.usefixtures("small_and_offline")
 
@@ -30,7 +29,7 @@ def numbered(count: int, size: int = 8) -> data.Dataset:
 
 def loader_of(dataset, split="train", **options):
     options = {"batch_size": 16, "device": "cpu", "dtype": torch.float32, "rng": stream(0), **options}
-    return loaders.make_loader(dataset, split, **options)
+    return data.make_loader(dataset, split, **options)
 
 
 @pytest.fixture
@@ -201,8 +200,8 @@ def test_too_few_images_for_a_batch_is_an_error():
 def test_resident_is_the_default_where_the_set_fits(cifar10, monkeypatch):
     dataset = data.open_dataset("cifar10", cifar10, say=silent)
     size = dataset.train.images.nbytes + dataset.test.images.nbytes
-    monkeypatch.setattr(loaders, "_FfcvLoader", lambda *_, **__: "ffcv")
-    monkeypatch.setattr(loaders, "_free_bytes", lambda device: 2 * size)
-    assert isinstance(loader_of(dataset), loaders._ResidentLoader)
-    monkeypatch.setattr(loaders, "_free_bytes", lambda device: 2 * size - 2)
+    monkeypatch.setattr(data, "_FfcvLoader", lambda *_, **__: "ffcv")
+    monkeypatch.setattr(data, "_free_bytes", lambda device: 2 * size)
+    assert isinstance(loader_of(dataset), data._ResidentLoader)
+    monkeypatch.setattr(data, "_free_bytes", lambda device: 2 * size - 2)
     assert loader_of(dataset) == "ffcv"

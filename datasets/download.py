@@ -1,0 +1,83 @@
+"""Official archives, downloaded: what arrives is checked, and only then gets its name."""
+
+import contextlib
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import pooch
+from rich import progress as rich
+from rich.console import Console
+
+from datasets import DataError, sources
+
+PATIENCE_S = 8.0  # until a site that does not answer, or a connection on which nothing arrives, is given up
+
+
+class Bar:
+    """A progress bar on standard error where a person is watching, with what pooch asks of one."""
+
+    def __init__(self, what: str, column: rich.ProgressColumn, total: int | None = None):
+        console, self.total = Console(stderr=True), total
+        columns = rich.TextColumn("{task.description}"), rich.BarColumn(), column, rich.TimeRemainingColumn()
+        self.live = rich.Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self.live.start()
+        self.task = self.live.add_task(what, total=total)
+
+    def update(self, count: int) -> None:
+        self.live.update(self.task, total=self.total, advance=count)
+
+    def reset(self) -> None:
+        self.live.reset(self.task)
+
+    def close(self) -> None:
+        self.live.stop()
+
+
+def missing(name: str, places: list[Path], why: str) -> str:
+    """A message of two lines: why the named set is not in any of the places, and how to supply it."""
+    archive, looked = sources.SETS[name].url.rpartition("/")[2], ", ".join(map(str, places))
+    return (
+        f"{name} {why}; looked in {looked}. Put {archive} or what it unpacks to in a folder\n"
+        "and give --data-dir FOLDER, or --data FOLDER (train/<class>/*, test/<class>/*), or --data synthetic"
+    )
+
+
+def fetch(name: str, places: list[Path], say: sources.Say) -> None:
+    """Download a named set's archive into the last place, on which the lock is held. Raises DataError."""
+    url = sources.SETS[name].url
+    file = places[-1] / url.rpartition("/")[2]
+    unfinished = file.with_name(f"{file.name}.download")
+    say(f"downloading {url} to {file}")
+    pooch.get_logger().setLevel("WARNING")  # the line above says what pooch would
+    shutil.rmtree(unfinished, ignore_errors=True)  # left behind by a download that was killed
+    try:
+        _wait_for_an_answer(url)
+        with contextlib.closing(Bar(file.name, rich.DownloadColumn())) as bar:
+            get = pooch.HTTPDownloader(progressbar=bar, chunk_size=1 << 16, timeout=PATIENCE_S)
+            checksum = f"md5:{sources.SETS[name].archives[file.name]}"
+            pooch.retrieve(url, checksum, file.name, unfinished, downloader=get)
+        (unfinished / file.name).chmod(0o644)  # pooch leaves it readable by its owner alone
+        os.replace(unfinished / file.name, file)
+    except OSError as error:
+        raise DataError(missing(name, places, f"cannot be downloaded ({sources.brief(error)})")) from error
+    except ValueError as error:  # which is how pooch reports a wrong checksum
+        why = f"came from {url} with a wrong checksum and was removed"
+        raise DataError(missing(name, places, why)) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _wait_for_an_answer(url: str) -> None:
+    """Raise TimeoutError if none comes in time, even while the name is looked up, which no timeout ends."""
+
+    def ask() -> None:
+        with contextlib.suppress(Exception):  # the download meets the same error, and reports it
+            pooch.HTTPDownloader(timeout=2 * PATIENCE_S)(url, None, None, check_only=True)
+
+    asking = threading.Thread(target=ask, daemon=True)  # left behind if it hangs
+    asking.start()
+    asking.join(PATIENCE_S)
+    if asking.is_alive():
+        raise TimeoutError(f"no answer within {PATIENCE_S:g} s")

@@ -1,0 +1,150 @@
+"""datasets/download.py: an archive is there whole and checked, or not at all; silent sites are given up."""
+
+import hashlib
+import http.server
+import socket
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from layouts import ROWS, change_set, expected_images, pack, silent, tiny_cifar10, write_python
+
+import data
+from datasets import download
+
+pytestmark = pytest.mark.usefixtures("small_and_offline")
+
+
+class Site(http.server.ThreadingHTTPServer):
+    """A loopback site with one file; `breaks` is after how many bytes each answer breaks off, or stalls."""
+
+    daemon_threads = True
+
+    def __init__(self, content: bytes, breaks=(), stalls=False):
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.content, self.breaks, self.stalls = content, list(breaks), stalls
+        self.asked = 0
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def handle_error(self, request, client_address):
+        pass
+
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.server.content)))
+        self.end_headers()
+
+    def do_GET(self):
+        site = self.server
+        site.asked += 1
+        self.do_HEAD()
+        breaks = site.breaks.pop(0) if site.breaks else None
+        self.wfile.write(site.content[:breaks])
+        self.wfile.flush()
+        if breaks and site.stalls:
+            time.sleep(3)
+
+
+@pytest.fixture
+def archive(tmp_path, monkeypatch) -> bytes:
+    folder = write_python(tmp_path / "elsewhere" / "cifar-10-batches-py", tiny_cifar10())
+    content = pack(tmp_path / "elsewhere" / "x.tar.gz", folder).read_bytes()
+    checksum = hashlib.md5(content).hexdigest()
+    change_set(monkeypatch, "cifar10", archives={"cifar-10-python.tar.gz": checksum})
+    return content
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    sites = []
+
+    def start(*options, **named) -> Site:
+        sites.append(Site(*options, **named))
+        url = f"http://127.0.0.1:{sites[-1].server_port}/cifar-10-python.tar.gz"
+        change_set(monkeypatch, "cifar10", url=url)
+        return sites[-1]
+
+    yield start
+    for site in sites:
+        site.shutdown()
+        site.server_close()
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_download_is_kept_under_its_final_name_for_everybody_to_read(tmp_path, archive, serve):
+    serve(archive)
+    dataset = data.open_dataset("cifar10", tmp_path / "data", say=silent)
+    np.testing.assert_array_equal(dataset.train.images, expected_images(tiny_cifar10()))
+    assert names_in(tmp_path / "data") == {"cifar-10-python.tar.gz", "beton"}
+    file = tmp_path / "data" / "cifar-10-python.tar.gz"
+    assert file.read_bytes() == archive and file.stat().st_mode & 0o444 == 0o444
+
+
+@pytest.mark.parametrize("stalls", [False, True])
+def test_half_a_download_never_has_the_final_name(tmp_path, archive, serve, monkeypatch, stalls):
+    monkeypatch.setattr(download, "PATIENCE_S", 0.5)
+    site = serve(archive, breaks=[2000], stalls=stalls)
+    with pytest.raises(data.DataError, match="--data-dir"):
+        data.open_dataset("cifar10", tmp_path / "data", say=silent)
+    assert names_in(tmp_path / "data") == {"beton"}
+    data.open_dataset("cifar10", tmp_path / "data", say=silent)
+    assert site.asked == 2 and "cifar-10-python.tar.gz" in names_in(tmp_path / "data")
+
+
+def test_a_wrong_checksum_is_refused_and_nothing_kept(tmp_path, archive, serve):
+    serve(archive[:-1] + b"?")
+    with pytest.raises(data.DataError, match="checksum"):
+        data.open_dataset("cifar10", tmp_path / "data", say=silent)
+    assert not list(tmp_path.glob("data/cifar*"))
+
+
+@pytest.mark.parametrize("length", [500, 10**6])
+@pytest.mark.parametrize("name", ["tmp123", "cifar-10-python.tar.gz"])
+def test_rubbish_left_of_an_earlier_download_is_replaced(tmp_path, archive, serve, name, length):
+    unfinished = tmp_path / "data" / "cifar-10-python.tar.gz.download"
+    unfinished.mkdir(parents=True)
+    (unfinished / name).write_bytes(b"?" * length)
+    serve(archive)
+    assert len(data.open_dataset("cifar10", tmp_path / "data", say=silent).train.labels) == 5 * ROWS
+    assert names_in(tmp_path / "data") == {"cifar-10-python.tar.gz", "beton"}
+
+
+def given_up_after(tmp_path) -> float:
+    start = time.monotonic()
+    with pytest.raises(data.DataError) as error:
+        data.open_dataset("cifar10", tmp_path / "data", say=silent)
+    for way in ("--data-dir", "--data FOLDER", "--data synthetic"):
+        assert way in str(error.value)
+    assert len(str(error.value).splitlines()) <= 2
+    return time.monotonic() - start
+
+
+def test_a_site_that_does_not_answer_is_given_up_in_time(tmp_path, monkeypatch):
+    assert download.PATIENCE_S < 10
+    monkeypatch.setattr(download, "PATIENCE_S", 0.4)
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        change_set(monkeypatch, "cifar10", url=f"http://127.0.0.1:{deaf.getsockname()[1]}/x.tar.gz")
+        assert given_up_after(tmp_path) < 2
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(3))
+    assert given_up_after(tmp_path) < 2
+
+
+def test_a_site_that_refuses_is_given_up_at_once(tmp_path):
+    assert given_up_after(tmp_path) < 2
+
+
+def test_nothing_is_downloaded_when_told_so(tmp_path, archive, serve):
+    site = serve(archive)
+    with pytest.raises(data.DataError, match="--data synthetic"):
+        data.open_dataset("cifar10", tmp_path / "data", download=False, say=silent)
+    assert site.asked == 0 and not (tmp_path / "data").exists()
