@@ -86,7 +86,8 @@ def open_dataset(
         if not prepared:
             if store != home:
                 say(f"{home} cannot be written to, so prepared data goes to {store}")
-            with prepare.locked(store / "beton", say) as folder:
+            folder = store / "beton"
+            with prepare.locked(folder, say):
                 if not found:  # unless another process has fetched it by now
                     found = sources.locate(name, places, image_size, say)
                 if not found:
@@ -96,8 +97,8 @@ def open_dataset(
     except OSError as error:  # no permission, say, or a disk that fails
         why = sources.brief(error)
         raise DataError(f"--data {name}: {why}; mend that or give another --data-dir") from error
-    facts, splits = ((tuple(fact) if isinstance(fact, list) else fact for fact in prepared[0]), prepared[1])
-    dataset = Dataset(*facts, *(Split(*split) for split in splits))
+    facts = [tuple(fact) if isinstance(fact, list) else fact for fact in prepared[0]]
+    dataset = Dataset(*facts, *(Split(*split) for split in prepared[1]))
     if name in sources.SETS and dataset.title != sources.SETS[name].title:  # whose bytes are not verified
         say(f"{found.path}: {dataset.title}")
     return dataset
@@ -202,10 +203,6 @@ class _Loader:
         images = images.float().sub_(self.mean).div_(self.std)
         return images.to(self.dtype).permute(0, 3, 1, 2)
 
-    def epoch(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield the batches, on the device: images `dtype` [n, 3, H, W], channels_last, labels int64 [n]."""
-        raise NotImplementedError
-
 
 class _ResidentLoader(_Loader):
     """All images lie on the device as uint8; in an epoch, a batch is a few kernels and nothing else."""
@@ -242,14 +239,10 @@ class _ResidentLoader(_Loader):
 
     def epoch(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         self.start(epoch)
-        for position, count in enumerate(self.counts()):
+        for position in range(len(self)):
             images, labels = self.batch(torch.full((1,), position, device=self.device))  # a copy would wait
-            yield images[:count], labels[:count]
-
-    def counts(self) -> list[int]:
-        """Images in each batch."""
-        rest = self.num_images - (len(self) - 1) * self.batch_size
-        return [self.batch_size] * (len(self) - 1) + [min(rest, self.batch_size)]
+            left = self.num_images - position * self.batch_size  # fewer than a batch only in the last one
+            yield images[:left], labels[:left]
 
 
 class _FfcvLoader(_Loader):

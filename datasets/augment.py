@@ -69,22 +69,23 @@ def warp(images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
 class Part:
     """One way to change images. Neighbours in PARTS with the same function are handed to it together."""
 
-    change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of images, and of the draws of its parts
-    ranges: list[tuple[float, float]]  # of each of its draws
-    unchanged: float  # the value of each that changes nothing
+    change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # takes images and the draws for them
+    range: tuple[float, float]  # of its draws
+    unchanged: float  # the draw that changes nothing
+    draws: int = 1  # per image
     whole: bool = False  # whole numbers, from the stream "augment"; else uniform, from "augment/<name>"
 
 
 PARTS = {  # in the order in which images are changed, and of the columns of draws
-    "crop": Part(crop_and_flip, [(0, 2 * PAD)] * 2, PAD, whole=True),
-    "flip": Part(crop_and_flip, [(0, 1)], 0, whole=True),
-    "brightness": Part(brighten, [(0.7, 1.3)], 1.0),
-    "rotation": Part(warp, [(math.radians(-5), math.radians(5))], 0.0),
-    "shift": Part(warp, [(-0.1, 0.1)] * 2, 0.0),
-    "zoom": Part(warp, [(0.9, 1.1)] * 2, 1.0),
-    "shear": Part(warp, [(-0.1, 0.1)], 0.0),
+    "crop": Part(crop_and_flip, (0, 2 * PAD), PAD, draws=2, whole=True),
+    "flip": Part(crop_and_flip, (0, 1), 0, whole=True),
+    "brightness": Part(brighten, (0.7, 1.3), 1.0),
+    "rotation": Part(warp, (math.radians(-5), math.radians(5)), 0.0),
+    "shift": Part(warp, (-0.1, 0.1), 0.0, draws=2),
+    "zoom": Part(warp, (0.9, 1.1), 1.0, draws=2),
+    "shear": Part(warp, (-0.1, 0.1), 0.0),
 }
-DRAWS = sum(len(part.ranges) for part in PARTS.values())  # per image
+DRAWS = sum(part.draws for part in PARTS.values())  # per image
 GROUPS = [list(names) for _, names in itertools.groupby(PARTS, lambda name: PARTS[name].change)]
 
 
@@ -114,16 +115,13 @@ def draw(
     """
     columns, whole_numbers = [], rng("augment", epoch)
     for name, part in PARTS.items():
-        size = count, len(part.ranges)
-        drawn = np.full(size, part.unchanged)
+        size, (low, high) = (count, part.draws), part.range
         if part.whole:
-            low, high = part.ranges[0]
-            numbers = whole_numbers.randint(low, high + 1, size, dtype=np.int64)
-            drawn = numbers if name in parts else drawn
+            drawn = whole_numbers.randint(low, high + 1, size, dtype=np.int64)
         elif name in parts:
-            drawn = rng(f"augment/{name}", epoch).uniform(*np.transpose(part.ranges), size)
-        columns.append(drawn.astype(np.float32))
-    return np.concatenate(columns, axis=1)
+            drawn = rng(f"augment/{name}", epoch).uniform(low, high, size)
+        columns.append(drawn if name in parts else np.full(size, part.unchanged))
+    return np.concatenate(columns, axis=1, dtype=np.float32)
 
 
 def augment(images: torch.Tensor, draws: torch.Tensor, parts: set[str]) -> torch.Tensor:
@@ -135,7 +133,7 @@ def augment(images: torch.Tensor, draws: torch.Tensor, parts: set[str]) -> torch
     """
     first = 0
     for names in GROUPS:
-        stop = first + sum(len(PARTS[name].ranges) for name in names)
+        stop = first + sum(PARTS[name].draws for name in names)
         if parts.intersection(names):
             images = PARTS[names[0]].change(images, draws[:, first:stop])
         first = stop

@@ -9,7 +9,6 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import filelock
@@ -24,20 +23,15 @@ from datasets.download import Bar
 Prepared = tuple[list, list[tuple[np.ndarray, np.ndarray, Path | None]]]
 
 
-@contextlib.contextmanager
-def locked(folder: Path, say: sources.Say) -> Iterator[Path]:
+def locked(folder: Path, say: sources.Say) -> contextlib.AbstractContextManager:
     """Let one process at a time prepare data in a folder, so that the others find it done."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=1)
+        return lock.acquire(timeout=1)
     except filelock.Timeout:
         say(f"waiting for another process that prepares data in {folder}")
-        lock.acquire()
-    try:
-        yield folder
-    finally:
-        lock.release()
+        return lock.acquire()
 
 
 def load(folder: Path, found: sources.Found) -> Prepared | None:

@@ -50,7 +50,7 @@ class NamedSet:
     archives: dict[str, str] = field(default_factory=dict)  # name and MD5 of each official one
     folders: tuple[str, ...] = ()  # what the archives unpack to
     files: dict[str, dict[str, str]] = field(default_factory=dict)  # by split: name and MD5 (python version)
-    mean: tuple[float, float, float] | None = None  # of the official training pixels, as widely published
+    mean: tuple[float, float, float] = (np.nan,) * 3  # of the official training pixels, where it is published
     label_key: str = "labels"  # in the python version
     label_bytes: int = 1  # before each row of the binary version; the last one is the label
     draw: Callable[[], tuple[dict, dict]] | None = None  # makes images and labels of a set without files
@@ -305,8 +305,8 @@ def _read_rows(path: Path, known: NamedSet) -> tuple[dict[str, np.ndarray], dict
             if name not in files:
                 raise DataError(f"{path}: {name} is missing\n{mend}")
             try:
-                read_parts.append((_binary_rows if binary else _python_rows)(files[name], known, count))
-            except Exception as error:  # a damaged pickle can raise nearly anything
+                read_parts.append(_rows(files[name], binary, known, count))
+            except Exception as error:
                 what = f"{name} is truncated or not {known.title}'s ({brief(error)})"
                 raise DataError(f"{path}: {what}\n{mend}") from error
         pixels, numbers = map(np.concatenate, zip(*read_parts, strict=True))
@@ -322,25 +322,19 @@ def _read_rows(path: Path, known: NamedSet) -> tuple[dict[str, np.ndarray], dict
     return images, labels, f"{known.title}{doubt}"
 
 
-def _binary_rows(data: bytes, known: NamedSet, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels uint8 [count, 3072] and labels [count] of a binary file. Raises ValueError if it is another."""
-    head = known.label_bytes
-    if len(data) != count * (head + 3072):
-        raise ValueError(f"{len(data):,} bytes, not {count * (head + 3072):,}")
-    rows = np.frombuffer(data, np.uint8).reshape(count, head + 3072)
-    labels = rows[:, head - 1]
-    if labels.max() >= len(known.classes):
-        raise ValueError(f"a label {labels.max()}, over {len(known.classes) - 1}")
-    return rows[:, head:], labels
-
-
-def _python_rows(data: bytes, known: NamedSet, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The same of a pickled file, of which a damaged one can raise nearly anything."""
-    batch = _Unpickler(io.BytesIO(data), encoding="bytes").load()
-    batch = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
-    pixels, labels, most = batch["data"], np.array(batch[known.label_key]), len(known.classes) - 1
+def _rows(data: bytes, binary: bool, known: NamedSet, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels uint8 [count, 3072] and labels [count] of one file; a damaged one can raise nearly anything."""
+    if binary:
+        head = known.label_bytes
+        rows = np.frombuffer(data, np.uint8).reshape(count, head + 3072)
+        pixels, labels = rows[:, head:], rows[:, head - 1].astype(np.int64)
+    else:
+        batch = _Unpickler(io.BytesIO(data), encoding="bytes").load()
+        batch = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
+        pixels, labels = batch["data"], np.array(batch[known.label_key])
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape != (count, 3072):
         raise ValueError(f"its pixels are not {count} rows of 3072 bytes")
+    most = len(known.classes) - 1
     if labels.shape != (count,) or labels.dtype.kind != "i" or labels.min() < 0 or labels.max() > most:
         raise ValueError(f"its labels are not {count} numbers from 0 to {most}")
     return pixels, labels
@@ -369,7 +363,7 @@ def _untar(path: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:
     """The files of an archive whose last name is wanted; nothing is unpacked to the disk."""
     try:
         with tarfile.open(path) as tar:
-            members = (m for m in tar if m.isfile() and m.size < 1 << 26 and wanted(m.name.split("/")[-1]))
+            members = (m for m in tar if m.isfile() and m.size < 1 << 28 and wanted(m.name.split("/")[-1]))
             return {member.name: tar.extractfile(member).read() for member in members}
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         what = f"{path} is truncated or no archive ({brief(error)})"

@@ -157,7 +157,7 @@ def test_pickles_of_python_2_and_of_both_numpy_names_are_read():
     )
     assert old != new or b"numpy.core" in new
     for file in (new, old, two):
-        read, labels = sources._python_rows(file, sources.SETS["cifar10"], ROWS)
+        read, labels = sources._rows(file, False, sources.SETS["cifar10"], ROWS)
         np.testing.assert_array_equal(read, pixels)
         assert labels.tolist() == [1] * ROWS
 
@@ -191,9 +191,9 @@ def test_wrong_labels_and_shapes_are_refused():
         python_file(pixels[1:], labels),
     ):
         with pytest.raises(ValueError, match=r"its (pixels|labels)"):
-            sources._python_rows(bad, sources.SETS["cifar10"], ROWS)
+            sources._rows(bad, False, sources.SETS["cifar10"], ROWS)
     with pytest.raises(ValueError, match="label"):
-        sources._binary_rows(bytes([10]) * (ROWS * 3073), sources.SETS["cifar10"], ROWS)
+        sources._rows(bytes([10]) * (ROWS * 3073), True, sources.SETS["cifar10"], ROWS)
 
 
 def test_a_folder_takes_images_of_any_mode_and_size(tmp_path):
