@@ -2,7 +2,7 @@
 # The grid of runs: every architecture, mode and seed, over all GPUs of this machine or of a cluster.
 #
 #   bash sweep.sh [--list] [train.py options]         ARCHS="resnet32 …" MODES="bn_only …" SEEDS="0 1 2" choose the grid
-#   GRID=depth bash sweep.sh                          or a named one: depth, width, vgg, parts, init, recipe, warmstart, retrain
+#   GRID=depth bash sweep.sh                          or a named one: depth, width, vgg, parts, init, tuning, warmstart, retrain
 #   sbatch --array=0-26 sweep.sh [train.py options]   one cell of the same grid per Slurm task
 #
 # Cells that are done are skipped, others go on at their last epoch: call it again whenever it was interrupted.

@@ -1,6 +1,6 @@
-"""sweep.sh: the cells of a grid, shared out, failing, killed, going on (see also test_slurm.py)."""
+"""sweep.sh: the cells of a grid, shared out, failing, killed, going on (see also test_sweep_slurm.py)."""
 
-import json
+import dataclasses
 import os
 import re
 import signal
@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-import grid
+import progress
 import runs
 import sweep
-from grid import make_grid
+from sweep import make_grid
 
 ROOT = Path(sweep.__file__).parent
 EPOCHS = 12
@@ -28,15 +28,18 @@ def small(tiny_folder, tmp_path, monkeypatch):
     chosen = {"ARCHS": "resnet8", "MODES": "bn_only random", "SEEDS": "0 1", "OMP_NUM_THREADS": "1"}
     for name, value in chosen.items():
         monkeypatch.setenv(name, value)
-    options = [
-        "--data",
-        str(tiny_folder),
-        "--data-dir",
-        str(tiny_folder.parent / "prepared"),
+    options = ["--data", str(tiny_folder), "--data-dir", str(tiny_folder.parent / "prepared")]
+    options += [
         "--device",
         "cpu",
+        "--batch-size",
+        "32",
+        "--epochs",
+        str(EPOCHS),
+        "--milestones",
+        "8",
+        "--no-compile",
     ]
-    options += ["--batch-size", "32", "--epochs", str(EPOCHS), "--milestones", "8", "--no-compile"]
     return [*options, "--out", str(tmp_path / "runs")]
 
 
@@ -54,6 +57,11 @@ def end(process: subprocess.Popen, status: int) -> str:
     return said
 
 
+def main(options: list[str]) -> int:
+    """The exit status of `python sweep.py`, in this process."""
+    return progress.run("sweep.py", lambda: sweep.main(options))
+
+
 def folders(out: Path) -> list[Path]:
     return sorted(path for path in out.iterdir() if path.name != "logs")
 
@@ -69,10 +77,10 @@ def epochs_trained(out: Path) -> dict[str, list[int]]:
 def test_the_named_grids_are_those_of_the_paper(monkeypatch):
     for name in ("ARCHS", "MODES", "SEEDS"):
         monkeypatch.delenv(name, raising=False)
-    counts = {name: len(make_grid({"GRID": name}, [])) for name in ("", *grid.GRIDS)}
-    counts_of_the_questions = {name: counts.pop(name) for name in ("recipe", "warmstart", "retrain")}
+    counts = {name: len(make_grid({"GRID": name}, [])) for name in ("", *sweep.GRIDS)}
+    counts_of_the_questions = {name: counts.pop(name) for name in ("tuning", "warmstart", "retrain")}
     assert counts == {"": 27, "depth": 63, "width": 54, "vgg": 36, "parts": 54, "init": 72}
-    assert counts_of_the_questions == {"recipe": 24, "warmstart": 3 * (1 + 2 * 4), "retrain": 3 * (1 + 6)}
+    assert counts_of_the_questions == {"tuning": 24, "warmstart": 3 * (1 + 2 * 4), "retrain": 3 * (1 + 6)}
     assert [cell.path.name for cell in make_grid({"SEEDS": "0 1"}, [])[:3]] == [
         "cifar10-resnet32-all-s0",
         "cifar10-resnet32-all-s1",
@@ -82,21 +90,80 @@ def test_the_named_grids_are_those_of_the_paper(monkeypatch):
     assert {"cifar10-resnet56-bn_only-s2", "cifar10-resnet56-bn_only-s2-conv_initbinary"} <= names
 
 
-def test_the_list_shows_how_far_every_cell_is(small, tmp_path, capsys):
-    out, (done, running, failed, begun) = (
-        tmp_path / "runs",
-        [cell.path for cell in make_grid(os.environ, small)],
+def write_config(cell: sweep.Cell, **options) -> None:
+    """config.json of a run with a cell's options, but for `options`."""
+    asked = dataclasses.replace(cell.options, **options)
+    spec = {name: getattr(asked, name) for name in runs.NetworkSpec.model_fields if hasattr(asked, name)} | {
+        "fingerprint": "0",
+        "image_size": 16,
+        "classes": ("ash", "elm"),
+        "mean": (0.0, 0.0, 0.0),
+        "std": (1.0, 1.0, 1.0),
+        "train_images": 96,
+        "val_images": 0,
+        "dtype": "fp32",
+        "compiled": False,
+        "processes": 1,
+    }
+    config = runs.Config(
+        options=asked,
+        spec=runs.NetworkSpec(**spec),
+        parent=None,
+        data_title="tiny",
+        frozen_sha256="0" * 64,
+        initial_sha256=None,
+        device_name="a CPU",
+        versions={},
+        git_commit=None,
     )
-    for path in (done, running, failed, begun):
-        path.mkdir(parents=True)
-        (path / "config.json").write_text('{"options": {"lr": 0.1}}')
-    row = json.dumps({"epoch": 1, "epoch_s": 60.0}) + "\n"
-    (done / "metrics.jsonl").write_text(EPOCHS * row)
-    (done / "summary.json").write_text('{"status": "done", "final_test_acc": 51.234}')
-    (failed / "summary.json").write_text('{"status": "diverged"}')
-    (begun / "metrics.jsonl").write_text(2 * row + '{"epoch": 3, "epo')
-    with runs.open_run(out, running.name, resume=True):
-        assert sweep.main([*small, "--list"]) == 0
+    (cell.path / "config.json").write_text(config.to_json())
+
+
+def write_summary(cell: sweep.Cell, status: str, test_acc: float | None = None) -> None:
+    """summary.json of a run that ended like that."""
+    summary = runs.Summary(
+        status=status,
+        why=None,
+        data="tiny",
+        data_title="tiny",
+        arch=cell.options.arch,
+        mode=cell.options.mode,
+        seed=cell.options.seed,
+        variant=(),
+        params_total=2,
+        params_trained=1,
+        final_test_acc=test_acc,
+        best_test_acc=test_acc,
+        epochs_done=EPOCHS,
+        train_s=1.0,
+        startup_s=1.0,
+        peak_memory_bytes=None,
+        checkpoint_bytes=None,
+        full_bytes=8,
+        frozen_sha256="0" * 64,
+    )
+    (cell.path / "summary.json").write_text(summary.to_json())
+
+
+def metrics(epochs: int) -> str:
+    """metrics.jsonl of so many epochs of a minute."""
+    measured = {"train_loss": 1.0, "train_acc": 50.0, "test_loss": 1.0, "test_acc": 50.0, "images_per_s": 9.0}
+    rows = [runs.Epoch(epoch=epoch + 1, lr=0.1, epoch_s=60.0, **measured) for epoch in range(epochs)]
+    return "".join(row.to_json(None) for row in rows)
+
+
+def test_the_list_shows_how_far_every_cell_is(small, tmp_path, capsys):
+    cells = make_grid(os.environ, small)
+    done, running, failed, begun = (cell.path for cell in cells)
+    for cell in cells:
+        cell.path.mkdir(parents=True)
+        write_config(cell)
+    (done / "metrics.jsonl").write_text(metrics(EPOCHS))
+    write_summary(cells[0], "done", 51.234)
+    write_summary(cells[2], "diverged")
+    (begun / "metrics.jsonl").write_text(metrics(2) + '{"epoch": 3, "epo')
+    with runs.open_run(tmp_path / "runs", running.name, resume=True):
+        assert main([*small, "--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:3] for line in lines[:4]] == [
         ["0", done.name, "done"],
@@ -107,12 +174,19 @@ def test_the_list_shows_how_far_every_cell_is(small, tmp_path, capsys):
     assert lines[0].endswith("51.23 %")
     assert lines[1].endswith("12 min left") and lines[3].endswith("to do     2 of 12 epochs  10 min left")
     assert lines[4] == "4 cells: 1 done, 1 running, 1 diverged, 1 to do; about 34 min left"
-    assert sorted(path.name for path in running.iterdir()) == [".lock", "config.json"], (
-        "looking leaves nothing"
-    )
-    (done / "config.json").write_text('{"options": {"lr": 0.2}}')
-    assert sweep.main([*small, "--list"]) == 0
+    looked_at = sorted(path.name for path in running.iterdir())
+    assert looked_at == [".lock", "config.json"], "looking leaves nothing"
+    write_config(cells[0], lr=0.2)
+    assert main([*small, "--list"]) == 0
     assert capsys.readouterr().out.split()[2] == "failed", "another run, that is done, is not this one"
+
+
+def test_a_summary_that_cannot_be_read_counts_as_failed_and_says_why(small):
+    cell = make_grid(os.environ, small)[0]
+    cell.path.mkdir(parents=True)
+    (cell.path / "summary.json").write_text('{"status": "do')
+    state = sweep.look(cell)
+    assert state.status == "failed" and state.why.startswith(f"{cell.path / 'summary.json'}: ")
 
 
 def test_killed_twice_a_sweep_ends_with_every_cell_trained_once(small, tmp_path):
@@ -135,7 +209,7 @@ def test_killed_twice_a_sweep_ends_with_every_cell_trained_once(small, tmp_path)
     trained = epochs_trained(out)  # without the line of an epoch that was written as the signal came
     assert len(trained) == 4 and all(sorted(set(epochs)) == epochs for epochs in trained.values())
     for path in folders(out):
-        assert [row["epoch"] for row in runs.read_rows(path)] == list(range(1, EPOCHS + 1))
+        assert [row.epoch for row in runs.read_epochs(path)] == list(range(1, EPOCHS + 1))
     assert "4 of 4 cells done" in end(begin(small), 0)
     assert epochs_trained(out) == trained, "what is done is not trained again"
 
@@ -154,7 +228,7 @@ def test_seeds_train_together_and_several_processes_at_once(small, tmp_path, mon
     monkeypatch.setenv("REPLICAS", "2")
     end(begin(small), 0)
     logs = sorted((tmp_path / "runs" / "logs").iterdir())
-    assert [re.search(r"resnet8-(.*?)-epochs", log.name)[1] for log in logs] == [
+    assert [re.search(r"resnet8-(.*?)-batch", log.name)[1] for log in logs] == [
         "bn_only-s0_1",
         "random-s0_1",
     ]
@@ -200,23 +274,23 @@ def test_a_cell_that_fails_is_named_and_the_rest_go_on(small, tmp_path, monkeypa
 
 @pytest.fixture
 def chained(small, monkeypatch):
-    """A grid whose cells start from others: everything, then BatchNorm alone or everything on top of it."""
+    """A grid whose cells go on from others: everything, then BatchNorm alone or everything on top of it."""
     monkeypatch.setenv("GRID", "retrain")
     monkeypatch.setenv("MODES", "all")
     monkeypatch.setenv("SEEDS", "0")
     return [*small, "--lr", "0.05"]
 
 
-def test_cells_whose_start_failed_are_not_tried(chained, tmp_path):
+def test_cells_whose_parent_failed_are_not_tried(chained, tmp_path):
     said = end(begin([*chained, "--lr", "1e30"]), 1)
     assert said.count("diverged ") == 2 and said.count("started ") == 1, "once as it happens, once at the end"
     assert "7 of 7 cells failed" in said and said.count("what it starts from failed") == 6
     assert len(folders(tmp_path / "runs")) == 1
 
 
-def test_a_cell_waits_for_what_it_starts_from_which_its_slurm_task_trains_first(chained, monkeypatch):
+def test_a_cell_waits_for_its_parent_which_its_slurm_task_trains_first(chained, monkeypatch):
     first, *rest = make_grid(os.environ, chained)
-    assert first.start is None and [cell.start for cell in rest] == [first.path] * 6
+    assert first.parent is None and [cell.parent for cell in rest] == [first.path] * 6
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
     monkeypatch.setenv("JOBS", "2")
     end(begin(chained), 0)
@@ -225,16 +299,16 @@ def test_a_cell_waits_for_what_it_starts_from_which_its_slurm_task_trains_first(
     done = (first.path / "summary.json").stat().st_mtime_ns
     assert (rest[1].path / "config.json").stat().st_mtime_ns > done
     config = runs.Run(rest[1].path).config
-    assert config["started_from"]["run"] == first.path.name and config["options"]["reset_bn"]
+    assert config.parent.run == first.path.name and config.options.reset_bn
 
 
 def test_batchnorm_first_ends_with_the_epoch_that_everything_ends_with(monkeypatch):
     cells = make_grid({"GRID": "warmstart", "SEEDS": "0 1", "ARCHS": "resnet14"}, [])
-    later = [cell for cell in cells if cell.start]
-    starts = {cell.path: cell for cell in cells}
+    later = [cell for cell in cells if cell.parent]
+    by_path = {cell.path: cell for cell in cells}
     assert [cell.options.milestones for cell in later[::2]] == [(75, 115), (70, 110), (60, 100), (40, 80)]
     for cell in later:
-        before = starts[cell.start]
+        before = by_path[cell.parent]
         assert before.options.epochs + cell.options.epochs == 160 and before.options.mode == "bn_only"
         assert before.options.seed == cell.options.seed and cell.options.mode == "all"
     assert later[0].arguments == later[1].arguments, "so that seeds may train side by side"
@@ -242,10 +316,10 @@ def test_batchnorm_first_ends_with_the_epoch_that_everything_ends_with(monkeypat
 
 @pytest.mark.parametrize("name", ["warmstart", "retrain"])
 def test_what_goes_on_from_a_cell_keeps_its_batchnorm(name):
-    """Were it drawn anew as that of the user's own start, nothing would be left of what the cell trained."""
+    """Were it drawn anew as that of the user's own parent, nothing would be left of what the cell trained."""
     own = ["--init-from", __file__, "--reset-bn", "--schedule", "cosine", "--min-lr", "0.05"]
     cells = make_grid({"GRID": name, "SEEDS": "0", "ARCHS": "resnet14"}, own)
-    later = [cell for cell in cells if cell.start and str(cell.start) != __file__]
+    later = [cell for cell in cells if str(cell.parent) != __file__]
     assert all(cell.options.reset_bn for cell in cells if cell not in later)
     assert sum(not cell.options.reset_bn for cell in later) == 4
     assert {cell.options.min_lr for cell in cells} == ({0.05} if name == "warmstart" else {0.05, 0.01})
@@ -254,11 +328,9 @@ def test_what_goes_on_from_a_cell_keeps_its_batchnorm(name):
 def test_a_slurm_task_runs_its_own_cell(small, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
     end(begin(small), 0)
-    assert [path.name.split("-epochs")[0] for path in folders(tmp_path / "runs")] == [
-        "tiny-resnet8-random-s0"
-    ]
+    assert [path.name.split("-batch")[0] for path in folders(tmp_path / "runs")] == ["tiny-resnet8-random-s0"]
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "4")
-    assert sweep.main(small) == 2
+    assert main(small) == 2
     assert "no cell 4 in the grid: give --array=0-3" in capsys.readouterr().err
 
 
@@ -293,7 +365,7 @@ def test_what_no_run_could_use_is_refused_before_the_first(environment, options,
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert sweep.main(options) == 2
+    assert main(options) == 2
     said = capfd.readouterr().err
     assert named in said and said.count("\n") <= 2
 
