@@ -344,9 +344,7 @@ class Sweep:
     def stop(self) -> None:
         """Ask every process to stop, and wait until it has; it keeps its last epoch."""
         if self.jobs:
-            progress.note(
-                "sweep.py", f"stopping {len(self.jobs)} processes; the next sweep goes on with them"
-            )
+            progress.note("sweep.py", f"stopping {len(self.jobs)} processes; the next sweep resumes them")
         for stop in (subprocess.Popen.terminate, subprocess.Popen.kill):
             with contextlib.suppress(KeyboardInterrupt):  # at which they are killed
                 for job in self.jobs:
