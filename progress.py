@@ -256,20 +256,3 @@ def show_results(folder: str, result, epochs: int, quick: bool) -> None:
     }.items():
         table.add_row(name, Text(value))  # as it is: brackets in a path are no markup
     Terminal().print(table)
-
-
-def note(script: str, text: str) -> None:
-    print(f"{script}: {text}", file=sys.stderr, flush=True)
-
-
-def run(script, main):
-    try:
-        return main()
-    except KeyboardInterrupt:
-        note(script, "interrupted")
-        return 1
-    except Exception as error:
-        if not hasattr(error, "exit_status"):
-            raise
-        note(script, str(error))
-        return error.exit_status
