@@ -155,7 +155,7 @@ def class_subset(
     return np.sort(np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:each] for c in classes]))
 
 
-class _Loader:
+class Loader:
     """What both loaders share: which image comes when, how it is changed, and what a batch looks like."""
 
     def __init__(self, dataset, split, batch_size, device, dtype, rng, augmented, subset, share):
@@ -204,7 +204,7 @@ class _Loader:
         return images.to(self.dtype).permute(0, 3, 1, 2)
 
 
-class _ResidentLoader(_Loader):
+class _ResidentLoader(Loader):
     """All images lie on the device as uint8; in an epoch, a batch is a few kernels and nothing else."""
 
     resident = True
@@ -245,7 +245,7 @@ class _ResidentLoader(_Loader):
             yield images[:left], labels[:left]
 
 
-class _FfcvLoader(_Loader):
+class _FfcvLoader(Loader):
     """FFCV streams the images from the file, in our order; the batches are the resident ones, bit for bit."""
 
     resident = False
@@ -317,7 +317,7 @@ def make_loader(
     subset: np.ndarray | None = None,
     compiled: bool = False,
     share: tuple[int, int] = (0, 1),
-) -> _Loader:
+) -> Loader:
     """A loader of "train" (shuffled, augmented, last partial batch dropped), or of "test" or "validation"
     (training images, of which `subset` says which): in file order, as they are, every image once.
 

@@ -218,7 +218,7 @@ def test_the_epoch_that_validation_chose_is_tested_whatever_eval_every_is(small)
 
 def test_the_epochs_of_what_a_run_started_from_use_up_their_draws(small, monkeypatch):
     """So that its batches are those of the later epochs of one run from the start."""
-    seen, drawn = [], loaders._Loader.drawn
+    seen, drawn = [], loaders.Loader.drawn
 
     def noted(loader, epoch):
         seen.extend([epoch] if loader.train else [])
@@ -226,7 +226,7 @@ def test_the_epochs_of_what_a_run_started_from_use_up_their_draws(small, monkeyp
 
     assert train.main([*small, "--mode", "all"]) == 0
     start = only_run()
-    monkeypatch.setattr(loaders._Loader, "drawn", noted)
+    monkeypatch.setattr(loaders.Loader, "drawn", noted)
     assert train.main([*small, "--init-from", str(start), "--out", "more"]) == 0
     assert seen == [3, 4, 5]
 
