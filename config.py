@@ -67,7 +67,7 @@ def option(default: Any, help: str, role: str = "variant", limits: tuple | None 
 
 
 setting, logistics = (functools.partial(option, role=role) for role in ("setting", "logistics"))
-COUNT, SIZE, EPOCHS, RATE = (0, 2**31), (1, 2**31), (1, 1_000_000), (0.0, 1e9)
+COUNT, SIZE, EPOCHS, RATE = (0, 2**31), (1, 2**31), (1, 1_000_000), (0.0, 1e30)
 IMAGE_PARTS, MODE_PARTS = ", ".join(augment.PARTS), ", ".join(freeze.PARTS)
 DTYPES = tuple(device.DTYPES)
 # fmt: off
@@ -89,7 +89,7 @@ class Options:
     reset_bn: bool = option(False, "draw gamma, beta and statistics anew after --init-from")
 
     optimizer: str = option("sgd", "the optimiser of what trains", choices=OPTIMIZERS)
-    lr: float = option(0.1, "learning rate", limits=(1e-30, 1e9))
+    lr: float = option(0.1, "learning rate", limits=(1e-30, 1e30))
     momentum: float = option(0.9, "SGD momentum", limits=RATE)
     weight_decay: float = option(1e-4, "weight decay of everything that trains", limits=RATE)
     label_smoothing: float = option(0.0, "share of the target spread over all classes", limits=(0.0, 0.999))
