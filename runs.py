@@ -577,10 +577,10 @@ class Run:
         """RunError where the folder holds another run than the one that `config_now` describes."""
         again = "start again with --overwrite"
         try:
-            before = self.config
+            before, ended = self.config, self.summary
         except RunError as error:
             raise RunError(f"{error};\n{again}") from None
-        if before is None and (self.path / "last.pt").exists():
+        if before is None and (ended or (self.path / "last.pt").exists()):
             raise RunError(f"{self.path} has no config.json; {again}")
         for was, now in [] if before is None else _compared(before, config_now):
             for name, value in now.items():
@@ -599,19 +599,22 @@ class Run:
 
         last.pt goes first and holds the metrics too: killed between the two, a run loses nothing.
         """
-        self.rows.append(row)
-        if not self.writes:
-            return
+        rows = [*self.rows, row]
+        if self.writes:
+            self._write_last({**state, "rows": [row.to_json(None) for row in rows]})
+        self.rows = rows
+        self.write_metrics()
+
+    def _write_last(self, state: dict) -> None:
         beside = self.path / f".last.pt.{os.getpid()}"
         try:
-            torch.save({**state, "rows": [row.to_json(None) for row in self.rows]}, beside)
+            torch.save(state, beside)
             os.replace(beside, self.path / "last.pt")
         except RuntimeError as error:  # what torch.save makes of a full disk
             why = str(error).splitlines()[0]
             raise OSError(f"{self.path / 'last.pt'} cannot be written: {why}") from None
         finally:
             beside.unlink(missing_ok=True)
-        self.write_metrics()
 
     def write_metrics(self) -> None:
         """Replace the whole file: a few hundred short lines, and never half a line."""
