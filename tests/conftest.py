@@ -54,3 +54,12 @@ def small_and_offline(monkeypatch, tmp_path):
             change_set(monkeypatch, name, url="http://127.0.0.1:9/" + known.url.rpartition("/")[2])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "*")
+
+
+@pytest.fixture
+def small(tiny_folder, tmp_path, monkeypatch) -> list[str]:
+    """Options of a run of a few seconds, in a folder of its own."""
+    from small_runs import small_options  # here, because few tests need all that it imports
+
+    monkeypatch.chdir(tmp_path)
+    return small_options(tiny_folder)

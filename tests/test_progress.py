@@ -1,0 +1,113 @@
+"""progress.py: what ends a script becomes its exit status and a line that a person can use."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import progress
+
+ROOT = Path(progress.__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def sigterm_as_before():
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def ends_with(error: BaseException):
+    def main():
+        raise error
+
+    return main
+
+
+class Unusable(ValueError):
+    exit_status = 2
+
+
+class Failed(Exception):
+    exit_status = 1
+
+
+def test_a_script_that_returns_ends_with_what_it_returned_or_0(capsys):
+    assert progress.run("x.py", lambda: None) == 0 and progress.run("x.py", lambda: 1) == 1
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "error, status, said",
+    [
+        (Unusable("--lr 0: must be more"), 2, "--lr 0: must be more"),
+        (Failed("runs/a: diverged"), 1, "runs/a: diverged"),
+        (OSError(28, "No space left on device", "runs/a"), 1, "No space left on device: 'runs/a'"),
+        (ConnectionError("another process has ended"), 1, "another process has ended"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), 1, "out of memory; try a smaller --batch-size"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "out of memory; try a smaller"),
+        (KeyboardInterrupt(), 1, "interrupted"),
+        (KeyboardInterrupt("interrupted before the first cell"), 1, "interrupted before the first cell"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+def test_an_error_that_a_person_can_do_something_about_is_a_line_and_its_status(capsys, error, status, said):
+    assert progress.run("x.py", ends_with(error)) == status
+    out, err = capsys.readouterr()
+    assert err.startswith("x.py: ") and said in err and err.count("\n") == 1 and out == ""
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("a defect"), RuntimeError("shapes do not fit"), AssertionError(), KeyError("a")]
+)
+def test_a_defect_passes_with_its_traceback(capsys, error):
+    with pytest.raises(type(error)):
+        progress.run("x.py", ends_with(error))
+    assert capsys.readouterr().err == ""
+
+
+def test_sigterm_ends_a_script_as_ctrl_c_does_and_a_second_one_changes_nothing(capsys):
+    cleaned = []
+
+    def main():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(30)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)  # while what must be kept is being written
+            cleaned.append(True)
+
+    assert progress.run("x.py", main) == 1
+    assert cleaned and capsys.readouterr().err == "x.py: interrupted\n"
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    code = "import progress, sys\nsys.exit(progress.run('x.py', lambda: print('line\\n' * 100_000)))"
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as running:
+        running.stdout.readline()
+        running.stdout.close()
+        error = running.stderr.read()
+    assert (running.returncode, error) == (0, b"")
+
+
+def test_a_command_line_that_cannot_be_read_is_a_line_and_status_2(capsys):
+    parser = progress.Parser("x.py", "What it is for.")
+    parser.add_argument("--size", type=int)
+    assert progress.run("x.py", lambda: parser.parse_args(["--size", "large"])) == 2
+    said = capsys.readouterr().err
+    assert "--size" in said and "python x.py --help" in said and said.count("\n") == 1
+    assert progress.run("x.py", lambda: parser.parse_args(["--siz", "1"])) == 2, "not by its beginning"
+
+
+def test_of_the_processes_that_torchrun_started_the_first_speaks(capsys, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert progress.run("x.py", ends_with(Unusable("rank " + rank))) == 2
+    assert capsys.readouterr().err == "x.py: rank 0\n"

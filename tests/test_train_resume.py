@@ -1,0 +1,192 @@
+"""Runs that stop and go on: resumed to the same bits, refused where anything else has changed."""
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from small_runs import (
+    ROOT,
+    cli,
+    exit_status,
+    interrupt_after_an_epoch,
+    metrics,
+    only_run,
+    summary,
+    without_times,
+)
+
+import checkpoint
+import models
+import runs
+
+PLATEAU = ["--optimizer", "adam", "--schedule", "plateau", "--patience", "1", "--augment", "photo"]
+
+
+@pytest.mark.parametrize(
+    "settings", [["--mode", "random"], ["--optimizer", "adam", "--dtype", "fp16"], PLATEAU], ids=" ".join
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(small, monkeypatch, settings):
+    assert exit_status([*small, *settings, "--out", "whole"]) == 0
+    end_epoch = runs.Run.end_epoch
+
+    def interrupted(run, row, state):
+        if row.epoch == 2:
+            raise KeyboardInterrupt
+        end_epoch(run, row, state)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runs.Run, "end_epoch", interrupted)
+        assert exit_status([*small, *settings]) == 1
+    halved = only_run()
+    assert summary(halved)["status"] == "interrupted" and summary(halved)["epochs_done"] == 1
+    assert exit_status([*small, *settings, "--resume"]) == 0
+    whole = only_run(Path("whole"))
+    assert without_times(whole) == without_times(halved)
+    assert checkpoint.read_checkpoint(whole)[1] == checkpoint.read_checkpoint(halved)[1]  # with its SHA-256
+    checkpoint.restore(halved)  # every weight is what that says
+
+
+@pytest.mark.parametrize("kill, status", [(signal.SIGTERM, "interrupted"), (signal.SIGKILL, None)])
+def test_a_killed_run_resumes(small, kill, status):
+    many = [*small, "--epochs", "12", "--milestones", "8"]
+    running = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *many], stderr=subprocess.PIPE, text=True
+    )
+    while running.poll() is None and not list(Path().glob("runs/*/metrics.jsonl")):  # written after last.pt
+        time.sleep(0.05)
+    running.send_signal(kill)
+    _, said = running.communicate(timeout=30)
+    folder = only_run()
+    assert 0 < len(metrics(folder)) < 12
+    if status:
+        assert running.returncode == 1 and "--resume goes on after epoch" in said and "Traceback" not in said
+        assert summary(folder)["status"] == status
+    resumed = cli([*many, "--resume"])
+    assert resumed.returncode == 0 and "continuing" in resumed.stderr
+    assert summary(folder)["status"] == "done" and not (folder / "last.pt").exists()
+    assert [row["epoch"] for row in metrics(folder)] == list(range(1, 13))
+    checkpoint.restore(folder)
+
+
+def test_a_run_interrupted_while_it_keeps_an_epoch_goes_on_after_the_one_before(small, monkeypatch, capsys):
+    save = torch.save
+
+    def interrupted(state, path):
+        if len(state["rows"]) == 2:
+            raise KeyboardInterrupt
+        save(state, path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", interrupted)
+        assert exit_status(small) == 1
+    assert "--resume goes on after epoch 1" in capsys.readouterr().err
+    assert summary(only_run())["epochs_done"] == len(metrics(only_run())) == 1
+    assert exit_status([*small, "--resume"]) == 0
+
+
+def test_a_run_that_stopped_early_is_not_resumed_past_its_end(small, monkeypatch):
+    options = ["--mode", "all", "--epochs", "12", "--early-stop", "2"]
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "seed_checkpoint", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert exit_status([*small, *options]) == 1
+    stopped = metrics(only_run())
+    assert summary(only_run())["status"] == "interrupted" and len(stopped) < 12
+    assert exit_status([*small, *options, "--resume"]) == 0
+    assert metrics(only_run()) == stopped and summary(only_run())["status"] == "done"
+
+
+def test_a_done_run_is_not_run_again(small, capsys):
+    assert exit_status(small) == 0
+    before = (only_run() / "metrics.jsonl").stat().st_mtime_ns
+    assert exit_status(small) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert exit_status([*small, "--resume"]) == 0
+    assert "test accuracy" in capsys.readouterr().out
+    assert (only_run() / "metrics.jsonl").stat().st_mtime_ns == before
+    assert exit_status([*small, "--overwrite"]) == 0
+    assert (only_run() / "metrics.jsonl").stat().st_mtime_ns > before
+
+
+def test_resuming_on_other_images_is_refused(small, tiny_folder, tmp_path, capsys):
+    copy = tmp_path / "other" / "tiny"
+    copy.parent.mkdir()
+    subprocess.run(["cp", "-r", str(tiny_folder), str(copy)], check=True)
+    next(copy.glob("train/ash/*")).unlink()
+    assert exit_status(small) == 0
+    assert exit_status([*small, "--data", str(copy), "--resume"]) == 2
+    assert "fingerprint" in capsys.readouterr().err
+
+
+def test_resuming_on_other_frozen_weights_is_refused(small, capsys):
+    model = models.build("resnet8", 4)
+    for seed in (5, 6):
+        models.initialise(model, seed)
+        torch.save(model.state_dict(), "w.pt")
+        if seed == 5:
+            interrupt_after_an_epoch([*small, "--init-from", "w.pt"])
+    assert exit_status([*small, "--init-from", "w.pt", "--resume"]) == 2
+    assert "sha256" in capsys.readouterr().err
+
+
+def test_resuming_goes_on_from_the_same_weights_and_draws(small, tmp_path, capsys):
+    """Of the parent run a copy of its weights is enough; other weights under its name are refused."""
+    options = [*small, "--mode", "all", "--init-from"]
+    for seed in ("3", "4"):
+        assert exit_status([*small, "--mode", "all", "--seed", seed, "--out", f"first{seed}"]) == 0
+        (tmp_path / f"copy{seed}").mkdir()
+        shutil.copy(only_run(Path(f"first{seed}")) / "model.safetensors", f"copy{seed}/w.safetensors")
+    parent = str(only_run(Path("first3")))
+    assert exit_status([*options, parent, "--out", "whole"]) == 0
+    interrupt_after_an_epoch([*options, parent])
+    folder = only_run()
+    shutil.rmtree("first3")
+    assert exit_status([*options, "copy3/w.safetensors", "--out", "elsewhere"]) == 0
+    assert exit_status([*options, "copy4/w.safetensors", "--resume", "--out", "elsewhere"]) == 2
+    assert "was run with initial_sha256" in capsys.readouterr().err
+    Path(parent).mkdir(parents=True)
+    shutil.copy("copy3/w.safetensors", f"{parent}/model.safetensors")
+    assert exit_status([*options, parent, "--resume"]) == 0
+    whole = only_run(Path("whole"))
+    assert without_times(folder) == without_times(whole)
+    parents = [runs.Run(run).config.parent for run in (folder, whole)]
+    assert parents[0] == parents[1] and parents[0].epochs_done_in_all == 3
+
+
+HARMS = ("no tensors", "nothing", "no rows", "rubbish", "no config", "list", "empty summary")
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_damaged_run_folder_is_refused_in_two_lines(small, capsys, harm):
+    interrupt_after_an_epoch(small)
+    folder = only_run()
+    state = torch.load(folder / "last.pt", weights_only=True)
+    if harm in ("no tensors", "nothing"):
+        torch.save(state | {"model": {}} if harm == "no tensors" else {"rows": []}, folder / "last.pt")
+    elif harm == "no rows":
+        torch.save(state | {"rows": [1]}, folder / "last.pt")
+    elif harm == "rubbish":
+        (folder / "last.pt").write_bytes(b"rubbish")
+    elif harm == "no config":
+        (folder / "config.json").unlink()
+    elif harm == "list":
+        (folder / "config.json").write_text('{"options": []}')
+    else:
+        (folder / "summary.json").write_text('{"status": "done"}')
+    capsys.readouterr()
+    assert exit_status([*small, "--resume"]) == 2
+    said = capsys.readouterr().err
+    assert "--overwrite" in said and said.count("\n") <= 2
+    assert exit_status([*small, "--overwrite"]) == 0
+
+
+def test_a_done_run_that_has_lost_its_configuration_is_refused_too(small, capsys):
+    assert exit_status(small) == 0
+    (only_run() / "config.json").unlink()
+    assert exit_status([*small, "--resume"]) == 2
+    said = capsys.readouterr().err
+    assert "has no config.json" in said and "--overwrite" in said

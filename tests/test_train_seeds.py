@@ -1,0 +1,83 @@
+"""Seeds: the same one gives the same run, and several train side by side in one process."""
+
+from pathlib import Path
+
+import pytest
+from small_runs import exit_status, metrics, only_run, summary, without_times
+
+import checkpoint
+import runs
+
+
+@pytest.fixture
+def seeds(small):
+    """Options of three runs side by side."""
+    return [*small, "--seed", "0", "1", "2"]
+
+
+def folders() -> dict[int, Path]:
+    return {summary(folder)["seed"]: folder for folder in Path("runs").iterdir()}
+
+
+def test_seeds_give_different_runs_and_the_same_seed_the_same(small):
+    for out, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        assert exit_status([*small, "--epochs", "1", "--out", out, "--seed", seed]) == 0
+    a, b, c = (metrics(only_run(Path(out)))[0]["train_loss"] for out in "abc")
+    assert a == b != c
+
+
+def test_seeds_side_by_side_equal_their_solo_runs(small, seeds, capsys):
+    assert exit_status(seeds) == 0
+    said = capsys.readouterr().out
+    assert all(f"[tiny s{seed}] epoch 3/3" in said and f"bn_only, seed {seed}" in said for seed in range(3))
+    together = folders()
+    assert exit_status([*small, "--seed", "1", "--out", "solo"]) == 0
+    solo = only_run(Path("solo"))
+    assert without_times(solo) == without_times(together[1]) != without_times(together[0])
+    assert checkpoint.read_checkpoint(solo)[1] == checkpoint.read_checkpoint(together[1])[1]
+    assert solo.name == together[1].name
+
+
+def test_seeds_side_by_side_are_interrupted_and_resumed_together(seeds, monkeypatch):
+    end_epoch = runs.Run.end_epoch
+
+    def interrupted(run, row, state):
+        end_epoch(run, row, state)
+        if row.epoch == 2 and "-s1-" in run.path.name:
+            raise KeyboardInterrupt
+
+    assert exit_status([*seeds, "--out", "whole"]) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(runs.Run, "end_epoch", interrupted)
+        assert exit_status(seeds) == 1
+    assert {summary(folder)["status"] for folder in folders().values()} == {"interrupted"}
+    assert exit_status([*seeds, "--resume"]) == 0
+    for folder in folders().values():
+        assert without_times(folder) == without_times(Path("whole") / folder.name)
+
+
+def test_a_seed_that_fails_does_not_stop_the_others(seeds, monkeypatch, capsys):
+    end_epoch = runs.Run.end_epoch
+
+    def full(run, row, state):
+        if "-s1-" in run.path.name:
+            raise OSError(28, "No space left on device")
+        end_epoch(run, row, state)
+
+    monkeypatch.setattr(runs.Run, "end_epoch", full)
+    assert exit_status(seeds) == 1
+    assert [summary(folder)["status"] for _, folder in sorted(folders().items())] == [
+        "done",
+        "failed",
+        "done",
+    ]
+    assert "No space left on device" in capsys.readouterr().err
+
+
+def test_no_seed_starts_where_one_of_them_is_refused(small, seeds, capsys):
+    assert exit_status([*small, "--seed", "2"]) == 0
+    assert exit_status(seeds) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert [folder.name for folder in Path("runs").iterdir() if (folder / "config.json").exists()] == [
+        only.name for only in Path("runs").iterdir() if "-s2-" in only.name
+    ]
