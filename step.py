@@ -111,9 +111,7 @@ def make_optimizer(
     options |= {"lr": lr, "fused": True, "capturable": flat.is_cuda}
     taken = inspect.signature(maker).parameters.keys() & options.keys()
     optimizer = maker([flat], **{name: options[name] for name in taken})
-    if optimizer.defaults.get(
-        "momentum"
-    ):  # torch leaves it unwritten where the first step in fp16 is skipped
+    if name == "sgd" and optimizer.defaults["momentum"]:  # unwritten where fp16's first step is skipped
         optimizer.state[flat]["momentum_buffer"] = torch.zeros_like(flat.detach())
     return optimizer
 
