@@ -4,7 +4,6 @@ import bisect
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,25 +12,28 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import analysis
+import checkpoint
 import data
 import freeze
 import kernels
-import loaders
 import models
-import step as steps
+import progress
+import runs
 import train
+from evaluation import Evaluation, Scores
+from kernels import device as devices
 
 SMALL = ["--arch", "resnet8", "--batch-size", "32", "--epochs", "8", "--milestones", "6", "--no-compile"]
-SMALL += ["--device", "cpu", "--dtype", "fp32", "--no-augment"]
+SMALL += ["--device", "cpu", "--dtype", "fp32", "--augment", "none"]
 GAMMAS = 336  # of a resnet8
 
 
 @pytest.fixture(scope="module")
 def finished(tiny_folder, tmp_path_factory) -> Path:
-    """The folder of a run of four epochs."""
+    """The folder of a run of eight epochs."""
     out = tmp_path_factory.mktemp("finished")
     where = ["--data", str(tiny_folder), "--data-dir", str(out / "prepared"), "--out", str(out / "runs")]
-    assert train.main([*SMALL, *where]) == 0
+    train.main([*SMALL, *where])
     (folder,) = (out / "runs").iterdir()
     return folder
 
@@ -42,12 +44,17 @@ def run(finished, tmp_path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "runs" / "a"))
 
 
+def analyse(*arguments: object) -> int:
+    """The exit status of the command."""
+    return progress.run("analysis.py", lambda: analysis.main([str(argument) for argument in arguments]))
+
+
 def content_of(folder: Path) -> dict:
     return json.loads((folder / "analysis.json").read_text())
 
 
 def without_small_gammas(folder: Path, threshold: float) -> torch.nn.Module:
-    model, _ = freeze.restore(folder)
+    model, _ = checkpoint.restore(folder)
     for name, parameter in model.named_parameters():
         if name.endswith(".weight") and parameter.dim() == 1:
             parameter.data[parameter.abs() < threshold] = 0
@@ -55,10 +62,11 @@ def without_small_gammas(folder: Path, threshold: float) -> torch.nn.Module:
 
 
 def save_with_gammas(folder: Path, values: list[float], **changes) -> None:
-    """Give the first BatchNorm's first channels these gammas, and the recipe these changes."""
-    model, recipe = freeze.restore(folder)
+    """Give the first BatchNorm's first channels these gammas, and the spec these changes."""
+    model, spec = checkpoint.restore(folder)
     model.bn1.weight.data[: len(values)] = torch.tensor(values)
-    (folder / "model.safetensors").write_bytes(freeze.seed_checkpoint(model, recipe | changes, steps=24))
+    sealed = checkpoint.seed_checkpoint(model, spec.model_copy(update=changes), steps=24)
+    (folder / "model.safetensors").write_bytes(sealed)
 
 
 def test_gammas_are_counted_as_they_lie_in_the_checkpoint(run):
@@ -68,18 +76,18 @@ def test_gammas_are_counted_as_they_lie_in_the_checkpoint(run):
     counts = [0] * 120
     for gamma in gammas:
         counts[min(max(bisect.bisect_right(analysis.GAMMA_EDGES, gamma) - 1, 0), 119)] += 1
-    assert analysis.main([str(run)]) == 0
+    assert analyse(run) == 0
     found = content_of(run)["gamma"]
     assert found["counts"] == counts and found["count"] == len(gammas) == sum(counts) == GAMMAS
     assert counts[0] >= 2 and counts[-1] >= 2  # what lies outside
     assert len(found["edges"]) == 121 and found["edges"][0] == -3 and found["edges"][61] == 0.05
     last = content_of(run)["pruned"][-1]  # one gamma is the threshold itself, and stays
     assert last["zeroed"] == sum(abs(x) < 0.5 for x in gammas) / len(gammas)
-    assert found["share_under_0.01"] == sum(abs(x) < 0.01 for x in gammas) / len(gammas) >= 2 / GAMMAS
+    assert found["share_near_zero"] == sum(abs(x) < 0.01 for x in gammas) / len(gammas) >= 2 / GAMMAS
 
 
 def test_accuracies_are_those_of_networks_without_their_small_gammas(run, tiny_folder):
-    assert analysis.main([str(run)]) == 0
+    assert analyse(run) == 0
     summary, content = json.loads((run / "summary.json").read_text()), content_of(run)
     assert content["test_acc"] == summary["final_test_acc"] and content["images"] == 20
     assert content["frozen_sha256"] == summary["frozen_sha256"]
@@ -91,7 +99,8 @@ def test_accuracies_are_those_of_networks_without_their_small_gammas(run, tiny_f
     assert [row["threshold"] for row in rows] == list(analysis.THRESHOLDS)
     for row in rows:
         model = without_small_gammas(run, row["threshold"]).eval()
-        with torch.no_grad(), kernels.using(memory="stock"):
+        kernels.configure(model, memory="stock")
+        with torch.no_grad():
             right = model(images.permute(0, 3, 1, 2)).argmax(1) == torch.from_numpy(dataset.test.labels)
         assert row["test_acc"] == 100 * int(right.sum()) / 20
         gammas = torch.cat([bn.weight.detach() for bn in analysis.batchnorms(model)])
@@ -100,23 +109,23 @@ def test_accuracies_are_those_of_networks_without_their_small_gammas(run, tiny_f
 
 
 def test_small_gammas_alone_are_zero_and_only_while_they_are_tried(run):
-    model, before = freeze.restore(run)[0], freeze.full_state(freeze.restore(run)[0])
+    model, before = checkpoint.restore(run)[0], freeze.full_state(checkpoint.restore(run)[0])
     tried = []
 
-    def evaluate() -> tuple[float, float]:
+    def evaluate() -> Scores:
         tried.append({name: t.clone() for name, t in freeze.full_state(model).items()})
-        return 0.0, float(len(tried))
+        return Scores(loss=0.0, acc=float(len(tried)), top5_acc=None)
 
-    def interrupted() -> tuple[float, float]:
+    def interrupted() -> Scores:
         if len(tried) == 3:
             raise KeyboardInterrupt
         return evaluate()
 
     rows = analysis.prune(model, evaluate)
-    assert rows[-1]["test_acc"] == len(tried) == len({row["zeroed"] for row in rows})
+    assert rows[-1].test_acc == len(tried) == len({row.zeroed for row in rows})
     for row in rows:
-        wanted = freeze.full_state(without_small_gammas(run, row["threshold"]))
-        state = tried[int(row["test_acc"]) - 1]
+        wanted = freeze.full_state(without_small_gammas(run, row.threshold))
+        state = tried[int(row.test_acc) - 1]
         assert all(torch.equal(state[name], wanted[name]) for name in wanted)
     tried.clear()
     with pytest.raises(KeyboardInterrupt):
@@ -125,9 +134,14 @@ def test_small_gammas_alone_are_zero_and_only_while_they_are_tried(run):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def fake_loader(images: torch.Tensor, *counts: int) -> SimpleNamespace:
-    batches = [(part, None) for part in images.split(counts)]
-    return SimpleNamespace(device=images.device, epoch=lambda _: iter(batches))
+class Batches:
+    """A loader of images, so many at a time."""
+
+    def __init__(self, images: torch.Tensor, *counts: int):
+        self.device, self.batches = images.device, [(part, None) for part in images.split(counts)]
+
+    def epoch(self, epoch: int):
+        return iter(self.batches)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +161,7 @@ def test_zeros_are_those_that_hooks_on_a_plain_network_see(arch, shortcut, mode)
         torch.nn.init.normal_(bn.bias)
     freeze.freeze(model, mode)
     images = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    found, of = analysis.relu_zeros(model, fake_loader(images, 3, 2), torch.float32)
+    found, of = analysis.relu_zeros(model, Batches(images, 3, 2), torch.float32)
 
     seen, blocks = [], [m for m in model.modules() if isinstance(m, (models.BasicBlock, models.Bottleneck))]
     before_shortcut = [block.bn3 if hasattr(block, "bn3") else block.bn2 for block in blocks]
@@ -155,7 +169,8 @@ def test_zeros_are_those_that_hooks_on_a_plain_network_see(arch, shortcut, mode)
         inside = isinstance(module, torch.nn.BatchNorm2d) and ".downsample." not in name
         if module in blocks or (inside and module not in before_shortcut):
             module.register_forward_hook(lambda _, __, y: seen.append(y))
-    with torch.no_grad(), kernels.using(memory="stock"):
+    kernels.configure(model, memory="stock")
+    with torch.no_grad():
         model.eval()(images)
     expected = torch.cat([(F.relu(y) == 0).sum((0, 2, 3)) for y in seen])
     positions = torch.cat([torch.full((y.shape[1],), 5 * y.shape[2] * y.shape[3]) for y in seen])
@@ -166,16 +181,16 @@ def test_zeros_are_those_that_hooks_on_a_plain_network_see(arch, shortcut, mode)
 
 
 def test_a_channel_without_gamma_is_silent_or_never_as_its_beta_says(run):
-    model, recipe = freeze.restore(run)
+    model, spec = checkpoint.restore(run)
     with torch.no_grad():
         for bn in (model.bn1, model.layer1[0].bn1):  # a stem's end; the inside of a block
             bn.weight[:3], bn.bias[:3] = 0, torch.tensor([-0.5, 0.5, 0.0])
-    (run / "model.safetensors").write_bytes(freeze.seed_checkpoint(model, recipe, steps=24))
+    (run / "model.safetensors").write_bytes(checkpoint.seed_checkpoint(model, spec, steps=24))
     images = torch.randn(4, 3, 16, 16)
-    zeros, of = analysis.relu_zeros(model, fake_loader(images, 4), torch.bfloat16)
+    zeros, of = analysis.relu_zeros(model, Batches(images, 4), torch.bfloat16)
     for first in (0, 16):
         assert (zeros / of)[first : first + 3].tolist() == [1, 0, 1]
-    assert analysis.main([str(run)]) == 0
+    assert analyse(run) == 0
     relu = content_of(run)["relu"]
     assert relu["count"] == sum(relu["counts"]) == 16 + 2 * (16 + 32 + 64)
     assert relu["edges"] == [i / 20 for i in range(21)]
@@ -185,10 +200,13 @@ def test_a_channel_without_gamma_is_silent_or_never_as_its_beta_says(run):
 def test_silent_at_more_than_99_percent_is_not_silent_at_99(monkeypatch, run):
     zeros, of = np.array([100, 990, 991, 0]), np.array([100, 1000, 1000, 100])
     monkeypatch.setattr(analysis, "relu_zeros", lambda *_: (zeros, of))
-    monkeypatch.setattr(analysis, "prune", lambda *_: [{"test_acc": 1.0}])
-    model, loader = freeze.restore(run)[0], SimpleNamespace(num_images=1, resident=False)
-    relu = analysis.analyse(model, loader, torch.float32, False)["relu"]
-    assert (relu["silent"], relu["silent_99"], relu["counts"]) == (0.25, 0.5, [1, *[0] * 18, 3])
+    pruned = runs.Pruned(threshold=0.0, zeroed=0.0, test_acc=1.0)
+    monkeypatch.setattr(analysis, "prune", lambda *_: [pruned])
+    model, spec = checkpoint.restore(run)
+    loader = Batches(torch.zeros(1, 3, 16, 16), 1)
+    loader.num_images = 1
+    relu = analysis.analyse(model, loader, spec).relu
+    assert (relu.silent, relu.silent_99, relu.counts) == (0.25, 0.5, (1, *[0] * 18, 3))
 
 
 def test_what_cannot_be_analysed_is_named_and_the_rest_goes_on(run, capsys, monkeypatch):
@@ -196,7 +214,8 @@ def test_what_cannot_be_analysed_is_named_and_the_rest_goes_on(run, capsys, monk
     monkeypatch.setattr(data, "open_dataset", lambda *a, **k: opened.append(a) or open_dataset(*a, **k))
     for name in "bcdefgh":
         shutil.copytree(run, root / name)
-    (root / "b" / "summary.json").write_text(json.dumps({"status": "diverged"}))
+    summary = json.loads((run / "summary.json").read_text())
+    (root / "b" / "summary.json").write_text(json.dumps(summary | {"status": "diverged"}))
     (root / "c" / "summary.json").unlink()
     (root / "d" / "model.safetensors").unlink()
     (root / "e" / "model.safetensors").write_bytes(b"\xff" * 100)
@@ -209,7 +228,7 @@ def test_what_cannot_be_analysed_is_named_and_the_rest_goes_on(run, capsys, monk
     save_with_gammas(root / "z", [1.0])
     (root / "nothing").mkdir()
 
-    assert analysis.main([str(root), str(root / "absent"), str(run)]) == 1
+    assert analyse(root, root / "absent", run) == 1
     said = capsys.readouterr()
     for name in "az":
         assert content_of(root / name)["images"] == 20
@@ -225,7 +244,7 @@ def test_what_cannot_be_analysed_is_named_and_the_rest_goes_on(run, capsys, monk
     for what in (
         "no model.safetensors",
         "no checkpoint of",
-        "cannot be read",
+        "summary.json: Invalid JSON",
         "are not the run's",
         "nowhere",
     ):
@@ -236,53 +255,44 @@ def test_what_cannot_be_analysed_is_named_and_the_rest_goes_on(run, capsys, monk
 
 def test_what_is_there_is_kept_unless_overwrite(run, capsys):
     (run / "analysis.json").write_text("{}")
-    assert analysis.main([str(run.parent)]) == 0
+    assert analyse(run.parent) == 0
     assert content_of(run) == {} and "has analysis.json" in capsys.readouterr().out
-    assert analysis.main([str(run.parent), "--overwrite"]) == 0
+    assert analyse(run.parent, "--overwrite") == 0
     assert content_of(run)["images"] == 20
     assert not [path for path in run.iterdir() if path.name.startswith(".analysis")]
 
 
 def test_unusable_options_are_status_2(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert analysis.main([str(tmp_path)]) == 2
+    assert analyse(tmp_path) == 2
     assert str(tmp_path) in capsys.readouterr().err
-    assert analysis.main([str(tmp_path), "--device", "cuda"]) == 2
+    assert analyse(tmp_path, "--device", "cuda") == 2
     assert "no CUDA GPU" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="2"):
-        analysis.main([])
+    assert analyse() == 2
+    assert "RUNS" in capsys.readouterr().err
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_a_captured_evaluation_sees_each_thresholds_gammas(tiny_folder, tmp_path, dtype):
-    options = [
-        option for option in SMALL if option not in ("--no-compile", "cpu", "fp32", "--device", "--dtype")
-    ]
-    where = [
-        "--data",
-        str(tiny_folder),
-        "--data-dir",
-        str(tmp_path / "prepared"),
-        "--out",
-        str(tmp_path / "runs"),
-    ]
-    assert train.main([*options, *where, "--device", "cuda", "--dtype", dtype]) == 0
+    without = ("--no-compile", "cpu", "fp32", "--device", "--dtype")
+    where = ["--data", str(tiny_folder), "--data-dir", str(tmp_path / "prepared")]
+    where += ["--out", str(tmp_path / "runs"), "--device", "cuda", "--dtype", dtype]
+    train.main([*(option for option in SMALL if option not in without), *where])
     (run,) = (tmp_path / "runs").iterdir()
-    assert analysis.main([str(run)]) == 0
+    assert analyse(run) == 0
     content = content_of(run)
     assert content["test_acc"] == json.loads((run / "summary.json").read_text())["final_test_acc"]
     dataset = data.open_dataset(str(tiny_folder), tmp_path / "prepared", image_size=16)
-    settings = {"device": torch.device("cuda"), "dtype": steps.DTYPES[dtype], "compiled": True}
-    loader = loaders.make_loader(dataset, "test", batch_size=1000, **settings)
+    settings = {"device": torch.device("cuda"), "dtype": devices.DTYPES[dtype], "compiled": True}
+    loader = data.make_loader(dataset, "test", batch_size=1000, **settings)
     for row in content["pruned"]:
         model = without_small_gammas(run, row["threshold"]).to("cuda", memory_format=torch.channels_last)
-        assert steps.Evaluation(model, loader, steps.DTYPES[dtype])()[1] == row["test_acc"]
+        assert Evaluation(model, loader, devices.DTYPES[dtype])().acc == row["test_acc"]
     assert len({row["test_acc"] for row in content["pruned"]}) > 1
-    model = freeze.restore(run)[0]
-    here = [(images.float().cpu(), labels) for images, labels in loader.epoch(0)]
-    on_cpu = SimpleNamespace(device=torch.device("cpu"), epoch=lambda _: iter(here))
-    zeros, of = analysis.relu_zeros(model, on_cpu, torch.float32)
+    model = checkpoint.restore(run)[0]
+    here = torch.cat([images.float().cpu() for images, _ in loader.epoch(0)])
+    zeros, of = analysis.relu_zeros(model, Batches(here, len(here)), torch.float32)
     share = np.array(content["relu"]["counts"]) / content["relu"]["count"]
-    near, _ = np.histogram(zeros / of, analysis.SHARE_EDGES)
+    near, _ = np.histogram(zeros / of, analysis.SILENCE_EDGES)
     assert np.abs(share - near / len(of)).max() < 0.1

@@ -1,0 +1,62 @@
+"""Small networks and noise for them, for the tests of several rooms."""
+
+import torch
+
+import checkpoint
+import models
+import runs
+from step import Step
+
+SPEC = runs.NetworkSpec(
+    arch="resnet8",
+    mode="bn_only",
+    shortcut="projection",
+    conv_init="kaiming_normal",
+    bn_init="uniform",
+    seed=3,
+    per_channel=2,
+    init_from=None,
+    reset_bn=False,
+    data="synthetic",
+    fingerprint="0" * 16,
+    image_size=32,
+    classes=tuple("abcdefghij"),
+    mean=(120.0,) * 3,
+    std=(60.0,) * 3,
+    train_images=24,
+    val_images=0,
+    batch_size=8,
+    dtype="fp32",
+    device="cpu",
+    compiled=False,
+    processes=1,
+)
+MODES = ("all", "none", "random", "bn_only", "bn_main", "shortcut", "output", "conv", "bn+output+shortcut")
+
+
+def network(seed: int = 0, classes: int = 10) -> torch.nn.Module:
+    """A resnet8 at its seed's weights, all of which train."""
+    model = models.build("resnet8", classes)
+    models.initialise(model, seed)
+    return model.to(memory_format=torch.channels_last)
+
+
+def batch(n: int = 8, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noise as `[n, 3, 16, 16]` images, and labels of ten classes."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(n, 3, 16, 16, generator=generator).to(memory_format=torch.channels_last)
+    return images, torch.randint(10, (n,), generator=generator)
+
+
+def trained_for(steps: int, **changes) -> tuple[torch.nn.Module, runs.NetworkSpec]:
+    """A network after a few steps on noise, with momentum and a weight decay that would show, and its spec.
+
+    `changes` are those to SPEC.
+    """
+    spec = SPEC.model_copy(update=changes)
+    model = checkpoint.create(spec).to(memory_format=torch.channels_last)
+    step, generator = Step(model, weight_decay=0.1), torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        images = torch.randn(8, 3, 16, 16, generator=generator).to(memory_format=torch.channels_last)
+        step(images, torch.randint(10, (8,), generator=generator), lr=0.1)
+    return model, spec

@@ -1,0 +1,141 @@
+"""A seed checkpoint gives every weight back, bit for bit, or is refused."""
+
+import json
+
+import pytest
+import torch
+from networks import MODES, SPEC, trained_for
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import checkpoint
+import freeze
+import models
+import progress
+
+
+def rebuild(run, out) -> int:
+    """The exit status of the command."""
+    return progress.run("checkpoint.py", lambda: checkpoint.main(["rebuild", str(run), "--out", str(out)]))
+
+
+@pytest.fixture(scope="module")
+def sealed(tmp_path_factory):
+    """A folder with the seed checkpoint of a network after two steps."""
+    model, spec = trained_for(2)
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "model.safetensors").write_bytes(checkpoint.seed_checkpoint(model, spec, steps=2))
+    return folder
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_rebuild_gives_every_weight_back_bit_for_bit(tmp_path, mode):
+    model, spec = trained_for(2, mode=mode)
+    (tmp_path / "model.safetensors").write_bytes(checkpoint.seed_checkpoint(model, spec, steps=2))
+    checkpoint.rebuild(tmp_path, tmp_path / "full.safetensors")
+    expected = freeze.full_state(model)
+    for source in (tmp_path, tmp_path / "full.safetensors"):
+        restored, spec_again = checkpoint.restore(source)
+        rebuilt = freeze.full_state(restored)
+        assert rebuilt.keys() == expected.keys() and spec_again == spec
+        assert all(torch.equal(rebuilt[name], expected[name]) for name in expected)
+    with safe_open(tmp_path / "full.safetensors", "pt") as file:
+        plain = models.build("resnet8").state_dict()  # a plain network, as other programs would build it
+        assert set(file.keys()) == set(plain)
+
+
+def test_rebuilt_random_features_give_the_same_logits(tmp_path):
+    model, spec = trained_for(2, mode="random")
+    (tmp_path / "model.safetensors").write_bytes(checkpoint.seed_checkpoint(model, spec, steps=2))
+    checkpoint.rebuild(tmp_path, tmp_path / "full.safetensors")
+    images = torch.randn(4, 3, 32, 32).to(memory_format=torch.channels_last)
+    restored = checkpoint.restore(tmp_path / "full.safetensors")[0].to(memory_format=torch.channels_last)
+    assert torch.equal(restored.eval()(images), model.eval()(images))
+
+
+def test_the_checkpoint_of_resnet56_is_at_most_2_percent_of_its_weights():
+    spec = SPEC.model_copy(update={"arch": "resnet56"})
+    model = checkpoint.create(spec)
+    size = len(checkpoint.seed_checkpoint(model, spec, steps=62_400))
+    assert size <= 0.02 * freeze.full_bytes(model)
+
+
+def altered(folder, out, *, spec=None, tensor=None, metadata=None):
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        kept = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if spec:
+        kept["spec"] = json.dumps(json.loads(kept["spec"]) | spec)
+    kept |= metadata or {}
+    if tensor:
+        tensors[tensor] = tensors[tensor] + 1e-6
+    save_file(tensors, out, kept)
+    return out
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"spec": {"seed": 4}}, "does not match: its seed gives other"),
+        ({"spec": {"conv_init": "binary"}}, "does not match: its seed gives other"),
+        ({"spec": {"arch": "resnet14"}}, "does not match"),
+        ({"tensor": "layer1.0.bn1.weight"}, "it was altered"),
+        ({"tensor": "layer1.0.bn1.running_mean"}, "it was altered"),
+        ({"metadata": {"frozen_sha256": "0" * 64}}, "does not match"),
+        ({"metadata": {"full_sha256": "0" * 64}}, "it was altered"),
+        ({"metadata": {"steps": "3"}}, "it was altered"),
+        ({"metadata": {"spec": "{}"}}, "no checkpoint of train.py"),
+        ({"metadata": {"spec": "["}}, "no checkpoint of train.py"),
+        ({"metadata": {"spec": "[" * 100_000}}, "no checkpoint of train.py"),
+        ({"spec": {"arch": "resnet9"}}, "is not known"),
+        ({"spec": {"mode": "bm"}}, "is not known"),
+        ({"spec": {"conv_init": "x"}}, "initialisation x is not known"),
+        ({"spec": {"seed": "1"}}, "no checkpoint of train.py"),
+        ({"spec": {"seed": -1}}, "no checkpoint of train.py (its spec: seed: "),
+        ({"spec": {"dtype": "x", "batch_size": 0}}, "no checkpoint of train.py (its spec: batch_size: "),
+        ({"spec": {"dtype": "x"}}, "no checkpoint of train.py (its spec: dtype: "),
+        (
+            {"spec": {"mean": ["a"], "classes": [1], "image_size": 10**9}},
+            "no checkpoint of train.py (its spec: image_size: ",
+        ),
+        ({"spec": {"mean": ["a"] * 3}}, "no checkpoint of train.py (its spec: mean.0: "),
+        ({"spec": {"mean": [1.0]}}, "no checkpoint of train.py (its spec: mean.1: "),
+        ({"spec": {"classes": [1]}}, "no checkpoint of train.py (its spec: classes.0: "),
+        ({"spec": {"classes": []}}, "no checkpoint of train.py (its spec: classes: "),
+        ({"spec": {"arch": "resnet44_w9999999999"}}, "too large"),
+        ({"metadata": {"steps": "9" * 30}}, "out of range"),
+    ],
+)
+def test_a_checkpoint_that_does_not_match_is_refused(sealed, tmp_path, capsys, change, message):
+    file = altered(sealed, tmp_path / "altered.safetensors", **change)
+    assert rebuild(file, tmp_path / "full.safetensors") == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") <= 2
+    assert not (tmp_path / "full.safetensors").exists()
+
+
+def test_rubbish_is_refused_in_a_line_or_two(tmp_path, capsys):
+    (tmp_path / "rubbish.safetensors").write_bytes(b"\xff" * 100)
+    save_file({"a": torch.zeros(2)}, tmp_path / "foreign.safetensors")
+    (tmp_path / "empty").mkdir()
+    for name in ("rubbish.safetensors", "foreign.safetensors", "empty", "absent", "absent.safetensors"):
+        assert rebuild(tmp_path / name, tmp_path / "out") == 2
+        error = capsys.readouterr().err
+        assert name in error and error.count("\n") <= 2 and "Traceback" not in error
+
+
+def test_init_from_freezes_the_given_weights(tmp_path):
+    given = models.build("resnet8")
+    models.initialise(given, seed=99)
+    torch.save(given.state_dict(), tmp_path / "given.pt")
+    model, spec = trained_for(1, init_from=str(tmp_path / "given.pt"))
+    assert torch.equal(model.conv1.weight, given.conv1.weight)
+    (tmp_path / "model.safetensors").write_bytes(checkpoint.seed_checkpoint(model, spec, steps=1))
+    (tmp_path / "given.pt").rename(tmp_path / "moved.pt")
+    with pytest.raises(checkpoint.CheckpointError, match="no such file"):
+        checkpoint.restore(tmp_path)
+    checkpoint.restore(tmp_path, init_from=str(tmp_path / "moved.pt"))
+    models.initialise(given, seed=100)
+    torch.save(given.state_dict(), tmp_path / "moved.pt")
+    with pytest.raises(checkpoint.CheckpointError, match=r"moved\.pt has changed"):
+        checkpoint.restore(tmp_path, init_from=str(tmp_path / "moved.pt"))

@@ -1,0 +1,75 @@
+"""Weights of others load by torchvision's names; what does not fit, or would run code, is refused."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import checkpoint
+import models
+
+
+def torchvision_like(classes: int = 10) -> dict:
+    """A state dict with torchvision's names for ResNet-18, random values."""
+    generator = torch.Generator().manual_seed(0)
+    state = models.build("resnet18", classes).state_dict()
+    return {
+        n: torch.rand(t.shape, generator=generator) if t.is_floating_point() else t for n, t in state.items()
+    }
+
+
+def load(model, path) -> list[str]:
+    return checkpoint.load_weights(model, checkpoint.read_weights(path), path)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_weights_load_by_torchvisions_names(tmp_path, suffix):
+    state, path = torchvision_like(), tmp_path / f"weights{suffix}"
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    model = models.build("resnet18")
+    assert load(model, path) == []
+    assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
+
+
+def test_the_output_layer_keeps_its_draw_where_the_classes_differ(tmp_path):
+    torch.save(torchvision_like(classes=1000), tmp_path / "w.pth")
+    model = models.build("resnet18")
+    models.initialise(model, seed=0)
+    before = model.fc.weight.clone()
+    assert load(model, tmp_path / "w.pth") == ["fc.weight", "fc.bias"]
+    assert torch.equal(model.fc.weight, before)
+
+
+def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
+    state = torchvision_like()
+    state["layer1.0.conv9.weight"] = state.pop("layer1.0.conv1.weight")
+    state["bn1.weight"] = torch.zeros(65)
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(checkpoint.CheckpointError) as refusal:
+        load(models.build("resnet18"), tmp_path / "w.pth")
+    for text in (
+        "layer1.0.conv1.weight (missing)",
+        "layer1.0.conv9.weight (not in",
+        "bn1.weight ([65], needs [64])",
+    ):
+        assert text in str(refusal.value)
+
+
+class Trap:
+    sprung = False
+
+    def __reduce__(self):
+        return (setattr, (Trap, "sprung", True))
+
+
+@pytest.mark.parametrize("content", ["code", "text", "tensor", "nothing"])
+def test_a_file_that_is_no_state_dict_is_refused_and_runs_no_code(tmp_path, content):
+    path = tmp_path / "w.pt"
+    if content == "code":
+        torch.save({"conv1.weight": Trap()}, path)
+    elif content == "text":
+        path.write_text("not a checkpoint")
+    elif content == "tensor":
+        torch.save(torch.zeros(3), path)
+    with pytest.raises(checkpoint.CheckpointError, match=r"w\.pt"):
+        load(models.build("resnet8"), path)
+    assert not Trap.sprung
