@@ -1,20 +1,82 @@
 """A run folder has one name per run, holds whole files only, and lets one process in."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 
 import pytest
 import torch
+from networks import SPEC
 
+import config
 import runs
+
+CONFIG = runs.Config(
+    options=config.Options(data="synthetic", arch="resnet8", seed=3),
+    spec=SPEC,
+    parent=None,
+    data_title="Synthetic",
+    frozen_sha256="0" * 64,
+    initial_sha256=None,
+    device_name="cpu",
+    versions={"torch": "2.13.0", "ffcv": None},
+    git_commit=None,
+)
+
+
+def epoch(number: int, **changes) -> runs.Epoch:
+    metrics = {"lr": 0.1, "train_loss": 2.0, "train_acc": 20.0, "test_loss": None, "test_acc": None}
+    return runs.Epoch(**{"epoch": number, "epoch_s": 1.5, "images_per_s": None} | metrics | changes)
+
+
+def summary(status: str) -> runs.Summary:
+    return runs.Summary(
+        status=status,
+        why=None,
+        data="synthetic",
+        data_title="Synthetic",
+        arch="resnet8",
+        mode="bn_only",
+        seed=3,
+        variant={"lr": 0.05, "milestones": (1, 2)},
+        params_total=78_042,
+        params_trained=672,
+        final_test_acc=None,
+        best_test_acc=None,
+        epochs_done=0,
+        train_s=0.0,
+        startup_s=0.0,
+        peak_memory_bytes=None,
+        checkpoint_bytes=None,
+        full_bytes=312_168,
+        frozen_sha256="0" * 64,
+    )
 
 
 def test_names_tell_runs_apart():
-    assert runs.run_name("cifar10", "resnet32", "bn_only", 0, {}) == "cifar10-resnet32-bn_only-s0"
-    differing = {"quick": True, "lr": 1e-3, "milestones": (1, 2), "init_from": "../w/a.pt"}
-    name = runs.run_name("my set", "resnet14_w2", "bn+output", 3, differing)
-    assert name == "my_set-resnet14_w2-bn+output-s3-quick-lr0.001-milestones1_2-init_from.._w_a.pt"
+    assert runs.run_name(config.Options(), "cifar10") == "cifar10-resnet32-bn_only-s0"
+    settings = {"arch": "resnet14_w2", "mode": "bn+output", "lr": 1e-3, "milestones": (1, 2)}
+    settings |= {"seed": 3, "init_from": "../w/a (1).pt"}
+    name = runs.run_name(dataclasses.replace(config.defaults(quick=True), **settings), "my set")
+    assert name == "my_set-resnet14_w2-bn+output-s3-quick-init_froma__1_-lr0.001-milestones1_2"
+    assert runs.run_name(config.defaults("best"), "cifar10") == "cifar10-resnet32-bn_only-s0-presetbest"
+    everything_else = {"out": "elsewhere", "memory": "stock", "eval_every": 2, "data_dir": "images"}
+    where = dataclasses.replace(config.Options(), **everything_else)
+    assert runs.run_name(where, "cifar10") == "cifar10-resnet32-bn_only-s0"
+
+
+@pytest.mark.parametrize("data", ["cifar10", "images of " + "many" * 50, "\N{CAT}" * 100])
+@pytest.mark.parametrize("seed", [0, 2**64 - 1])
+def test_no_name_is_over_100_characters_and_long_ones_stay_apart(data, seed):
+    longest = config.Options(
+        arch="resnet14_w32", mode="bn_main+shortcut+output", init_from="a" * 200, seed=seed
+    )
+    all_named = [dataclasses.replace(longest, lr=lr, momentum=0.5, weight_decay=0.1) for lr in (0.2, 0.3)]
+    names = [runs.run_name(options, data) for options in all_named]
+    assert len(set(names)) == 2 and max(map(len, names)) <= 100
+    of_seeds = {runs.run_name(dataclasses.replace(all_named[0], seed=s), data, seed="*") for s in (1, 10**19)}
+    assert len(of_seeds) == 1, "what stands for several seeds is one name"
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -32,33 +94,35 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_an_existing_run_is_refused_resumed_or_overwritten(tmp_path):
     with runs.open_run(tmp_path, "a") as run:
-        run.write_json("config.json", {"options": {}})
-        run.end_epoch({"epoch": 1}, {"weights": torch.arange(3)})
+        run.begin(CONFIG)
+        run.end_epoch(epoch(1), {"weights": torch.arange(3)})
     with pytest.raises(runs.RunError, match=r"--resume .* --overwrite"), runs.open_run(tmp_path, "a"):
         pass
     with runs.open_run(tmp_path, "a", resume=True) as run:
-        assert run.load_last()["weights"].tolist() == [0, 1, 2] and run.rows == [{"epoch": 1}]
+        assert run.load_last()["weights"].tolist() == [0, 1, 2] and run.rows == [epoch(1)]
+        assert run.config == CONFIG
     with runs.open_run(tmp_path, "a", overwrite=True) as run:
         assert run.load_last() is None and run.config is None
 
 
 def test_a_run_killed_between_its_two_files_loses_no_epoch(tmp_path, monkeypatch):
     with runs.open_run(tmp_path, "a") as run:
-        run.end_epoch({"epoch": 1}, {})
+        run.end_epoch(epoch(1), {})
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
             patched.setattr(run, "write_metrics", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
-            run.end_epoch({"epoch": 2}, {})  # last.pt is written, metrics.jsonl is not
+            run.end_epoch(epoch(2), {})  # last.pt is written, metrics.jsonl is not
     assert len((tmp_path / "a" / "metrics.jsonl").read_text().splitlines()) == 1
     with runs.open_run(tmp_path, "a", resume=True) as run:
         run.load_last()
-        assert [row["epoch"] for row in run.rows] == [1, 2]
+        assert [row.epoch for row in run.rows] == [1, 2]
     lines = (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [{"epoch": 1}, {"epoch": 2}]
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
+    assert runs.read_epochs(tmp_path / "a") == [epoch(1), epoch(2)]
 
 
 def test_a_run_without_its_configuration_counts_as_begun(tmp_path):
     with runs.open_run(tmp_path, "a") as run:
-        run.end_epoch({"epoch": 1}, {})
+        run.end_epoch(epoch(1), {})
     with pytest.raises(runs.RunError, match="--resume"), runs.open_run(tmp_path, "a"):
         pass
     with runs.open_run(tmp_path, "a", overwrite=True) as run:
@@ -67,19 +131,18 @@ def test_a_run_without_its_configuration_counts_as_begun(tmp_path):
 
 def test_a_full_disk_keeps_the_last_epoch(tmp_path, monkeypatch):
     with runs.open_run(tmp_path, "a") as run:
-        run.end_epoch({"epoch": 1}, {"x": 1})
+        run.end_epoch(epoch(1), {"x": 1})
         monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(RuntimeError("write failed")))
         with pytest.raises(OSError, match=r"last\.pt cannot be written: write failed"):
-            run.end_epoch({"epoch": 2}, {"x": 2})
-        assert run.load_last() == {"x": 1} and run.rows == [{"epoch": 1}]
+            run.end_epoch(epoch(2), {"x": 2})
+        assert run.load_last() == {"x": 1} and run.rows == [epoch(1)]
 
 
-def test_what_is_not_a_number_is_not_written_as_json(tmp_path):
-    with (
-        runs.open_run(tmp_path, "a") as run,
-        pytest.raises(ValueError, match="JSON"),
-    ):
-        run.end_epoch({"test_loss": float("nan")}, {})
+def test_what_is_not_a_number_is_not_written_as_json():
+    for name in ("test_loss", "train_loss", "epoch_s", "images_per_s"):
+        for value in (float("nan"), float("inf")):
+            with pytest.raises(ValueError, match=rf"{name}\n.*finite number"):
+                epoch(1, **{name: value})
 
 
 def test_the_leftovers_of_a_killed_writer_are_removed(tmp_path):
@@ -102,7 +165,7 @@ def test_rubbish_in_a_run_folder_is_named(tmp_path):
         (run.path / "last.pt").write_bytes(b"rubbish")
         with pytest.raises(runs.RunError, match=r"last\.pt cannot be resumed from"):
             run.load_last()
-        for rubbish in ("{", "[]"):
+        for rubbish in ("{", "[]", "{}", '{"status": "done"}'):
             (run.path / "summary.json").write_text(rubbish)
             with pytest.raises(runs.RunError, match=r"summary\.json"):
                 run.summary  # noqa: B018
@@ -110,11 +173,12 @@ def test_rubbish_in_a_run_folder_is_named(tmp_path):
 
 def test_last_pt_is_removed_when_the_run_is_done_and_kept_when_it_failed(tmp_path):
     with runs.open_run(tmp_path, "a") as run:
-        run.end_epoch({}, {})
-        run.finish({"status": "diverged"})
+        run.end_epoch(epoch(1), {})
+        run.finish(summary("diverged"))
         assert (run.path / "last.pt").exists() and run.status == "diverged"
-        run.finish({"status": "done"})
+        run.finish(summary("done"))
         assert not (run.path / "last.pt").exists() and run.status == "done"
+        assert run.summary == summary("done")
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
@@ -125,18 +189,14 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 
 def test_an_onlooker_reads_what_is_there_and_changes_nothing(tmp_path):
     with runs.open_run(tmp_path, "name") as run:
-        run.start({"options": {}})
-        run.end_epoch({"epoch": 1}, {})
+        run.begin(CONFIG)
+        run.end_epoch(epoch(1), {})
         before = {path: path.read_bytes() for path in run.path.iterdir()}
         with runs.open_run(tmp_path, "name", overwrite=True, writes=False) as onlooker:
-            assert (
-                onlooker.config == {"options": {}}
-                and onlooker.load_last() == {}
-                and onlooker.rows == run.rows
-            )
-            onlooker.start({})
-            onlooker.end_epoch({"epoch": 2}, {})
+            assert onlooker.config == CONFIG and onlooker.load_last() == {} and onlooker.rows == run.rows
+            onlooker.begin(CONFIG.model_copy(update={"device_name": "another"}))
+            onlooker.end_epoch(epoch(2), {})
             onlooker.write("model.safetensors", b"")
-            onlooker.finish({"status": "done"})
-        assert onlooker.rows == [{"epoch": 1}, {"epoch": 2}]
+            onlooker.finish(summary("done"))
+        assert onlooker.rows == [epoch(1), epoch(2)]
         assert before == {path: path.read_bytes() for path in run.path.iterdir()}
