@@ -126,7 +126,7 @@ def test_an_optimiser_does_what_torchs_own_does_on_each_parameter(optimizer):
 
 
 def test_on_a_cpu_nothing_is_compiled(monkeypatch):
-    """Least of all _record: compiled for a CPU by torch 2.13, it drops the sum of the losses, a float64 scalar."""
+    """Least of all _record: compiled for a CPU by torch 2.13, it drops the epoch's sum of losses."""
     monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiled"))
     step = Step(network(), compiled=True)
     assert step.record is steps._record and step.loss == step._loss and not step.captures
