@@ -1,8 +1,9 @@
 """Accuracy and loss of a network on a split.
 
-python evaluation.py runs/RUN                   # the test accuracy of a finished run, computed as the run
-did python evaluation.py full.safetensors --data ...   # of a file that checkpoint.py rebuilt, on images
-named here
+    python evaluation.py runs/RUN                          # the test accuracy of a finished run
+    python evaluation.py full.safetensors --data cifar10   # of a file that checkpoint.py rebuilt
+
+It is computed as the run did, on the run's images or on those that --data names.
 """
 
 import dataclasses
