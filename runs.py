@@ -1,5 +1,4 @@
-"""What a run is: its name, what sets it apart from the published one, its parent run, and the files of its
-folder.
+"""What a run is: its name, what sets it apart from the published one, its parent run, its folder's files.
 
     config.json         every option, the network's spec, the parent run, versions, device, git commit
     metrics.jsonl       a line per epoch
@@ -8,9 +7,8 @@ folder.
     summary.json        status and results, written last
     analysis.json       written by analysis.py
 
-The classes of records below are these files' schema, for whoever writes them and whoever reads them. Every
-file is written beside its name and renamed onto it, so a run that is killed at any moment leaves whole files
-only.
+The records below are the schema of these files, for whoever writes them and whoever reads them. Every file is
+written beside its name and renamed onto it, so a run that is killed at any moment leaves whole files only.
 """
 
 import dataclasses
@@ -184,12 +182,23 @@ class Config(Record):
 
     @property
     def variant(self) -> Pairs:
-        """The options that set it apart from the published run on these images, and their values."""
-        differing = differing_options(self.options, self.epochs_before)
-        if self.spec.processes > 1 and not self.options.sync_bn:
+        """The options that set it apart from the published run on these images, and their values.
+
+        The published learning rate falls after half and three quarters of all epochs, parent runs included.
+        """
+        options, before = self.options, self.epochs_before
+        usual = dataclasses.replace(config.defaults(options.preset, options.quick), preset=None)
+        each = {name: getattr(options, name) for name in config.names("variant")}
+        differing = {name: value for name, value in each.items() if value != getattr(usual, name)}
+        if options.schedule == "step":
+            epochs = before + options.epochs
+            milestones = tuple(before + m for m in options.milestones if m < options.epochs)
+            if milestones != (epochs // 2, 3 * epochs // 4):
+                differing["milestones"] = milestones
+        if self.spec.processes > 1 and not options.sync_bn:
             differing["processes"] = self.spec.processes  # each of which normalised its own part of a batch
-        if self.options.init_from:
-            differing["init_from"] = str(self.origin or short_path(self.options.init_from))
+        if options.init_from:
+            differing["init_from"] = str(self.origin or short_path(options.init_from))
         return tuple(sorted(differing.items()))
 
     @property
@@ -370,20 +379,14 @@ def run_name(options: Options, data: str, seed: str | None = None) -> str:
         value = getattr(options, name)
         if name not in _NAMED_FIRST | config.names("logistics") and value != getattr(usual, name):
             differing[name] = _shortened(short_path(value), 24) if name == "init_from" else value
-    more = _joined([n if v is True else f"{n}{_plain(v)}" for n, v in differing.items()])
-    base = _joined([_shortened(data, 24), options.arch, options.mode, "s"])
-    more = _shortened(more, LONGEST_NAME - len(base) - LONGEST_SEED - 1)
-    return "-".join(filter(None, [f"{base}{options.seed if seed is None else seed}", more]))
+    more = "-".join(n if v is True else f"{n}{config.show(v)}" for n, v in differing.items())
+    base = _plain(f"{_shortened(data, 24)}-{options.arch}-{options.mode}-s")
+    more = _shortened(_plain(more), LONGEST_NAME - len(base) - LONGEST_SEED - 1)
+    return f"{base}{options.seed if seed is None else seed}{more and f'-{more}'}"
 
 
-def _plain(value: object) -> str:
-    if isinstance(value, tuple):
-        return "_".join(map(_plain, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _joined(parts: Sequence[str]) -> str:
-    return "-".join("".join(c if c.isalnum() or c in "._+" else "_" for c in part) for part in parts)
+def _plain(text: str) -> str:
+    return "".join(c if c.isalnum() or c in "-._+" else "_" for c in text)
 
 
 def _shortened(text: str, longest: int) -> str:
@@ -399,24 +402,6 @@ def short_path(init_from: str) -> str:
     path = Path(init_from)
     path = path.parent if path.name == CHECKPOINT else path
     return path.stem if path.suffix in (".safetensors", ".pt", ".pth") else path.name
-
-
-def differing_options(options: Options, epochs_before: int = 0) -> dict[str, object]:
-    """The options that set a run apart from the published one of as many epochs, whose learning rate falls
-    after half and three quarters of them. It came after `epochs_before` epochs of its parent runs.
-    """
-    usual = dataclasses.replace(config.defaults(options.preset, options.quick), preset=None)
-    differing = {
-        name: getattr(options, name)
-        for name in sorted(config.names("variant"))
-        if getattr(options, name) != getattr(usual, name)
-    }
-    if options.schedule == "step":
-        epochs = epochs_before + options.epochs
-        milestones = tuple(epochs_before + m for m in options.milestones if m < options.epochs)
-        if milestones != (epochs // 2, 3 * epochs // 4):
-            differing["milestones"] = milestones
-    return differing
 
 
 def variant_text(variant: Pairs) -> str:
@@ -582,11 +567,11 @@ class Run:
             raise RunError(f"{error};\n{again}") from None
         if before is None and (ended or (self.path / "last.pt").exists()):
             raise RunError(f"{self.path} has no config.json; {again}")
-        for was, now in [] if before is None else _compared(before, config_now):
-            for name, value in now.items():
-                if was[name] != value and name not in ignoring:
-                    what = f"{self.path} was run with {name} {was[name]}, not {value}"
-                    raise RunError(f"{what};\nuse --overwrite or another --out")
+        was, now = (_facts(each) if each else {} for each in (before, config_now))
+        for name in was.keys() - ignoring:
+            if was[name] != now[name]:
+                what = f"{self.path} was run with {name} {was[name]}, not {now[name]}"
+                raise RunError(f"{what};\nuse --overwrite or another --out")
 
     def begin(self, config_now: Config) -> None:
         """Write the configuration, and take back how an earlier attempt ended."""
@@ -647,11 +632,10 @@ class Run:
             (self.path / "last.pt").unlink(missing_ok=True)
 
 
-def _compared(before: Config, now: Config) -> Iterator[tuple[dict, dict]]:
-    yield dataclasses.asdict(before.options), dataclasses.asdict(now.options)
-    yield before.spec.model_dump(), now.spec.model_dump()
-    for name in ("frozen_sha256", "initial_sha256"):
-        yield {name: getattr(before, name)}, {name: getattr(now, name)}
+def _facts(of: Config) -> dict[str, object]:
+    """All that a resumed run must share with itself."""
+    hashes = {"frozen_sha256": of.frozen_sha256, "initial_sha256": of.initial_sha256}
+    return dataclasses.asdict(of.options) | of.spec.model_dump() | hashes
 
 
 @contextmanager
