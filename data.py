@@ -110,10 +110,11 @@ def share_out(
     validation: int | None = None,
     training: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted positions, int64, of the images to train on and of those to validate on, which are other ones.
+    """Sorted positions, int64, of the images to train on and of other images to validate on.
 
-    `labels` are the training split's. `validation` images (None: none) are drawn first, and do not depend on
-    `training`; of the others, `training` are drawn (None: all). Of either there are as many of every class.
+    `labels` are those of the training split. `validation` images (None: none) are drawn first, so they do not
+    depend on `training`; of the rest, `training` images are drawn (None: all). Each draw takes the same number
+    of every class.
     `rng(stream, 0)` gives the generators. Raises DataError as `class_subset` does.
     """
     every, held_out = np.arange(len(labels)), np.empty(0, np.int64)
@@ -127,7 +128,7 @@ def share_out(
 
 
 def tenth(labels: np.ndarray) -> int:
-    """As many images as a tenth of the smallest class, and at least one, of every class."""
+    """A number of images: for every class a tenth of the size of the smallest class, and at least one."""
     sizes = np.unique(labels, return_counts=True)[1]
     return len(sizes) * max(1, int(sizes.min()) // 10)
 
@@ -325,7 +326,7 @@ def make_loader(
     augmentation, `augmented` is its name in augment.py. `subset`: positions in the split. `kind`: "resident",
     "ffcv", or None for resident if both splits take at most half of the device's free memory. `compiled`: on
     a GPU, augment and normalise by torch.compile. `share`: (r, n) for the r-th of n equal parts of every
-    batch, to train on; the batches are those of (0, 1), cut. Raises DataError: too few images, or no FFCV.
+    training batch; together they are the batches of (0, 1). Raises DataError: too few images, or no FFCV.
     """
     if split not in SPLITS or kind not in ("resident", "ffcv", None):
         known = "train, validation or test, and resident, ffcv or None"

@@ -35,7 +35,7 @@ def locked(folder: Path, say: sources.Say) -> contextlib.AbstractContextManager:
 
 
 def load(folder: Path, found: sources.Found) -> Prepared | None:
-    """What was prepared of this very source, the source unread; None if nothing was, or it is damaged."""
+    """What was prepared from exactly this source, which is not read; None if nothing was, or it is damaged."""
     try:
         entry, splits = _index(folder)[found.key], []
         size = entry["facts"][4]
@@ -134,10 +134,10 @@ def _index(folder: Path) -> dict[str, dict]:
 
 
 def _new_beton(path: Path, labels: np.ndarray, size: int) -> dict[str, object]:
-    """An FFCV file whole but for its pixels, with all its space reserved; returns what lies where in it.
+    """Write an FFCV file that lacks only its pixels, for which space is reserved; return what lies where.
 
-    Head and tables are FFCV's work. Its pixels are left to the caller, because FFCV's writer waits for ever
-    if one of its processes fails, as on a full disk, and leaves gaps, so that no one array covers all images.
+    FFCV writes the head and the tables. The pixels are left to the caller, because FFCV's writer waits for
+    ever if one of its processes fails, as on a full disk, and leaves gaps, so that no array covers all images.
     """
     from ffcv.fields import IntField, RGBImageField
     from ffcv.fields.rgb_image import IMAGE_MODES
@@ -170,7 +170,7 @@ def _new_beton(path: Path, labels: np.ndarray, size: int) -> dict[str, object]:
 
 
 def import_ffcv() -> bool:
-    """Whether FFCV is there; imported, with torch's number of threads left as it was."""
+    """Import FFCV and leave torch's number of threads as it was; False if FFCV cannot be imported."""
     threads = torch.get_num_threads()
     try:
         import ffcv  # noqa: F401
