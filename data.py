@@ -113,9 +113,8 @@ def share_out(
     """Sorted positions, int64, of the images to train on and of other images to validate on.
 
     `labels` are those of the training split. `validation` images (None: none) are drawn first, so they do not
-    depend on `training`; of the rest, `training` images are drawn (None: all). Each draw takes the same number
-    of every class.
-    `rng(stream, 0)` gives the generators. Raises DataError as `class_subset` does.
+    depend on `training`; of the rest, `training` images are drawn (None: all). Each draw takes as many of
+    every class. `rng(stream, 0)` gives the generators. Raises DataError as `class_subset` does.
     """
     every, held_out = np.arange(len(labels)), np.empty(0, np.int64)
     if validation:

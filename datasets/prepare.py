@@ -35,7 +35,7 @@ def locked(folder: Path, say: sources.Say) -> contextlib.AbstractContextManager:
 
 
 def load(folder: Path, found: sources.Found) -> Prepared | None:
-    """What was prepared from exactly this source, which is not read; None if nothing was, or it is damaged."""
+    """What was prepared from this very source, without reading it; None if nothing was, or it is damaged."""
     try:
         entry, splits = _index(folder)[found.key], []
         size = entry["facts"][4]
@@ -137,7 +137,7 @@ def _new_beton(path: Path, labels: np.ndarray, size: int) -> dict[str, object]:
     """Write an FFCV file that lacks only its pixels, for which space is reserved; return what lies where.
 
     FFCV writes the head and the tables. The pixels are left to the caller, because FFCV's writer waits for
-    ever if one of its processes fails, as on a full disk, and leaves gaps, so that no array covers all images.
+    ever if one of its processes fails, as on a full disk, and leaves gaps, so that no array covers them all.
     """
     from ffcv.fields import IntField, RGBImageField
     from ffcv.fields.rgb_image import IMAGE_MODES
