@@ -109,20 +109,18 @@ class CountZeros(TorchFunctionMode):
         return y
 
 
-@torch.no_grad()
 def relu_zeros(model: nn.Module, loader, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
     """How often each channel of each ReLU is 0 over `loader`'s images, and of how many times: int64 [N] both.
 
     N are the channels of all ReLUs, inside blocks and at their ends, in the order of the forward pass.
-    PyTorch's own modules compute it, in `dtype`, because our kernels never give most ReLUs' outputs; `model`
-    stays configured so.
+    PyTorch's own modules compute it, in `dtype`, because our kernels never give most ReLUs' outputs; they do
+    so in evaluation where gradients are enabled, of which `model` is left with none.
     """
-    kernels.configure(model, memory="stock")
-    model.eval()
+    model.eval().requires_grad_(False)
     counting, device_type = CountZeros(), loader.device.type
     for images, _ in loader.epoch(0):
         autocast = torch.autocast(device_type, dtype, enabled=dtype != torch.float32)
-        with autocast, counting:
+        with torch.enable_grad(), autocast, counting:
             model.features(images)
     of = [np.full(len(zeros), count) for zeros, count in zip(counting.zeros, counting.positions, strict=True)]
     return torch.cat(counting.zeros).cpu().numpy(), np.concatenate(of)

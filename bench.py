@@ -459,7 +459,10 @@ def main(argv: list[str] | None = None) -> None:
     measure = {"speed": speed, "memory": memory, "data": loading, "startup": startup}[options.part]
     rows = measure(options, dataset)
     where = {"part": options.part, "device": options.device.type, "warm_up": options.warm_up}
-    where["device_name"], where["threads"] = kernels.device.maker_name(options.device), torch.get_num_threads()
+    where["device_name"], where["threads"] = (
+        kernels.device.maker_name(options.device),
+        torch.get_num_threads(),
+    )
     where["versions"], where["date"] = runs.versions(), time.strftime("%Y-%m-%d")
     if options.json:
         runs.write_atomically(Path(options.json), "".join(json.dumps(where | row) + "\n" for row in rows))

@@ -151,7 +151,10 @@ def rebuild(run: str | Path, out: str | Path, init_from: str | None = None) -> N
     model, _ = restore(run, init_from)
     _, metadata, _ = read_checkpoint(run)
     kept = {key: value for key, value in metadata.items() if key != "frozen_sha256"}
-    runs.write_atomically(Path(out), save(freeze.full_state(model), kept))
+    try:
+        runs.write_atomically(Path(out), save(freeze.full_state(model), kept))
+    except OSError as error:
+        raise CheckpointError(f"--out {out}: cannot be written ({error.strerror})") from None
 
 
 # ---- weights to begin with ----

@@ -33,6 +33,7 @@ from pydantic import AfterValidator, Field
 
 import config
 from config import Options
+from kernels import device as devices
 
 CHECKPOINT = "model.safetensors"
 LONGEST_NAME, LONGEST_SEED = 100, 20  # characters of a run's name, digits of a seed
@@ -470,14 +471,16 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def git_commit() -> str | None:
-    """The commit of this code, "-dirty" if it was changed since; None where git does not know."""
+def environment(device: torch.device, runs_on_it: int) -> dict[str, object]:
+    """On what a run runs: fields of Config. The commit is "-dirty" where the code was changed since."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         asked = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    except OSError:
-        return None
-    return asked.stdout.strip() or None
+        commit = asked.stdout.strip() or None
+    except OSError:  # there is no git
+        commit = None
+    name = devices.device_name(device, runs_on_it)
+    return {"device_name": name, "versions": versions(), "git_commit": commit}
 
 
 # ---- the folder ----
@@ -558,24 +561,29 @@ class Run:
         if self.writes:
             write_atomically(self.path / name, content)
 
-    def refuse_another(self, config_now: Config, ignoring: set[str]) -> None:
-        """RunError where the folder holds another run than the one that `config_now` describes."""
+    def refuse_another(self, options: Options, spec: NetworkSpec, hashes: dict, ignoring: set[str]) -> None:
+        """RunError where the folder holds another run than one of these options, spec and hashes."""
         again = "start again with --overwrite"
         try:
             before, ended = self.config, self.summary
         except RunError as error:
             raise RunError(f"{error};\n{again}") from None
-        if before is None and (ended or (self.path / "last.pt").exists()):
-            raise RunError(f"{self.path} has no config.json; {again}")
-        was, now = (_facts(each) if each else {} for each in (before, config_now))
-        for name in was.keys() - ignoring:
-            if was[name] != now[name]:
-                what = f"{self.path} was run with {name} {was[name]}, not {now[name]}"
+        if before is None:
+            if ended or (self.path / "last.pt").exists():
+                raise RunError(f"{self.path} has no config.json; {again}")
+            return
+        was = dataclasses.asdict(before.options) | before.spec.model_dump()
+        now = dataclasses.asdict(options) | spec.model_dump() | hashes
+        for name in now.keys() - ignoring:
+            found = was[name] if name in was else getattr(before, name)
+            if found != now[name]:
+                what = f"{self.path} was run with {name} {found}, not {now[name]}"
                 raise RunError(f"{what};\nuse --overwrite or another --out")
 
-    def begin(self, config_now: Config) -> None:
+    def begin(self, described: Config) -> None:
         """Write the configuration, and take back how an earlier attempt ended."""
-        self.write("config.json", config_now.to_json())
+        self.described = described
+        self.write("config.json", described.to_json())
         if self.writes:
             (self.path / "summary.json").unlink(missing_ok=True)
 
@@ -630,12 +638,6 @@ class Run:
         self.write("summary.json", summary.to_json())
         if self.writes and summary.status == "done":
             (self.path / "last.pt").unlink(missing_ok=True)
-
-
-def _facts(of: Config) -> dict[str, object]:
-    """All that a resumed run must share with itself."""
-    hashes = {"frozen_sha256": of.frozen_sha256, "initial_sha256": of.initial_sha256}
-    return dataclasses.asdict(of.options) | of.spec.model_dump() | hashes
 
 
 @contextmanager

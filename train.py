@@ -68,8 +68,8 @@ def train(
     spec = network_spec(options, dataset, device, split, group)
     parent = runs.read_parent(spec.init_from)
     model = checkpoint.create(spec, note)
-    frozen_sha256 = freeze.frozen_sha256(model)
-    initial_sha256 = freeze.full_sha256(model) if spec.init_from else None
+    frozen = freeze.frozen_sha256(model)
+    brought = freeze.full_sha256(model) if spec.init_from else None  # by --init-from
     model.to(device, memory_format=torch.channels_last)
     synced = group if options.sync_bn and group.connected else None
     kernels.configure(model, options.memory, spec.compiled, synced)
@@ -80,23 +80,23 @@ def train(
     name = runs.run_name(options, dataset.name)
     with runs.open_run(options.out, name, options.resume, options.overwrite, writes=group.leads) as run:
         group.wait()  # until the folder is open, or refused
-        described = describe(options, dataset, spec, parent, frozen_sha256, initial_sha256)
-        run.refuse_another(described, ignoring=may_differ(options))
+        hashes = {"frozen_sha256": frozen, "initial_sha256": brought}
+        run.refuse_another(options, spec, hashes, ignoring=may_differ(options))
         if run.status == "done":
             return run
         if training.resume(run):
-            described = described.model_copy(update={"parent": run.config.parent})  # as it was then
+            parent = run.config.parent  # as it was then
             note(f"continuing {run.path} after epoch {len(run.rows)}")
         elif options.resume:
             note(f"no epoch of {run.path} is there to resume from: starting it")
-        refuse_disagreement(options, run, group)
         yield  # nothing is written before every run is known to be in order
 
-        described = described.model_copy(update={"device_name": devices.device_name(device, bars.runs)})
-        run.begin(described)
-        display = progress.Display(bars, label(options, dataset, bars), options.epochs, len(training.loader))
+        came_to = {"options": options, "spec": spec, "parent": parent, "data_title": dataset.title}
+        run.begin(runs.Config(**came_to, **hashes, **runs.environment(device, bars.runs)))
+        label = f"{dataset.name}{' quick' * options.quick}{f' s{options.seed}' * (bars.runs > 1)}"
+        display = progress.Display(bars, label, options.epochs, len(training.loader))
         display.begin(f"{run.path}\n{options.arch}, {options.mode}, {dataset.title}", len(run.rows))
-        tracker = progress.Tracker(options.log if group.leads else None, run.path.name, described)
+        tracker = progress.Tracker(options.log if group.leads else None, run)
         status, why, sealed = "failed", "an unforeseen error", b""
         try:
             for epoch in range(len(run.rows) + 1, options.epochs + 1):
@@ -106,7 +106,7 @@ def train(
                 run.end_epoch(row, training.state_dict())
                 display.end_epoch(row)
                 tracker.log(row, epoch)
-            if freeze.frozen_sha256(model) != frozen_sha256:
+            if freeze.frozen_sha256(model) != frozen:
                 raise AssertionError("frozen weights have changed")
             if run.rows[-1].test_loss is None:
                 raise FloatingPointError("the last test loss is not finite; try a lower --lr")
@@ -117,7 +117,7 @@ def train(
         except (Exception, KeyboardInterrupt) as error:
             status, why = how_it_ended(error, options, run)
         finally:  # what came of it, also where an unforeseen error is passing through
-            summary = summarise(status, why, run, described, model, training.clock, len(sealed))
+            summary = training.summary(status, why, run, len(sealed))
             with contextlib.suppress(OSError if status != "done" else ()):
                 run.finish(summary)
             tracker.finish(summary)
@@ -212,7 +212,10 @@ class Training:
 
     def resume(self, run: runs.Run) -> bool:
         """Put everything where the run's last epoch left it; False where there is none. Raises RunError."""
-        if (state := run.load_last()) is None:
+        state = run.load_last()
+        if int(self.group.sum(torch.tensor(len(run.rows)))) != len(run.rows) * self.group.count:
+            raise runs.RunError(f"{run.path}: not every process finds the same epochs there; share --out")
+        if state is None:
             return False
         try:
             if state["model"].keys() != freeze.trained_state(self.model).keys():
@@ -225,6 +228,45 @@ class Training:
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise run.unusable(error) from None
         return True
+
+    def summary(self, status: str, why: str | None, run: runs.Run, checkpoint_bytes: int) -> runs.Summary:
+        """summary.json: the accuracy after the last epoch; the best on test images, which is no result; and
+        where there are validation images, what they chose."""
+        rows, of, done = run.rows, run.described, status == "done"
+        total, trained = freeze.count(self.model)
+        top5, chosen = {}, {}
+        if done and rows[-1].test_top5_acc is not None:
+            top5 = {"final_test_top5_acc": rows[-1].test_top5_acc}
+        if rows and rows[0].val_acc is not None:
+            best = max(rows, key=lambda row: row.val_acc)  # the first, of equals: it has been tested
+            chosen = {
+                "chosen_epoch": best.epoch,
+                "chosen_test_acc": best.test_acc,
+                "best_val_acc": best.val_acc,
+            }
+        return runs.Summary(
+            status=status,
+            why=why,
+            data=of.spec.data,
+            data_title=of.data_title,
+            arch=of.options.arch,
+            mode=of.options.mode,
+            seed=of.options.seed,
+            variant=dict(of.variant),
+            params_total=total,
+            params_trained=trained,
+            final_test_acc=rows[-1].test_acc if done else None,
+            best_test_acc=max((row.test_acc for row in rows if row.test_acc is not None), default=None),
+            **top5,
+            **chosen,
+            epochs_done=len(rows),
+            train_s=self.clock.train_s,
+            startup_s=self.clock.startup_s,
+            peak_memory_bytes=devices.peak_memory_bytes(self.step.device),
+            checkpoint_bytes=checkpoint_bytes or None,
+            full_bytes=freeze.full_bytes(self.model),
+            frozen_sha256=of.frozen_sha256,
+        )
 
 
 # ---- what the story is made of ----
@@ -270,9 +312,7 @@ def make_training(
     model: torch.nn.Module,
     group: Group,
 ) -> Training:
-    """The batches, whose order and augmentation come from the seed and the epoch alone, and what works on
-    them.
-    """
+    """The batches, whose order and augmentation come from seed and epoch alone, and what works on them."""
     device, dtype = torch.device(spec.device), devices.DTYPES[spec.dtype]
     trains_on, validates_on = split
     common = {"kind": options.loader, "device": device, "dtype": dtype, "compiled": spec.compiled}
@@ -307,45 +347,10 @@ def make_training(
     return Training(model, step, schedule, loader, evaluation("test"), validation, group, epochs_before)
 
 
-def label(options: Options, dataset: data.Dataset, bars: progress.Bars) -> str:
-    """What stands before every line of a run: its images, that it is quick, its seed among several."""
-    return f"{dataset.name}{' quick' * options.quick}{f' s{options.seed}' * (bars.runs > 1)}"
-
-
-def describe(
-    options: Options,
-    dataset: data.Dataset,
-    spec: runs.NetworkSpec,
-    parent: runs.Parent | None,
-    frozen_sha256: str,
-    initial_sha256: str | None,
-) -> runs.Config:
-    """config.json, but for the device's name, which depends on how many runs share it."""
-    return runs.Config(
-        options=options,
-        spec=spec,
-        parent=parent,
-        data_title=dataset.title,
-        frozen_sha256=frozen_sha256,
-        initial_sha256=initial_sha256,
-        device_name=spec.device,
-        versions=runs.versions(),
-        git_commit=runs.git_commit(),
-    )
-
-
 def may_differ(options: Options) -> set[str]:
-    """What may differ from the run that is resumed: what does not change the result, or is compared
-    otherwise.
-    """
+    """What may differ in a run that is resumed: what does not change its result, or is compared otherwise."""
     processes = set() if options.sync_bn else {"processes"}
     return config.names("logistics") | {"data", "compiled", "init_from", "processes"} - processes
-
-
-def refuse_disagreement(options: Options, run: runs.Run, group: Group) -> None:
-    """RunError where the processes of a run do not see the same folder."""
-    if int(group.sum(torch.tensor(len(run.rows)))) != len(run.rows) * group.count:
-        raise runs.RunError(f"--out {options.out}: not every process finds the same epochs there; share it")
 
 
 def how_it_ended(error: BaseException, options: Options, run: runs.Run) -> tuple[str, str]:
@@ -361,50 +366,6 @@ def how_it_ended(error: BaseException, options: Options, run: runs.Run) -> tuple
     if isinstance(error, RuntimeError) and progress.out_of_memory(error):
         return "failed", f"out of memory at --batch-size {options.batch_size}; try a smaller one"
     raise error
-
-
-def summarise(
-    status: str,
-    why: str | None,
-    run: runs.Run,
-    described: runs.Config,
-    model: torch.nn.Module,
-    clock: progress.Clock,
-    checkpoint_bytes: int,
-) -> runs.Summary:
-    """summary.json: accuracy after the last epoch, the best on test images, which is no result, and where
-    there are validation images, what they chose."""
-    rows, options, done = run.rows, described.options, status == "done"
-    total, trained = freeze.count(model)
-    top5, chosen = {}, {}
-    if done and rows[-1].test_top5_acc is not None:
-        top5 = {"final_test_top5_acc": rows[-1].test_top5_acc}
-    if rows and rows[0].val_acc is not None:
-        best = max(rows, key=lambda row: row.val_acc)  # the first, of equals: it has been tested
-        chosen = {"chosen_epoch": best.epoch, "chosen_test_acc": best.test_acc, "best_val_acc": best.val_acc}
-    return runs.Summary(
-        status=status,
-        why=why,
-        data=described.spec.data,
-        data_title=described.data_title,
-        arch=options.arch,
-        mode=options.mode,
-        seed=options.seed,
-        variant=dict(described.variant),
-        params_total=total,
-        params_trained=trained,
-        final_test_acc=rows[-1].test_acc if done else None,
-        best_test_acc=max((row.test_acc for row in rows if row.test_acc is not None), default=None),
-        **top5,
-        **chosen,
-        epochs_done=len(rows),
-        train_s=clock.train_s,
-        startup_s=clock.startup_s,
-        peak_memory_bytes=devices.peak_memory_bytes(torch.device(described.spec.device)),
-        checkpoint_bytes=checkpoint_bytes or None,
-        full_bytes=freeze.full_bytes(model),
-        frozen_sha256=described.frozen_sha256,
-    )
 
 
 # ---- several runs in one process, and the command ----

@@ -65,7 +65,8 @@ def conv_bn_relu(
     ValueError in training when a channel has only one value, which cannot be normalised.
     """
     training = units[0][1].training
-    if execution.memory == "stock" or x.is_meta or (torch.is_grad_enabled() and not training):
+    keeps_all = execution.memory == "stock" if training else torch.is_grad_enabled()
+    if keeps_all or x.is_meta:
         return stock(x, units, shortcut, relu)
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type):
