@@ -204,14 +204,13 @@ class Clock:
 class Tracker:
     """A tracker of experiments beside the run's own files: wandb or trackio, whose interface is the same.
 
-    `log` names it; None is no tracker. `described` is the run's configuration, a record.
+    `log` names it; None is no tracker. `run` is a runs.Run that has begun.
     """
 
-    def __init__(self, log: str | None, name: str, described):
-        config = described.model_dump(mode="json")
-        self.run = (
-            import_tracker(log).init(project="batchnorm-only", name=name, config=config) if log else None
-        )
+    def __init__(self, log: str | None, run):
+        config = run.described.model_dump(mode="json")
+        settings = {"project": "batchnorm-only", "name": run.path.name, "config": config}
+        self.run = import_tracker(log).init(**settings) if log else None
 
     def log(self, row, epoch: int) -> None:
         if self.run:
