@@ -370,8 +370,8 @@ def read_epochs(folder: Path) -> list[Epoch]:
 def run_name(options: Options, data: str, seed: str | None = None) -> str:
     """The run folder's name: data, arch, mode, seed, then each option that differs from its default.
 
-    At most 100 characters: where more would be needed, a digest stands for the end. `seed` stands for the
-    run's own in the name of several runs, and is then not counted.
+    At most 100 characters: where more would be needed, a digest stands for the end, the same for every seed.
+    `seed` stands for the run's own in the name of several runs.
     """
     usual = config.defaults(options.preset, options.quick)
     differing = {"quick": True} if options.quick else {}
@@ -380,14 +380,15 @@ def run_name(options: Options, data: str, seed: str | None = None) -> str:
         value = getattr(options, name)
         if name not in _NAMED_FIRST | config.names("logistics") and value != getattr(usual, name):
             differing[name] = _shortened(short_path(value), 24) if name == "init_from" else value
-    more = "-".join(n if v is True else f"{n}{config.show(v)}" for n, v in differing.items())
-    base = _plain(f"{_shortened(data, 24)}-{options.arch}-{options.mode}-s")
-    more = _shortened(_plain(more), LONGEST_NAME - len(base) - LONGEST_SEED - 1)
-    return f"{base}{options.seed if seed is None else seed}{more and f'-{more}'}"
+    more = "-".join(_plain(n if v is True else f"{n}{config.show(v)}") for n, v in differing.items())
+    base = "-".join(map(_plain, (_shortened(data, 24), options.arch, options.mode, "s")))
+    own = str(options.seed) if seed is None else seed
+    more = _shortened(more, LONGEST_NAME - len(base) - LONGEST_SEED - 1)
+    return f"{base}{own}{more and f'-{more}'}"
 
 
 def _plain(text: str) -> str:
-    return "".join(c if c.isalnum() or c in "-._+" else "_" for c in text)
+    return "".join(c if c.isalnum() or c in "._+" else "_" for c in text)
 
 
 def _shortened(text: str, longest: int) -> str:
