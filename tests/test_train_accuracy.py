@@ -14,7 +14,7 @@ import evaluation
 from datasets import sources
 from kernels import device
 
-CLASSES = sources.CLASSES["cifar10"].split()
+CLASSES = sources.SETS["cifar10"].classes
 
 
 def test_training_learns(small):
