@@ -298,7 +298,7 @@ class Sweep:
             self.states[cell] = look(cell)
             if cell.parent in logs:
                 self.failed[cell] = logs[cell.parent]
-                self.states[cell] = State("failed", [], f"what it starts from failed: {cell.parent}")
+                self.states[cell] = State("failed", [], f"its parent run failed: {cell.parent}")
 
     def unsettled(self) -> list[Cell]:
         """Cells that are neither done nor failed."""
