@@ -157,8 +157,9 @@ def test_a_preset_is_other_defaults_and_is_recorded(small):
     options += ["--data-dir", small[small.index("--data-dir") + 1], "--image-size", "48", "--epochs", "2"]
     options += ["--batch-size", "24", "--train-subset", "48", "--device", "cpu"]
     assert exit_status(options) == 0
-    folder = only_run()
-    assert folder.name.startswith("tiny-resnet18-bn_only-s0-preset000_3-batch_size24-epochs2-image_size48-")
+    folder, ((asked,), _) = only_run(), parse_options(options, "")
+    assert folder.name == runs.run_name(asked, "tiny")
+    assert folder.name.startswith("tiny-resnet18-bn_only-s0-preset000_3-")
     described = json.loads((folder / "config.json").read_text())
     recorded = {"preset": "000-3", "optimizer": "adam", "lr": 0.01, "schedule": "plateau", "min_lr": 1e-5}
     recorded |= {"early_stop": 20, "augment": "photo", "image_size": 48, "weight_decay": 0.0}

@@ -5,16 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from layouts import write_images
+from layouts import CIFAR10_CLASSES, write_images
 from PIL import Image
 from small_runs import cli, exit_status, metrics, only_run, summary
 
 import data
 import evaluation
-from datasets import sources
 from kernels import device
-
-CLASSES = sources.SETS["cifar10"].classes
 
 
 def test_training_learns(small):
@@ -95,7 +92,7 @@ def rewritten(source: Path, folder: Path, layout: str) -> Path:
     for split_name, split in (("train", dataset.train), ("test", dataset.test)):
         if layout == "folder":
             for i, (image, label) in enumerate(zip(split.images, split.labels, strict=True)):
-                path = folder / split_name / CLASSES[label] / f"{i}.png"
+                path = folder / split_name / CIFAR10_CLASSES[label] / f"{i}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(image).save(path, compress_level=0)
             continue
