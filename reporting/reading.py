@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from provenance import Start, pairs, start_of, start_text
+
 import runs
 from config import DEFAULTS, LOGISTIC, recorded, show, variant
-from provenance import Start, pairs, start_of, start_text
 
 COST_ONLY = ("loader", "memory", "no_compile")  # what changes time and memory, not accuracy
 

@@ -6,9 +6,9 @@ import statistics
 from typing import NamedTuple
 
 import numpy as np
+from provenance import Start
 
 from config import variant_text
-from provenance import Start
 from reporting.reading import SUMMARY, Run
 
 CURVES = ("train_loss", "train_acc", "test_loss", "test_acc", "val_acc")
