@@ -1,50 +1,36 @@
 """Lines in panels, and bars, as every figure of the report is made of; drawn with matplotlib.
 
-Every mode has one colour (Okabe and Ito's palette), marker and line style wherever it appears. The same
-numbers give the same files, byte for byte.
+Every mode has one colour (Okabe and Ito's palette), marker and line style wherever it appears: black is
+everything, blue BatchNorm, so that what the paper compares stands out. The same numbers give the same files,
+byte for byte.
 """
 
 import io
 import textwrap
 import warnings
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
+import matplotlib.style
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
 from PIL import Image
 
-from reporting.series import Mean
+from reporting.series import Mean, Series
 
-matplotlib.rcParams.update(
-    {
-        **{"font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8.5, "legend.frameon": False},
-        **{"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e4e4e4"},
-        **{"axes.axisbelow": True, "lines.linewidth": 1.4, "lines.markersize": 5},
-        **{"text.parse_math": False},  # a $ in a name is a $
-    }
-)
-# Colour, marker, dashes. Black is everything, blue BatchNorm: what the paper compares stands out.
-MODES = {
-    "bn_only": ("#0072B2", "o", "-"),
-    "all": ("#000000", "s", (0, (5, 1.5))),
-    "random": ("#D55E00", "^", (0, (1.2, 1.2))),
-    "bn_main": ("#56B4E9", "p", "-"),
-    "output": ("#E69F00", "v", (0, (4, 1.2, 1, 1.2))),
-    "shortcut": ("#CC79A7", "<", (0, (5, 1.5))),
-    "bn+output": ("#009E73", "D", "-"),
-    "bn+shortcut": ("#CC79A7", ">", "-"),
-    "bn+shortcut+output": ("#009E73", "P", (0, (3, 1, 1, 1, 1, 1))),
-    "conv": ("#F0E442", "h", (0, (5, 1.5))),
-    "none": ("#999999", "X", (0, (1.2, 1.2))),
-}
+matplotlib.style.use(Path(__file__).with_name("report.mplstyle"))
+MODES = pd.read_csv(Path(__file__).with_name("modes.csv"), index_col="mode", keep_default_na=False)
 TRAIN = (0, (3, 1.5))  # dashes
-OTHER_MODE = ("#666666", "d", (0, (4, 1.2, 1, 1.2)))
 VARIANT_MARKERS = ("", "*", "H", "8")  # of lines of one mode whose other options differ
 MAX_BARS, MAX_PANELS = 40, 12
+wrap = partial(textwrap.fill, max_lines=3, placeholder=" …")
+
+Drawn = tuple[Figure, list[Series]] | None  # a figure and the series in it; None where none has its data
 
 
 class Line(NamedTuple):
@@ -57,6 +43,11 @@ class Line(NamedTuple):
     std: list[float] | None = None  # NaN where n is 1
     look: str = "points"
     variant: int = 0
+
+
+Panel = tuple[str, list[Line]]  # its title, and what is drawn in it
+Labels = tuple[str, str]  # of the axes x and y
+Ticks = dict[float, str] | None  # of the axis x, and what stands there
 
 
 class Column(NamedTuple):
@@ -77,31 +68,26 @@ def short(number: float, _: object = None) -> str:
     return f"{number:.3g}"
 
 
-def wrap(text: str, width: int, lines: int = 3) -> str:
-    return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder=" …"))
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Drawing
+def look_of(mode: str) -> tuple[str, str, object]:
+    """Its colour, marker and line style."""
+    colour, marker, dashes = MODES.loc[mode if mode in MODES.index else "other"]
+    return colour, marker, (0, tuple(map(float, dashes.split()))) if dashes else "-"
 
 
 def render(figure: Figure) -> dict[str, bytes]:
     """The figure as PDF, and as PNG and WebP (160 dpi, 256 colours: a third of the bytes); without dates."""
-    files = {}
+    files = {name: io.BytesIO() for name in ("png", "pdf", "webp")}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # of a name in another script
         figure.get_layout_engine().execute(figure)
         figure.set_layout_engine(None)  # "none" would lay out again for each file
-        for kind, metadata in (("png", {}), ("pdf", {"CreationDate": None})):
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format=kind, dpi=160, metadata=metadata)
-            files[kind] = buffer.getvalue()
-    image = Image.open(io.BytesIO(files["png"])).convert("RGB").quantize(256)
-    for kind, options in (("png", {"optimize": True, "dpi": (160, 160)}), ("webp", {"lossless": True})):
-        buffer = io.BytesIO()
-        image.save(buffer, kind, **options)
-        files[kind] = buffer.getvalue()
-    return files
+        figure.savefig(files["pdf"], format="pdf", metadata={"CreationDate": None})
+        figure.savefig(files["png"], format="png", dpi=160)
+    image = Image.open(files["png"]).convert("RGB").quantize(256)
+    image.save(files["webp"], "webp", lossless=True)
+    files["png"] = io.BytesIO()
+    image.save(files["png"], "png", optimize=True, dpi=(160, 160))
+    return {name: file.getvalue() for name, file in files.items()}
 
 
 def points(label: str, mode: str, x: list[float], means: list[Mean], variant: int = 0) -> Line:
@@ -112,15 +98,14 @@ def points(label: str, mode: str, x: list[float], means: list[Mean], variant: in
 
 def draw_line(ax: Axes, line: Line) -> object:
     """Draw one line; what its legend shows."""
-    colour, marker, dashes = MODES.get(line.mode, OTHER_MODE)
+    colour, marker, dashes = look_of(line.mode)
     marker = VARIANT_MARKERS[line.variant % len(VARIANT_MARKERS)] or marker
     if line.look == "steps":
         ax.stairs(line.y, line.x, linestyle=dashes, linewidth=1.4, color=colour)
         return Line2D([], [], linestyle=dashes, color=colour)
     if line.look in ("paper", "port"):
-        shape = "s" if line.look == "paper" else "D"
-        hollow = {"marker": shape, "markerfacecolor": "none", "markersize": 7, "linestyle": ""}
-        return ax.plot(line.x, line.y, color=colour, **hollow)[0]
+        hollow = {"markerfacecolor": "none", "markersize": 7, "linestyle": ""}
+        return ax.plot(line.x, line.y, color=colour, marker="s" if line.look == "paper" else "D", **hollow)[0]
     if line.look == "points":
         return ax.errorbar(line.x, line.y, line.std, color=colour, marker=marker, linestyle=dashes, capsize=3)
     tested, x, y = line.look == "test", np.asarray(line.x), np.asarray(line.y)
@@ -132,20 +117,17 @@ def draw_line(ax: Axes, line: Line) -> object:
 
 
 def lines(
-    panels: list[tuple[str, list[Line]]],
-    xlabel: str,
-    ylabel: str,
-    xticks: dict[float, str] | None = None,
-    log: bool = False,
-    size: tuple[float, float] = (2.75, 2.2),
-) -> Figure:
+    panels: list[Panel], used: list[Series], labels: Labels, ticks: Ticks = None, log=False, size=(2.75, 2.2)
+) -> Drawn:
     """A panel per (title, lines), three abreast on common axes, with one legend below; size in inches."""
+    if not panels:
+        return None
     count, panels = len(panels), panels[:MAX_PANELS]
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    looks = {line.look for _, each in panels for line in each}
+    curves = any(line.look == "train" for _, each in panels for line in each)
     names = dict.fromkeys(line.label for _, each in panels for line in each if line.label)
-    names |= dict.fromkeys(("test", "train") if "train" in looks else ())
+    names |= dict.fromkeys(("test", "train") if curves else ())
     width = max(columns * size[0] + 0.4, 5.2)
     abreast = max(1, min(len(names), int(width * 12.5 / (min(60, max(map(len, names))) + 7))))
     title_lines = max(title.count("\n") for title, _ in panels)
@@ -158,55 +140,53 @@ def lines(
             handle = draw_line(ax, line)
             names[line.label] = names.get(line.label) or handle
         if i % columns == 0:
-            ax.set_ylabel(ylabel)
+            ax.set_ylabel(labels[1])
         if i + columns >= len(panels):  # the lowest of its column
-            ax.set_xlabel(xlabel)
+            ax.set_xlabel(labels[0])
             ax.tick_params(labelbottom=True)
     for ax in axes[len(panels) :]:
         ax.set_axis_off()
     if log:
         axes[0].set_xscale("log")
-        axes[0].xaxis.set_major_formatter(FuncFormatter(short))
-        axes[0].xaxis.set_minor_formatter(NullFormatter())
-    if xticks:
+        axes[0].xaxis.set(major_formatter=short, minor_formatter=NullFormatter())
+    if ticks:
         axes[0].xaxis.set_minor_locator(NullLocator())
-        axes[0].set_xticks(list(xticks), list(xticks.values()))
+        axes[0].set_xticks(list(ticks), list(ticks.values()))
     elif not log:
-        axes[0].xaxis.set_major_locator(MaxNLocator(5, integer="train" in looks))
-    for name, dashes in (("test", "-"), ("train", TRAIN)) if "train" in looks else ():
+        axes[0].xaxis.set_major_locator(MaxNLocator(5, integer=curves))
+    for name, dashes in {"test": "-", "train": TRAIN}.items() if curves else ():
         names[name] = Line2D([], [], color="#666666", linewidth=1.2, linestyle=dashes)
     if count > len(panels):
         figure.suptitle(f"the first {len(panels)} of {count}", fontsize=9)
     names.pop("", None)
     texts = [wrap(name, 60) for name in names]
     figure.legend(names.values(), texts, loc="outside lower center", ncols=abreast)
-    return figure
+    return figure, used
 
 
-def bars(labels: list[str], modes: list[str], columns: list[Column], title: str = "") -> Figure:
-    """Horizontal bars, in the colours of `modes`, labelled at the left, with their text at their ends."""
-    if len(labels) > MAX_BARS:
-        title = f"{title}, the first {MAX_BARS} of {len(labels)}".removeprefix(", ")
+def bars(used: list[Series], names: list[str], columns: list[Column], title: str = "") -> Drawn:
+    """Horizontal bars in the colours of their modes, named at the left, with their text at their ends."""
+    if not used:
+        return None
+    if len(used) > MAX_BARS:
+        title = f"{title}, the first {MAX_BARS} of {len(used)}".removeprefix(", ")
     shown = slice(MAX_BARS)
-    labels = [wrap(label, 46) for label in labels[shown]]
+    labels = [wrap(name, 46) for name in names[shown]]
     heights = np.array([1 + 0.3 * label.count("\n") for label in labels])
     at = np.cumsum(heights) - heights / 2
     left = 0.07 * max(len(line) for label in labels for line in label.split("\n"))
     size = (left + 3.6 * len(columns) + (1.2 if len(columns) == 1 else 0), 0.26 * heights.sum() + 0.9)
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
-    colours = [MODES.get(mode, OTHER_MODE)[0] for mode in modes[shown]]
+    colours = [look_of(s.mode)[0] for s in used[shown]]
     for ax, column in zip(axes, columns, strict=True):
         means = np.array([value.mean if value else np.nan for value in column.values[shown]])
-        stds = np.array([value.std if value and value.std else 0.0 for value in column.values[shown]])
-        ends = np.nan_to_num(means + stds)
+        stds = np.array([(value and value.std) or np.nan for value in column.values[shown]])
+        ends = np.fmax(np.fmax(means, means + stds), (column.outlines or [0.0] * len(labels))[shown])
         if column.outlines:
             ax.barh(at, column.outlines[shown], 0.72, color="none", edgecolor="#888888", linewidth=0.8)
-            ends = np.maximum(ends, column.outlines[shown])
         ax.barh(at, means, 0.72, color=colours, edgecolor="#333333", linewidth=0.5)
-        spread = stds > 0
-        error = {"fmt": "none", "ecolor": "#333333", "capsize": 2.5, "elinewidth": 0.9}
-        ax.errorbar(means[spread], at[spread], xerr=stds[spread], **error)
+        ax.errorbar(means, at, xerr=stds, fmt="none", ecolor="#333333", capsize=2.5, elinewidth=0.9)
         top = max(ends.max(), 1e-9)
         if column.log:
             ax.set_xscale("log")
@@ -214,23 +194,15 @@ def bars(labels: list[str], modes: list[str], columns: list[Column], title: str 
             ax.set_xlim(low, top * (top / low) ** 0.6)
         else:
             ax.set_xlim(0, top * (1.18 + 0.022 * max(map(len, column.texts))))
-        ax.xaxis.set_major_formatter(FuncFormatter(short))
-        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.xaxis.set(major_formatter=short, minor_formatter=NullFormatter())
         if column.label.endswith("(%)"):
             ax.set_xticks([tick for tick in ax.get_xticks() if 0 <= tick <= 100])
-        for end, y, text in zip(ends, at, column.texts[shown], strict=True):
-            ax.annotate(
-                text,
-                (max(end, ax.get_xlim()[0]), y),
-                (4, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=8,
-            )
+        for x, y, text in zip(np.fmax(ends, ax.get_xlim()[0]), at, column.texts[shown], strict=True):
+            ax.annotate(text, (x, y), (4, 0), textcoords="offset points", va="center", fontsize=8)
         ax.set_xlabel(column.label)
         ax.grid(False, axis="y")
     axes[0].set_yticks(at, labels)
     axes[0].set_ylim(heights.sum(), 0)
     if title:
         figure.suptitle(wrap(title, 100), fontsize=9)
-    return figure
+    return figure, used

@@ -1,17 +1,20 @@
 """Runs gathered: into settings, which are never mixed, and in each into series over seeds."""
 
-import dataclasses
+import math
 import re
 import statistics
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable
 from typing import NamedTuple
 
-import numpy as np
-from provenance import Start
+import pandas as pd
 
-from config import variant_text
-from reporting.reading import SUMMARY, Run
+import config
+import runs
+from reporting.reading import Run
+from runs import Analysis, Origin, Variant
 
-CURVES = ("train_loss", "train_acc", "test_loss", "test_acc", "val_acc")
+CIFAR10 = {"CIFAR-10": "cifar10", "CIFAR-10 (not the official bytes)": "cifar10-other-bytes"}  # its folders
 
 
 class Mean(NamedTuple):
@@ -22,127 +25,159 @@ class Mean(NamedTuple):
     n: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Series:
+class Setting(NamedTuple):
+    """Runs that may be compared, in the order in which they are shown."""
+
+    label: str  # as shown
+    folder: str  # of its files in a report
+    runs: list[Run]
+
+
+class Series(NamedTuple):
     """Runs that differ in their seed alone: of one architecture and mode, with the same other options.
 
-    values: per name of a summary's field, one number per run. curves: per name of CURVES, an array [runs,
-    epochs] from the first epoch of what they started from, NaN where there was no test, or no epoch of their
-    own; `seconds`: the time until then, were all epochs the run's median one. analyses: what analysis.json
-    held, of the runs that have one.
+    results: a row per run that is done, by seed, of the fields of its summary; of the seconds and images/s of
+    its median epoch; of its parent's test accuracy; and of its machine. epochs: a row per epoch, counted from
+    the first one of what the runs went on from, and seed, of the columns of metrics.jsonl; and of `seconds`,
+    the training time until then, were all epochs of a run as long as its median one.
     """
 
     arch: str
     mode: str
-    options: tuple[tuple[str, object], ...]  # those that differ from the published, and their values
+    variant: Variant  # the options that set it apart from the published run, and their values
     machine: tuple[str, str, str]  # device, how it computed, torch; empty texts where they do not matter
-    start: Start | None  # the run that they started from, on the same images
-    done: int
+    origin: Origin | None  # what they went on from, on the same images
     diverged: int
-    seeds: list[int]  # of those done, in the order of values and analyses
-    machines: list[tuple[str, str, str]]  # of those done
-    values: dict[str, list[float]]
-    curves: dict[str, np.ndarray]
-    analyses: list[dict]
+    results: pd.DataFrame
+    epochs: pd.DataFrame
+    analyses: list[Analysis]
 
     @property
-    def variant(self) -> str:
-        return variant_text(self.options)
+    def done(self) -> int:
+        return len(self.results)
+
+    @property
+    def variant_text(self) -> str:
+        return runs.variant_text(self.variant)
 
     @property
     def label(self) -> str:
-        return ", ".join(filter(None, (self.mode, self.variant)))
+        return ", ".join(filter(None, (self.mode, self.variant_text)))
+
+    @property
+    def last_epoch(self) -> int:
+        return int(self.epochs.index.get_level_values("epoch").max())
+
+    def variant_but(self, *names: str) -> Variant:
+        return tuple(option for option in self.variant if option[0] not in names)
+
+    def by_seed(self, name: str) -> pd.Series:
+        """A column of results, of the seeds that have it."""
+        return self.results[name].dropna()
 
     def mean(self, name: str) -> Mean | None:
-        return mean_of(self.values[name])
+        return mean_of(self.by_seed(name))
+
+    def curves(self, name: str) -> pd.DataFrame:
+        """A column of epochs: a row per epoch, a column per seed."""
+        return self.epochs[name].unstack("seed").astype(float)
 
 
-def mean_of(values: list[float]) -> Mean | None:
+def mean_of(values: Iterable[float]) -> Mean | None:
     """Mean and sample standard deviation; None of nothing."""
-    if not values:
-        return None
-    return Mean(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+    each = list(values)
+    std = statistics.stdev(each) if len(each) > 1 else None
+    return Mean(statistics.fmean(each), std, len(each)) if each else None
 
 
-def setting_label(setting: tuple) -> str:
-    """`CIFAR-10, 4 epochs, --quick, 3,000 training images`; the fingerprint is left out."""
+def grouped(each: Iterable, key: Callable[..., Hashable]) -> dict[Hashable, list]:
+    """Those with the same key, in the order in which they come."""
+    groups: dict[Hashable, list] = {}
+    for one in each:
+        groups.setdefault(key(one), []).append(one)
+    return groups
+
+
+def setting_names(setting: tuple) -> tuple[str, str]:
+    """What runs.Config.setting is called, the fingerprint left out: as `CIFAR-10, 12 epochs, 20,000 training
+    images`, and as a folder, `cifar10/12-epochs-20000-images`.
+    """
     title, epochs, quick, subset, held_out, size, _ = setting
-    parts = [title, f"{epochs} epoch{'s' if epochs > 1 else ''}"]
-    parts += ["--quick"] if quick else []
-    parts += [f"{subset:,} training images"] if subset else []
-    parts += [f"{held_out:,} for validation"] if held_out else []
-    parts += [f"{size}x{size} pixels"] if size not in (None, 32) else []
-    return ", ".join(parts)
+    usual = quick and subset == config.QUICK["train_subset"]
+    parts = (
+        (quick, "--quick", ""),
+        (subset, f"{subset or 0:,} training images", "" if usual else f"{subset}-images"),
+        (held_out, f"{held_out:,} for validation", f"{held_out}-validation"),
+        (size != 32, f"{size}x{size} pixels", f"{size}-pixels"),
+    )
+    label = [title, f"{epochs} epoch{'s' if epochs > 1 else ''}", *(label for has, label, _ in parts if has)]
+    folder = ["quick"] * quick + [f"{epochs}-epochs", *(name for has, _, name in parts if has and name)]
+    data = CIFAR10.get(title) or re.sub("[^a-z0-9]+", "-", title.lower()).strip("-")[:40] or "data"
+    return ", ".join(label), f"{data}/{'-'.join(folder)}"
 
 
-def by_setting(found: list[Run]) -> dict[str, list[Run]]:
-    """Runs by their setting's label, the longest training first; every label is of one setting."""
-    settings: dict[tuple, list[Run]] = {}
-    for run in found:
-        settings.setdefault(run.setting, []).append(run)
-    labels = [setting_label(setting) for setting in settings]
-    named = {}
-    for label, (setting, members) in zip(labels, settings.items(), strict=True):
-        told = f"{label}, data {setting[-1] or 'without a fingerprint'}" if labels.count(label) > 1 else label
-        while told in named:
-            told += "'"
-        named[told] = sorted(members, key=lambda run: (*_place(run), run.options["seed"], run.folder))
-    first = {label: (runs[0].options["quick"], -runs[0].setting[1]) for label, runs in named.items()}
-    return dict(sorted(named.items(), key=lambda item: (*first[item[0]], -len(item[1]), item[0])))
+def by_setting(found: list[Run]) -> list[Setting]:
+    """The runs of each setting, the longest training first; no two have a label or a folder in common."""
+    settings, made, places = grouped(found, lambda run: run.config.setting), [], Counter()
+    labels = Counter(setting_names(setting)[0] for setting in settings)
+    for of in sorted(settings, key=lambda of: (of[2], -of[1], -len(settings[of]), setting_names(of), of[-1])):
+        label, folder = setting_names(of)
+        places[folder] += 1
+        folder += f"-{places[folder]}" if places[folder] > 1 else ""
+        label += f", data {of[-1]}" if labels[label] > 1 else ""
+        made.append(Setting(label, folder, sorted(settings[of], key=_rank)))
+    return made
+
+
+def _rank(run: Run) -> tuple:
+    """Where a run stands among others: depths and widths as numbers, the modes most compared first."""
+    first, of, variant = ("all", "bn_only", "bn_main", "random"), run.config.options, run.config.variant
+    rank = first.index(of.mode) if of.mode in first else len(first)
+    arch = re.split("([0-9]{1,9})", of.arch)
+    arch[1::2] = map(int, arch[1::2])
+    return arch, rank, of.mode, len(variant), str(variant), of.seed, run.name
 
 
 def series_of(members: list[Run], by_machine: bool = False) -> list[Series]:
     """The runs of one setting gathered over seeds: what is done, and how many diverged."""
-    groups: dict[tuple, dict[tuple, Run]] = {}
-    for run in members:
-        if run.summary["status"] in ("done", "diverged"):
-            machine = run.machine if by_machine else ("", "", "")
-            group = groups.setdefault((run.options["arch"], run.options["mode"], run.variant, machine), {})
-            before = group.get(run.options["seed"])  # which counts once, on however many machines it ran
-            if before is None or before.summary["status"] != "done":
-                group[run.options["seed"]] = run
+    ended = [run for run in members if run.status in ("done", "diverged")]
+
+    def key(run: Run) -> tuple:
+        of = run.config
+        return of.options.arch, of.options.mode, of.variant, of.machine if by_machine else ("", "", "")
+
     gathered = []
-    for key, group in groups.items():
-        each = list(group.values())
-        done = [run for run in each if run.summary["status"] == "done"]
-        numbers = [name for name, (kind, *_) in SUMMARY.items() if kind is not str]
-        values = {
-            name: [run.summary[name] for run in done if run.summary[name] is not None] for name in numbers
-        }
-        before = [run.start or {} for run in done]
-        values["start_test_acc"] = [
-            start["test_acc"] for start in before if start.get("test_acc") is not None
-        ]
-        having = [run for run in done if run.epochs]
-        for name in ("epoch_s", "images_per_s"):  # of a typical epoch: the first ones may wait or compile
-            rows = [[row[name] for row in run.epochs if row[name] is not None] for run in having]
-            values[name] = [statistics.median(one) for one in rows if one]
-        curves = {name: curve(having, name) for name in CURVES if having}
-        if having:
-            epoch_s = curve(having, "epoch_s")
-            number, typical = np.arange(epoch_s.shape[1]) + 1, np.nanmedian(epoch_s, axis=1, keepdims=True)
-            first, seconds = np.array([run.before for run in having]).T[..., None]
-            curves["seconds"] = np.where(np.isnan(epoch_s), np.nan, seconds + (number - first) * typical)
+    for names, group in grouped(ended, key).items():
+        by_seed: dict[int, Run] = {}
+        for run in group:  # a seed counts once, on however many machines
+            before = by_seed.get(run.config.options.seed)
+            by_seed[run.config.options.seed] = before if before and before.done else run
+        done = [run for run in by_seed.values() if run.done]
         analyses = [run.analysis for run in done if run.analysis]
-        of_each = [run.options["seed"] for run in done], [run.machine for run in done]
-        counts = len(done), len(each) - len(done)
-        gathered.append(Series(*key, each[0].began, *counts, *of_each, values, curves, analyses))
+        frames = len(by_seed) - len(done), *_frames(done)
+        gathered.append(Series(*names, group[0].config.origin, *frames, analyses))
     return gathered
 
 
-def curve(each: list[Run], name: str) -> np.ndarray:
-    """`name` per run and epoch, [runs, epochs], NaN where there is none."""
-    found = np.full((len(each), max(run.before[0] + len(run.epochs) for run in each)), np.nan)
-    for row, run in zip(found, each, strict=True):
-        row[run.before[0] :][: len(run.epochs)] = [epoch[name] for epoch in run.epochs]
-    return found
-
-
-def _place(run: Run) -> tuple:
-    """Where a run stands among others: depths and widths as numbers, the modes most compared first."""
-    first = ("all", "bn_only", "bn_main", "random")
-    mode = run.options["mode"]
-    rank = first.index(mode) if mode in first else len(first)
-    arch = re.split("([0-9]{1,9})", run.options["arch"])
-    arch[1::2] = map(int, arch[1::2])
-    return arch, rank, mode, len(run.variant), str(run.variant)
+def _frames(done: list[Run]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The results and the epochs of runs, see Series."""
+    results, epochs, keys = [], [], []
+    for run in done:
+        of, parent, before, seconds = run.config, run.config.parent if run.config.origin else None, 0, 0.0
+        if parent:
+            known = parent.device_name == of.device_name and parent.seconds_in_all is not None
+            before, seconds = parent.epochs_done_in_all, parent.seconds_in_all if known else math.nan
+        results.append(
+            vars(run.summary) | {"parent_test_acc": parent and parent.test_acc, "machine": of.machine}
+        )
+        typical = statistics.median(row.epoch_s for row in run.epochs) if run.epochs else math.nan
+        epochs += [vars(row) | {"seconds": seconds + row.epoch * typical} for row in run.epochs]
+        keys += [(before + row.epoch, of.options.seed) for row in run.epochs]
+    seeds = pd.Index([run.config.options.seed for run in done], name="seed", dtype=object)
+    columns = [*runs.Summary.model_fields, "parent_test_acc", "machine"]
+    of_runs = pd.DataFrame(results, seeds, columns, dtype=object)
+    index = pd.MultiIndex.from_tuples(keys, names=["epoch", "seed"])
+    of_epochs = pd.DataFrame(epochs, index, [*runs.Epoch.model_fields, "seconds"])
+    for name in ("epoch_s", "images_per_s"):  # of a typical epoch: the first ones may wait or compile
+        of_runs[name] = of_epochs[name].astype(float).groupby("seed").median()
+    return of_runs, of_epochs

@@ -1,56 +1,70 @@
 """The answers to the questions are those of the runs' summaries, paired by seed."""
 
 import csv
-import json
 import statistics
 
 import numpy as np
+import pandas as pd
 import pytest
-from made_runs import write_run
+from made_runs import change, write_run
 
 import report
-from reporting import answers
-from reporting import reading as finished
-from reporting import series as gather
+from reporting import answers, reading, series
+from runs import Parent
 
 EPOCHS = 32
 
 
-def start(mode: str, epochs: int, test_acc: float, seed: int, **more) -> dict:
-    """What config.json has of the run that another started from."""
-    return {
-        **{"run": "before", "mode": mode, "seed": seed, "epochs": epochs, "course": epochs, "options": {}},
-        **{"epochs_done": epochs, "seconds": 2.0 * epochs, "device_name": "NVIDIA H200"},
-        **{"test_acc": test_acc, "fingerprint": "21d441f3", **more},
+def parent(mode: str, epochs: int, test_acc: float, seed: int, **more) -> Parent:
+    """What config.json has of the run that another went on from."""
+    fields = {
+        "run": "before",
+        "mode": mode,
+        "seed": seed,
+        "variant": (),
+        "epochs": epochs,
+        "epochs_in_all": epochs,
+        "epochs_done_in_all": epochs,
+        "seconds_in_all": 2.0 * epochs,
+        "device_name": "NVIDIA H200",
+        "test_acc": test_acc,
+        "fingerprint": "21d441f3",
+        "train_subset": None,
+        "val_images": 0,
+        "processes": 1,
+        "quick": False,
     }
+    return Parent(**(fields | more))
 
 
 def write_grids(root, seeds=(0, 1, 2), accs=None) -> None:
     """The runs of both questions; `accs` are final accuracies by (what, seed)."""
 
     def write(what, seed, mode, epochs, before=None, **options):
-        options |= {"started_from": before, "init_from": "some run" if before else None}
-        folder = write_run(root, "resnet14", mode, seed, epochs, analysis=False, **options)
-        path, given = folder / "summary.json", (accs or {}).get((what, seed))
-        summary = json.loads(path.read_text()) | ({"final_test_acc": given} if given else {})
-        path.write_text(json.dumps(summary))
+        options |= {"parent": before, "init_from": "some run" if before else None}
+        given = (accs or {}).get((what, seed))
+        options |= {"final_test_acc": given} if given else {}
+        write_run(root, "resnet14", mode, seed, epochs, analysis=False, **options)
 
     for seed in seeds:
         write("all", seed, "all", EPOCHS, milestones=[16, 24])
         for k in (2, 4):
-            before = start("bn_only", k, 40.0, seed)
+            before = parent("bn_only", k, 40.0, seed)
             write(k, seed, "all", EPOCHS - k, before, milestones=[16 - k, 24 - k])
-        before = start("all", EPOCHS, 80.0 + seed, seed)
+        before = parent("all", EPOCHS, 80.0 + seed, seed)
         write("kept", seed, "bn_only", 4, before, lr=0.01, milestones=[2, 3])
         write("kept, fast", seed, "bn_only", 4, before, milestones=[2, 3])
         write("redrawn", seed, "bn_only", 4, before, lr=0.01, milestones=[2, 3], reset_bn=True)
         write("more", seed, "all", 4, before, lr=0.01, milestones=[2, 3])
 
 
+def settings(root) -> list[tuple]:
+    return series.by_setting(reading.read_runs([str(root)], print))
+
+
 def answered(root, question) -> answers.Answer:
     """To `question`, from the one setting whose runs answer it."""
-    settings = gather.by_setting(finished.read_runs([str(root)]))
-    found = [question(gather.series_of(members)) for members in settings.values()]
+    found = [question(series.series_of(members)) for _, _, members in settings(root)]
     (answer,) = [answer for answer in found if answer.drawn]
     return answer
 
@@ -75,34 +89,36 @@ def test_batchnorm_first_is_compared_seed_by_seed(tmp_path):
 
 def test_equal_time_counts_the_first_part_and_takes_the_last_test_before(tmp_path):
     write_grids(tmp_path, seeds=[0])
-    having = [s for s in all_series(tmp_path) if s.mode == "all" and s.curves]
-    (plain,) = [s for s in having if not s.options]
-    (first,) = [s for s in having if dict(s.options).get("init_from") == "4 epochs of bn_only"]
-    assert np.isnan(first.curves["test_acc"][0, :4]).all() and first.curves["test_acc"].shape == (1, EPOCHS)
-    epoch_s = first.values["epoch_s"][0]
-    assert answers.seconds_by_seed(first) == {0: pytest.approx(4 * 2.0 + (EPOCHS - 4) * epoch_s)}
-    tested = first.curves["test_acc"][0]
-    assert answers.at_time(first, {0: 4 * 2.0 + 2.5 * epoch_s}) == {0: tested[5]}
-    assert answers.at_time(first, {0: 8.0}) == {}, "nothing is known of it while BatchNorm alone trained"
-    assert answers.at_time(plain, answers.seconds_by_seed(plain)) == {0: plain.curves["test_acc"][0, -1]}
+    having = [s for s in all_series(tmp_path) if s.mode == "all" and len(s.epochs)]
+    (plain,) = [s for s in having if not s.variant]
+    (first,) = [s for s in having if dict(s.variant).get("init_from") == "4 epochs of bn_only"]
+    tested = first.curves("test_acc")[0]
+    assert tested.index.tolist() == list(range(5, EPOCHS + 1)) and first.last_epoch == EPOCHS
+    epoch_s = first.results["epoch_s"][0]
+    seconds = answers.seconds_by_seed(first)
+    assert seconds.to_dict() == {0: pytest.approx(4 * 2.0 + (EPOCHS - 4) * epoch_s)}
+    assert answers.at_time(first, seconds * 0 + 4 * 2.0 + 2.5 * epoch_s).to_dict() == {0: tested[6]}
+    unknown = answers.at_time(first, seconds * 0 + 8.0)
+    assert unknown.empty, "nothing is known of it while BatchNorm alone trained"
+    last = answers.at_time(plain, answers.seconds_by_seed(plain))
+    assert last.to_dict() == {0: plain.curves("test_acc")[0][EPOCHS]}
 
 
-def all_series(root) -> list[gather.Series]:
-    settings = gather.by_setting(finished.read_runs([str(root)]))
-    return [s for members in settings.values() for s in gather.series_of(members)]
+def all_series(root) -> list[series.Series]:
+    return [s for _, _, members in settings(root) for s in series.series_of(members)]
 
 
-def test_runs_that_start_from_runs_stand_beside_those_as_long_in_all(tmp_path):
+def test_runs_that_go_on_from_runs_stand_beside_those_as_long_in_all(tmp_path):
     write_grids(tmp_path)
-    settings = gather.by_setting(finished.read_runs([str(tmp_path)]))
-    assert [len(members) for members in settings.values()] == [12, 9]
-    assert list(settings) == ["CIFAR-10, 36 epochs", "CIFAR-10, 32 epochs"]
-    steps = {label: {run.variant for run in members} for label, members in settings.items()}
+    found = {label: members for label, _, members in settings(tmp_path)}
+    assert [len(members) for members in found.values()] == [12, 9]
+    assert list(found) == ["CIFAR-10, 36 epochs", "CIFAR-10, 32 epochs"]
+    steps = {label: {run.config.variant for run in members} for label, members in found.items()}
     assert all(("milestones", (34, 35)) in variant for variant in steps["CIFAR-10, 36 epochs"])
     assert not any("milestones" in dict(variant) for variant in steps["CIFAR-10, 32 epochs"])
 
 
-def test_retraining_is_compared_with_what_each_run_started_from(tmp_path):
+def test_retraining_is_compared_with_what_each_run_went_on_from(tmp_path):
     finals = {
         "kept": (80.1, 81.3, 81.9),
         "kept, fast": (79.0, 80.0, 80.7),
@@ -133,61 +149,59 @@ def test_one_seed_is_said_to_tell_nothing_of_chance(tmp_path):
 
 def test_the_page_has_both_answers(tmp_path):
     write_grids(tmp_path / "runs")
-    assert report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
     page = (tmp_path / "out" / "index.html").read_text()
     assert page.count("the best, with") == 2 and page.count("more epochs, of BatchNorm alone") == 1
     for name, rows in (("warmstart", 3), ("retrain", 4)):
-        (table,) = (tmp_path / "out" / "tables").glob(f"*-{name}.csv")
+        (table,) = (tmp_path / "out").rglob(f"{name}.csv")
         assert len(list(csv.DictReader(table.open()))) == rows
-        assert len(list((tmp_path / "out" / "figures").glob(f"*-{name}.png"))) == 1
+        assert table.with_suffix(".png").is_file()
 
 
-def test_other_starts_are_other_runs(tmp_path):
-    """Networks from a file, other options of the start, another seed's start, other images."""
+def test_what_goes_on_from_other_runs_is_told_apart(tmp_path):
+    """Networks from a file, other options of the parent run, a parent run of another seed, other images."""
     write_grids(tmp_path, seeds=[0])
     plain = {"analysis": False, "milestones": [16, 24]}
-    write_run(tmp_path, "resnet14", "all", 0, EPOCHS, init_from="a/w.pth", started_from=None, **plain)
+    write_run(tmp_path, "resnet14", "all", 0, EPOCHS, init_from="a/w.pth", parent=None, **plain)
     lr = {**plain, "milestones": [12, 20], "init_from": "some run"}
-    before = start("bn_only", 4, 40.0, 0, options={"lr": 0.05})
-    write_run(tmp_path / "lr", "resnet14", "all", 0, EPOCHS - 4, started_from=before, **lr)
-    write_run(
-        tmp_path / "seed", "resnet14", "all", 1, EPOCHS - 4, started_from=start("bn_only", 4, 40.0, 0), **lr
-    )
-    texts = {s.variant for s in all_series(tmp_path) if s.mode == "all"}
+    before = parent("bn_only", 4, 40.0, 0, variant=(("lr", 0.05),))
+    write_run(tmp_path / "lr", "resnet14", "all", 0, EPOCHS - 4, parent=before, **lr)
+    write_run(tmp_path / "seed", "resnet14", "all", 1, EPOCHS - 4, parent=parent("bn_only", 4, 40.0, 0), **lr)
+    texts = {s.variant_text for s in all_series(tmp_path) if s.mode == "all"}
     assert {
         "init_from w",
         "init_from 4 epochs of bn_only",
         "init_from 4 epochs of bn_only, lr 0.05",
     } < texts
     assert "init_from 4 epochs of bn_only, seed 0" in texts
-    other_images = start("bn_only", 4, 40.0, 0, fingerprint="ff")
-    write_run(tmp_path / "images", "resnet14", "all", 0, EPOCHS - 4, started_from=other_images, **lr)
-    variants = {s.variant for s in all_series(tmp_path / "images")}
-    assert "init_from some run, milestones 12 20" in variants, "its epochs do not count as that start's"
-    from_file = start("bn_only", 4, 40.0, 0, options={"init_from": "w"})
-    write_run(tmp_path / "file", "resnet14", "all", 0, EPOCHS - 4, started_from=from_file, **lr)
+    other_images = parent("bn_only", 4, 40.0, 0, fingerprint="ff")
+    write_run(tmp_path / "images", "resnet14", "all", 0, EPOCHS - 4, parent=other_images, **lr)
+    variants = {s.variant_text for s in all_series(tmp_path / "images")}
+    assert "init_from some run, milestones 12 20" in variants, "its epochs do not count as that parent's"
+    from_file = parent("bn_only", 4, 40.0, 0, variant=(("init_from", "w"),))
+    write_run(tmp_path / "file", "resnet14", "all", 0, EPOCHS - 4, parent=from_file, **lr)
     answer = answered(tmp_path, answers.warm_starts)
     rows = [tuple(row[:2]) for row in answer.table.rows]
     network = "ResNet-14"
     assert rows[:3] == [(network, 0), (network, 2), (network, 4)] and rows.count((network, 0)) == 2
     assert {(f"{network}, lr 0.05", 4), (f"{network}, from seed 0", 4)} < set(rows) and len(rows) == 9
-    read = finished.read_runs([str(tmp_path)])
+    every = [(run.config.options, run) for run in reading.read_runs([str(tmp_path)], print)]
     plain, begun = (
-        [run for run in read if run.options["mode"] == "all" and run.options["init_from"] == init_from]
+        [run for options, run in every if (options.mode, options.init_from) == ("all", init_from)]
         for init_from in (None, "a/w.pth")
     )
     first = {row[2].mean for row in answer.table.rows if row[1] == 0}
-    assert first == {run.summary["final_test_acc"] for run in plain + begun} and len(plain + begun) == 2
+    assert first == {run.summary.final_test_acc for run in plain + begun} and len(plain + begun) == 2
 
 
-def test_a_start_on_other_images_of_the_set_is_another(tmp_path):
+def test_a_parent_run_on_other_images_of_the_set_is_another(tmp_path):
     options = {"init_from": "some run", "epochs": 4, "analysis": False}
     others = {}, {"train_subset": 50}, {"quick": True}, {"val_images": 5}, {"processes": 2}
     for seed, other in enumerate(others):
-        before = start("all", 8, 50.0, seed, options={"milestones": []}, train_subset=None, quick=False)
-        write_run(tmp_path, "resnet14", "bn_only", seed, started_from=before | other, **options)
+        before = parent("all", 8, 50.0, seed, variant=(("milestones", ()),))
+        write_run(tmp_path, "resnet14", "bn_only", seed, parent=before.model_copy(update=other), **options)
     common = "init_from 8 epochs of all, milestones none"
-    texts = {s.variant.split(", milestones 10")[0].removeprefix(common) for s in all_series(tmp_path)}
+    texts = {s.variant_text.split(", milestones 10")[0].removeprefix(common) for s in all_series(tmp_path)}
     assert texts == {"", ", train_subset 50", ", quick True", ", val_images 5", ", processes 2"}
 
 
@@ -195,34 +209,34 @@ def test_batchnorm_first_from_a_file_drawn_anew_is_compared_with_everything_from
     """As the sweep has it: what goes on from the first part no longer draws BatchNorm anew, or warms up."""
     own = {"init_from": "w.pth", "reset_bn": True, "warmup_epochs": 1, "analysis": False}
     write_run(tmp_path, "resnet14", "all", 0, EPOCHS, milestones=[16, 24], **own)
-    begun = {"init_from": "w", "reset_bn": True, "warmup_epochs": 1, "schedule": "constant"}
-    before = start("bn_only", 4, 40.0, 0, options=begun)
-    then = {"init_from": "x", "started_from": before, "milestones": [12, 20], "analysis": False}
+    begun = {"init_from": "w", "reset_bn": True, "schedule": "constant", "warmup_epochs": 1}
+    before = parent("bn_only", 4, 40.0, 0, variant=tuple(begun.items()))
+    then = {"init_from": "x", "parent": before, "milestones": [12, 20], "analysis": False}
     write_run(tmp_path, "resnet14", "all", 0, EPOCHS - 4, **then)
     rows = answered(tmp_path, answers.warm_starts).table.rows
     assert [row[:2] for row in rows] == [["ResNet-14", 0], ["ResNet-14", 4]]
 
 
-@pytest.mark.parametrize("elsewhere", ["start", "rest"])
+@pytest.mark.parametrize("elsewhere", ["parent", "rest"])
 def test_time_on_another_device_is_not_compared(tmp_path, elsewhere):
     """Seeds of which a part ran elsewhere count in accuracy, and not in time."""
     options = {"analysis": False, "init_from": "x", "milestones": [12, 20]}
     for seed in range(3):
         write_run(tmp_path, "resnet14", "all", seed, EPOCHS, analysis=False, milestones=[16, 24])
         device = "NVIDIA H200" if seed == 2 else "a CPU"
-        before = start("bn_only", 4, 40.0, seed, device_name=device)
+        before = parent("bn_only", 4, 40.0, seed, device_name=device)
         more = {"device_name": device} if elsewhere == "rest" else {}
-        write_run(tmp_path, "resnet14", "all", seed, EPOCHS - 4, started_from=before, **more, **options)
+        write_run(tmp_path, "resnet14", "all", seed, EPOCHS - 4, parent=before, **more, **options)
     answer = answered(tmp_path, answers.warm_starts)
     plain, first = answer.table.rows
     assert plain[2].n == first[2].n == 3 and first[3].n == 3
-    assert first[5].n == (1 if elsewhere == "start" else 3) and first[6].n == plain[6].n == 1
-    shortest = min(first[5].mean, plain[5].mean) if elsewhere == "start" else None
+    assert first[5].n == (1 if elsewhere == "parent" else 3) and first[6].n == plain[6].n == 1
+    shortest = min(first[5].mean, plain[5].mean) if elsewhere == "parent" else None
     assert elsewhere == "rest" or f"In the time of the shortest ({shortest:,.0f} s" in answer.text
     assert "(n = 1, so nothing is known of chance) it." in answer.text
 
 
-def test_recipes_are_chosen_by_validation_and_compared_in_test(tmp_path):
+def test_settings_are_chosen_by_validation_and_compared_in_test(tmp_path):
     """The one that test images like best is not chosen."""
     found = {"": (40.0, 41.0), "lr": (45.0, 43.0), "lr and more": (44.0, 50.0)}
     options = {"": {}, "lr": {"lr": 1.0}, "lr and more": {"lr": 1.0, "schedule": "cosine"}}
@@ -231,43 +245,48 @@ def test_recipes_are_chosen_by_validation_and_compared_in_test(tmp_path):
             accs = {"best_val_acc": validation + seed, "final_test_acc": test + seed * (1 + (name == "lr"))}
             validated(tmp_path, accs, seed=seed, **options[name])
     write_run(tmp_path / "apart", arch="resnet32", analysis=False)  # without validation images
-    answer = answered(tmp_path, answers.recipes)
+    answer = answered(tmp_path, answers.tuning)
     assert [row[2] for row in answer.table.rows] == ["lr 1", "lr 1, schedule cosine", "as it comes"]
     change, interval = answer.table.rows[0][5:]
     assert change == pytest.approx((2.5, 0.5**0.5, 2)) and interval == pytest.approx(12.706 * 0.5, rel=1e-3)
-    told = "2.50 points above (± 6.35, n = 2: within chance) the recipe as it comes."
-    assert f"of 3 recipes, the best on validation images is lr 1: in test {told}" in answer.text
+    told = "2.50 points above (± 6.35, n = 2: within chance) the setting as it comes."
+    assert f"of 3 settings, the best on validation images is lr 1: in test {told}" in answer.text
     for seed in range(3, 6):  # of which the others have none
         validated(tmp_path, {"best_val_acc": 99.0}, seed=seed, lr=2.0)
-    answer = answered(tmp_path, answers.recipes)
+    answer = answered(tmp_path, answers.tuning)
     assert answer.table.rows[0][2] == "lr 2"
-    assert "of 3 recipes, the best on validation images is lr 1:" in answer.text
+    assert "of 3 settings, the best on validation images is lr 1:" in answer.text
 
 
-def test_recipes_are_told_by_what_not_all_have(tmp_path):
+def test_settings_are_told_by_what_not_all_have(tmp_path):
     for more in ({}, {"lr": 1.0}):
         validated(tmp_path, {"best_val_acc": 50.0}, milestones=[], label_smoothing=0.1, **more)
-    rows = answered(tmp_path, answers.recipes).table.rows
+    rows = answered(tmp_path, answers.tuning).table.rows
     assert {row[2] for row in rows} == {"as it comes", "lr 1"}
 
 
 def validated(root, accs: dict, **options) -> None:
     """A run of ten validation images, with these accuracies in its summary."""
-    path = write_run(root, val_split=10, analysis=False, **options) / "summary.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | accs))
+    write_run(root, val_split=10, analysis=False, **accs, **options)
 
 
-def test_students_t_has_its_tabulated_quantiles():
+def test_the_intervals_have_students_t_at_its_tabulated_quantiles():
     quantiles = {1: 12.706, 2: 4.303, 5: 2.571, 30: 2.042}
-    assert {df: answers.student_t(0.975, df) for df in quantiles} == pytest.approx(quantiles, rel=1e-3)
+    for freedom, quantile in quantiles.items():
+        of = pd.Series(np.arange(freedom + 1.0))
+        found = answers.change(of, of * 0)
+        assert found.interval == pytest.approx(quantile * of.std() / (freedom + 1) ** 0.5, rel=1e-3)
 
 
-def test_a_start_that_is_rubbish_is_named_and_left_out(tmp_path, capsys):
-    rubbish = [{"run": "x"}, start("all", -1, 50.0, 0), start("all", 10**7, 50.0, 0)]
-    rubbish += [start("all", 3, 101.0, 0), start("all", 3, 50.0, 0, options={"lr": [[]]})]
+def test_a_parent_run_that_is_rubbish_is_named_and_left_out(tmp_path):
+    told = []
+    rubbish = [{"run": None}, {"epochs": -1}, {"epochs_in_all": 10**7}, {"test_acc": 101.0}]
+    rubbish += [{"variant": [["lr", [[]]]]}, {"newer_field": 1}]
     for seed, each in enumerate(rubbish):
-        write_run(tmp_path, seed=seed, init_from="a", started_from=each)
-    write_run(tmp_path, seed=8, started_from=start("all", 3, 50.0, 8))  # without --init-from
+        before = parent("all", 3, 50.0, seed)
+        folder = write_run(tmp_path, seed=seed, init_from="a", parent=before)
+        change("config.json", **{f"parent__{name}": value for name, value in each.items()})(folder)
+    write_run(tmp_path, seed=8, parent=parent("all", 3, 50.0, 8))  # without --init-from
     write_run(tmp_path, seed=9)
-    assert len(finished.read_runs([str(tmp_path)])) == 1
-    assert capsys.readouterr().err.count("left out") == 6
+    assert len(reading.read_runs([str(tmp_path)], told.append)) == 1
+    assert len(told) == 7 and all(line.startswith("left out ") for line in told)

@@ -1,0 +1,100 @@
+"""Settings are never mixed, and a series has runs that differ in their seed alone."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made_runs import write_run
+
+from reporting import reading, series
+
+
+def read(root: Path) -> list[reading.Run]:
+    return reading.read_runs([str(root)], print)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        *({"epochs": 8}, {"quick": True}, {"train_subset": 10}, {"val_split": 10}),
+        *({"data_title": "CIFAR-10 (not official)"}, {"image_size": 64}, {"fingerprint": "ff"}),
+    ],
+)
+def test_settings_are_never_mixed(tmp_path, other):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", seed=1, **other)
+    settings = series.by_setting(read(tmp_path))
+    assert [len(members) for *_, members in settings] == [1, 1]
+    assert len({label for label, _, _ in settings}) == len({folder for _, folder, _ in settings}) == 2
+
+
+def test_a_setting_has_a_short_folder():
+    official, other = "CIFAR-10", "CIFAR-10 (not the official bytes)"
+    for setting, folder in {
+        (official, 160, False, None, 0, 32, "f"): "cifar10/160-epochs",
+        (
+            other,
+            12,
+            False,
+            20000,
+            5000,
+            32,
+            "f",
+        ): "cifar10-other-bytes/12-epochs-20000-images-5000-validation",
+        (official, 8, True, 3000, 0, 32, "f"): "cifar10/quick-8-epochs",
+        (official, 8, True, 300, 0, 32, "f"): "cifar10/quick-8-epochs-300-images",
+        ("Imagenette", 5, False, None, 0, 128, "f"): "imagenette/5-epochs-128-pixels",
+        ("../../<é>", 1, False, None, 0, 32, "f"): "data/1-epochs",
+    }.items():
+        assert series.setting_names(setting)[1] == folder
+
+
+def test_settings_with_the_same_short_name_have_a_folder_each(tmp_path):
+    for title in ("my set", "my-set", "My Set!"):
+        write_run(tmp_path / title, data_title=title)
+    folders = [setting.folder for setting in series.by_setting(read(tmp_path))]
+    assert sorted(folders) == ["my-set/4-epochs", "my-set/4-epochs-2", "my-set/4-epochs-3"]
+
+
+@pytest.mark.parametrize("other", [{"milestones": [1]}, {"milestones": []}, {"schedule": "cosine"}])
+def test_another_schedule_of_the_learning_rate_is_another_series(tmp_path, other):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", seed=1, **other)
+    [(_, _, members)] = series.by_setting(read(tmp_path))
+    text = {"milestones": "milestones 1", "schedule": "schedule cosine"}[next(iter(other))]
+    text = "milestones none" if other == {"milestones": []} else text
+    found = [(s.variant_text, s.results.index.tolist()) for s in series.series_of(members)]
+    assert found == [("", [0]), (text, [1])]
+
+
+def test_other_options_make_other_series_and_logistics_do_not(tmp_path):
+    others = {}, {"out": "x", "memory": "stock"}, {"lr": 0.01}, {"dtype": "fp32"}, {"eval_every": 2}
+    for seed, more in enumerate(others):
+        write_run(tmp_path, seed=seed, **more)
+    found = read(tmp_path)
+    assert {s.variant_text: s.done for s in series.series_of(found)} == {"": 4, "lr 0.01": 1}
+    assert (
+        len(series.series_of(found, by_machine=True)) == 4
+    )  # stock memory costs otherwise, and so does fp32
+
+
+def test_a_seed_on_two_machines_is_one_of_the_mean_and_a_row_of_each(tmp_path):
+    write_run(tmp_path / "a", device_name="one")
+    write_run(tmp_path / "b", device_name="another")
+    found = read(tmp_path)
+    assert [s.done for s in series.series_of(found)] == [1]
+    assert [s.done for s in series.series_of(found, by_machine=True)] == [1, 1]
+
+
+def test_curves_have_a_column_per_seed_and_no_value_where_there_was_no_test(tmp_path):
+    for seed in (0, 2**64 - 1):
+        folder = write_run(tmp_path, seed=seed)
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        lines[1] = lines[1].replace('"test_acc":', '"test_acc":null,"val_acc":')
+        (folder / "metrics.jsonl").write_text("\n".join(lines))
+    [s] = series.series_of(read(tmp_path))
+    curves = s.curves("test_acc")
+    assert curves.shape == (4, 2) and curves.columns.tolist() == [0, 2**64 - 1]
+    assert np.isnan(curves.to_numpy()).tolist() == [[False] * 2, [True] * 2, [False] * 2, [False] * 2]
+    assert s.mean("epoch_s").n == s.mean("images_per_s").n == 2
+    assert s.mean("final_test_acc").mean == pytest.approx(curves.loc[4].mean())
