@@ -159,7 +159,7 @@ def test_a_preset_is_other_defaults_and_is_recorded(small):
     assert exit_status(options) == 0
     folder, ((asked,), _) = only_run(), parse_options(options, "")
     assert folder.name == runs.run_name(asked, "tiny")
-    assert folder.name.startswith("tiny-resnet18-bn_only-s0-preset000_3-")
+    assert folder.name.startswith("tiny-resnet18-bn_only-s0-preset000")
     described = json.loads((folder / "config.json").read_text())
     recorded = {"preset": "000-3", "optimizer": "adam", "lr": 0.01, "schedule": "plateau", "min_lr": 1e-5}
     recorded |= {"early_stop": 20, "augment": "photo", "image_size": 48, "weight_decay": 0.0}
