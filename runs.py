@@ -575,10 +575,10 @@ class Run:
             return
         was = dataclasses.asdict(before.options) | before.spec.model_dump()
         now = dataclasses.asdict(options) | spec.model_dump() | hashes
-        for name in now.keys() - ignoring:
+        for name, value in now.items():  # in their order: of other images, the fingerprint is named
             found = was[name] if name in was else getattr(before, name)
-            if found != now[name]:
-                what = f"{self.path} was run with {name} {found}, not {now[name]}"
+            if found != value and name not in ignoring:
+                what = f"{self.path} was run with {name} {found}, not {value}"
                 raise RunError(f"{what};\nuse --overwrite or another --out")
 
     def begin(self, described: Config) -> None:
