@@ -112,9 +112,10 @@ def _wrong(run: Run) -> str | None:
     if config.parent and not options.init_from:
         return "config.json has a parent run, and no option init_from"
     owners = {"data": config.spec, "arch": options, "mode": options, "seed": options}
-    owners |= dict.fromkeys(("data_title", "variant", "frozen_sha256"), config)
-    for name, of in owners.items() if summary else ():
-        if getattr(summary, name) != getattr(of, name):
+    owners |= dict.fromkeys(("data_title", "frozen_sha256"), config)
+    found = {name: getattr(of, name) for name, of in owners.items()} | {"variant": dict(config.variant)}
+    for name, value in found.items() if summary else ():
+        if getattr(summary, name) != value:
             return f"config.json and summary.json are of different runs: their {name} differs"
     if not run.done:
         return None

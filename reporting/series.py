@@ -12,7 +12,7 @@ import pandas as pd
 import config
 import runs
 from reporting.reading import Run
-from runs import Analysis, Origin, Variant
+from runs import Analysis, Origin, Pairs
 
 CIFAR10 = {"CIFAR-10": "cifar10", "CIFAR-10 (not the official bytes)": "cifar10-other-bytes"}  # its folders
 
@@ -44,7 +44,7 @@ class Series(NamedTuple):
 
     arch: str
     mode: str
-    variant: Variant  # the options that set it apart from the published run, and their values
+    variant: Pairs  # the options that set it apart from the published run, and their values
     machine: tuple[str, str, str]  # device, how it computed, torch; empty texts where they do not matter
     origin: Origin | None  # what they went on from, on the same images
     diverged: int
@@ -68,7 +68,7 @@ class Series(NamedTuple):
     def last_epoch(self) -> int:
         return int(self.epochs.index.get_level_values("epoch").max())
 
-    def variant_but(self, *names: str) -> Variant:
+    def variant_but(self, *names: str) -> Pairs:
         return tuple(option for option in self.variant if option[0] not in names)
 
     def by_seed(self, name: str) -> pd.Series:

@@ -38,7 +38,7 @@ def write_run(root: Path, arch="resnet14", mode="bn_only", seed=0, epochs=4, ana
         "arch": options.arch,
         "mode": options.mode,
         "seed": options.seed,
-        "variant": described.variant,
+        "variant": dict(described.variant),
         "params_total": total,
         "params_trained": trained,
         "final_test_acc": rows[-1].test_acc,

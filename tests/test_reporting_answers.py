@@ -21,7 +21,7 @@ def parent(mode: str, epochs: int, test_acc: float, seed: int, **more) -> Parent
         "run": "before",
         "mode": mode,
         "seed": seed,
-        "variant": (),
+        "variant": {},
         "epochs": epochs,
         "epochs_in_all": epochs,
         "epochs_done_in_all": epochs,
@@ -164,7 +164,7 @@ def test_what_goes_on_from_other_runs_is_told_apart(tmp_path):
     plain = {"analysis": False, "milestones": [16, 24]}
     write_run(tmp_path, "resnet14", "all", 0, EPOCHS, init_from="a/w.pth", parent=None, **plain)
     lr = {**plain, "milestones": [12, 20], "init_from": "some run"}
-    before = parent("bn_only", 4, 40.0, 0, variant=(("lr", 0.05),))
+    before = parent("bn_only", 4, 40.0, 0, variant={"lr": 0.05})
     write_run(tmp_path / "lr", "resnet14", "all", 0, EPOCHS - 4, parent=before, **lr)
     write_run(tmp_path / "seed", "resnet14", "all", 1, EPOCHS - 4, parent=parent("bn_only", 4, 40.0, 0), **lr)
     texts = {s.variant_text for s in all_series(tmp_path) if s.mode == "all"}
