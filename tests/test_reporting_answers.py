@@ -178,7 +178,7 @@ def test_what_goes_on_from_other_runs_is_told_apart(tmp_path):
     write_run(tmp_path / "images", "resnet14", "all", 0, EPOCHS - 4, parent=other_images, **lr)
     variants = {s.variant_text for s in all_series(tmp_path / "images")}
     assert "init_from some run, milestones 12 20" in variants, "its epochs do not count as that parent's"
-    from_file = parent("bn_only", 4, 40.0, 0, variant=(("init_from", "w"),))
+    from_file = parent("bn_only", 4, 40.0, 0, variant={"init_from": "w"})
     write_run(tmp_path / "file", "resnet14", "all", 0, EPOCHS - 4, parent=from_file, **lr)
     answer = answered(tmp_path, answers.warm_starts)
     rows = [tuple(row[:2]) for row in answer.table.rows]
@@ -198,7 +198,7 @@ def test_a_parent_run_on_other_images_of_the_set_is_another(tmp_path):
     options = {"init_from": "some run", "epochs": 4, "analysis": False}
     others = {}, {"train_subset": 50}, {"quick": True}, {"val_images": 5}, {"processes": 2}
     for seed, other in enumerate(others):
-        before = parent("all", 8, 50.0, seed, variant=(("milestones", ()),))
+        before = parent("all", 8, 50.0, seed, variant={"milestones": ()})
         write_run(tmp_path, "resnet14", "bn_only", seed, parent=before.model_copy(update=other), **options)
     common = "init_from 8 epochs of all, milestones none"
     texts = {s.variant_text.split(", milestones 10")[0].removeprefix(common) for s in all_series(tmp_path)}
@@ -210,7 +210,7 @@ def test_batchnorm_first_from_a_file_drawn_anew_is_compared_with_everything_from
     own = {"init_from": "w.pth", "reset_bn": True, "warmup_epochs": 1, "analysis": False}
     write_run(tmp_path, "resnet14", "all", 0, EPOCHS, milestones=[16, 24], **own)
     begun = {"init_from": "w", "reset_bn": True, "schedule": "constant", "warmup_epochs": 1}
-    before = parent("bn_only", 4, 40.0, 0, variant=tuple(begun.items()))
+    before = parent("bn_only", 4, 40.0, 0, variant=begun)
     then = {"init_from": "x", "parent": before, "milestones": [12, 20], "analysis": False}
     write_run(tmp_path, "resnet14", "all", 0, EPOCHS - 4, **then)
     rows = answered(tmp_path, answers.warm_starts).table.rows
@@ -281,7 +281,7 @@ def test_the_intervals_have_students_t_at_its_tabulated_quantiles():
 def test_a_parent_run_that_is_rubbish_is_named_and_left_out(tmp_path):
     told = []
     rubbish = [{"run": None}, {"epochs": -1}, {"epochs_in_all": 10**7}, {"test_acc": 101.0}]
-    rubbish += [{"variant": [["lr", [[]]]]}, {"newer_field": 1}]
+    rubbish += [{"variant": {"lr": [[]]}}, {"newer_field": 1}]
     for seed, each in enumerate(rubbish):
         before = parent("all", 3, 50.0, seed)
         folder = write_run(tmp_path, seed=seed, init_from="a", parent=before)

@@ -102,7 +102,7 @@ RUBBISH = {
         *({"final_test_acc": bad} for bad in (float("nan"), "51", None, 101, True)),
         *({"train_s": 10**400}, {"params_total": 10**400}, {"status": 1}),
         *({"arch": "resnet20"}, {"mode": "all"}, {"seed": 7}, {"data": "synthetic"}, {"data_title": "x"}),
-        *({"variant": [["lr", 0.2]]}, {"frozen_sha256": "f" * 64}),
+        *({"variant": {"lr": 0.2}}, {"frozen_sha256": "f" * 64}),
         *({"best_test_acc": None}, {"checkpoint_bytes": None}, {"epochs_done": 3}, {"newer_field": 1}),
     ],
     "config.json": [
