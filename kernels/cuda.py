@@ -77,9 +77,32 @@ class CudaPasses(TorchPasses):
     def launch(self, kernel, grid: tuple[int, ...], *arguments, config: Config = ELEMENTWISE, **constants):
         kernel[grid](*arguments, **constants, num_warps=config.warps, num_stages=config.stages)
 
+    def over(self, kernel, image: Tensor, *arguments, of=None, config: Config = ELEMENTWISE, **constants):
+        """Launch `kernel` over the positions of `image`, and with `of` what finishes its partial sums.
+
+        Returns the norm of `image` if `of` is a BatchNorm, and the sums of a gradient if it is a norm.
+        """
+        channels, block, block_c = image.shape[1], config.block, image.shape[1]
+        if config is ELEMENTWISE:  # in tiles of up to 64 channels
+            block_c = min(64, channels & -channels)
+            block = TILE // block_c
+            constants |= {"C": channels, "BLOCK_C": block_c}
+        positions = image.numel() // channels
+        grid = programs, _ = -(-positions // block), channels // block_c
+        empty = functools.partial(image.new_empty, dtype=torch.float32)
+        partial, out = (None, None) if of is None else (empty(2, channels, programs), empty(4, channels))
+        last = (partial, positions) if "partial" in kernel.arg_names else (positions,)
+        self.launch(kernel, grid, *arguments, *last, config=config, BLOCK=block, **constants)
+        counts = partial, out, positions, programs
+        if isinstance(of, BatchNorm):
+            self.launch(triton_kernels.finish_norm, (channels,), *counts, *of, C=channels, BLOCK=block)
+        elif of is not None:
+            self.launch(triton_kernels.finish_sums, (channels,), *counts, of, C=channels)
+        return out
+
     def convolve(self, x, norm, weight, conv, bn=None):
-        per_channel = [norm, None if bn is None else bn.gamma]
-        if not (covers_conv(x, weight, conv, 3 if norm is None else 16) and covers([x], per_channel, 1)):
+        fewest = 3 if norm is None else 16
+        if not (covers_conv(x, weight, conv, fewest) and covers(x, norm, bn and bn.gamma, multiple=1)):
             return super().convolve(x, norm, weight, conv, bn)
 
         def compute(config: Config | None, bn: BatchNorm | None) -> tuple[Tensor, Tensor | None]:
@@ -87,12 +110,7 @@ class CudaPasses(TorchPasses):
                 return TorchPasses.convolve(self, x, norm, weight, conv, bn)
             shape = _shape(x.shape, weight, conv)
             z = empty_image(x, (len(x), shape["C_OUT"], shape["H_OUT"], shape["W_OUT"]))
-            positions, programs = _grid(z, config.block)
-            partial = None if bn is None else _partial(z, programs)
-            arguments = x, norm, weight, z, partial, positions
-            blocks = {"BLOCK": config.block, "BLOCK_IN": max(16, shape["C_IN"])}
-            self.launch(triton_kernels.convolve, (programs,), *arguments, config=config, **shape, **blocks)
-            return z, None if bn is None else self.finish_norm(partial, z, bn, config.block)
+            return z, self.over(triton_kernels.convolve, z, x, norm, weight, z, of=bn, config=config, **shape)
 
         def attempt(config: Config | None) -> tuple[Tensor | None, ...]:
             if bn is None:
@@ -101,93 +119,67 @@ class CudaPasses(TorchPasses):
             return *compute(config, bn._replace(running_mean=mean, running_var=var)), mean, var
 
         # Whether statistics are wanted is not in the key: what is faster with them is faster without.
-        key = _key("convolve", x.shape, weight, conv, "" if norm is None else " norm")
+        key = _key("convolve", x.shape, weight, conv, norm=norm)
         return compute(self.choose(key, attempt), bn)
 
     def convolve_backward(self, g, z, norm, sums, weight, conv, x_shape, below=None, add=None, dz=None):
         z_below, norm_below = below or (None, None)
-        covered = covers([g, z, add, z_below], [norm, sums, norm_below])
-        if not (covered and covers_conv(g, weight, conv) and x_shape.numel() < 2**31):
-            return super().convolve_backward(g, z, norm, sums, weight, conv, x_shape, below, add, dz)
+        covered = covers(g, z, add, z_below, norm, sums, norm_below) and covers_conv(g, weight, conv)
+        covered = covered and x_shape.numel() < 2**31
 
         def compute(config: Config | None) -> tuple[Tensor, Tensor | None]:
             if config is None:
                 rest = weight, conv, x_shape, below, add, dz
                 return TorchPasses.convolve_backward(self, g, z, norm, sums, *rest)
-            dx = empty_image(g, x_shape)
-            positions, programs = _grid(dx, config.block)
-            partial = None if below is None else _partial(dx, programs)
-            arguments = g, z, norm, sums, weight, add, z_below, norm_below, dx, partial, positions
-            shape = _shape(x_shape, weight, conv) | {"BLOCK": config.block}
-            self.launch(triton_kernels.convolve_backward, (programs,), *arguments, config=config, **shape)
-            return dx, None if below is None else self.finish_sums(partial, dx, norm_below)
+            dx, shape = empty_image(g, x_shape), _shape(x_shape, weight, conv)
+            tensors = g, z, norm, sums, weight, add, z_below, norm_below, dx
+            kernel = triton_kernels.convolve_backward
+            return dx, self.over(kernel, dx, *tensors, of=norm_below, config=config, **shape)
 
-        extras = {"below": below, "add": add, "dz": dz}
-        flags = "".join(f" {name}" for name, extra in extras.items() if extra is not None)
-        return compute(self.choose(_key("convolve_backward", x_shape, weight, conv, flags), compute))
+        if not covered:
+            return compute(None)
+        key = _key("convolve_backward", x_shape, weight, conv, below=below, add=add, dz=dz)
+        return compute(self.choose(key, compute))
 
     def statistics(self, z, bn):
-        if not covers([z], [bn.gamma]):
+        if not covers(z, bn.gamma):
             return super().statistics(z, bn)
-        grid, positions, tile = _tiles(z)
-        partial = _partial(z, grid[0])
-        self.launch(triton_kernels.statistics, grid, z, partial, positions, **tile)
-        return self.finish_norm(partial, z, bn, tile["BLOCK"])
-
-    def finish_norm(self, partial: Tensor, z: Tensor, bn: BatchNorm, block: int) -> Tensor:
-        """The norm of the batch z, from sums over every `block` positions, `[2, C, programs]`."""
-        channels, programs = partial.shape[1:]
-        norm = z.new_empty(4, channels, dtype=torch.float32)
-        tensors = partial, bn.gamma, bn.beta, bn.running_mean, bn.running_var, norm
-        scalars, tile = (z.numel() // channels, programs, bn.eps, bn.momentum), {"BLOCK": block, "STEP": 1024}
-        self.launch(triton_kernels.finish_norm, (channels,), *tensors, *scalars, C=channels, **tile)
-        return norm
-
-    def finish_sums(self, partial: Tensor, g: Tensor, norm: Tensor) -> Tensor:
-        """The sums of g, from partial ones `[2, C, programs]`."""
-        channels, programs = partial.shape[1:]
-        sums, positions = torch.empty_like(norm), g.numel() // channels
-        arguments = partial, norm, sums, positions, programs
-        self.launch(triton_kernels.finish_sums, (channels,), *arguments, C=channels, STEP=1024)
-        return sums
+        return self.over(triton_kernels.statistics, z, z, of=bn)
 
     def activate(self, z, norm, shortcut=None, relu=True, want_signs=False):
-        if not covers([z, shortcut], [norm]):
+        if not covers(z, shortcut, norm):
             return super().activate(z, norm, shortcut, relu, want_signs)
-        y, (grid, positions, tile) = empty_image(z, z.shape), _tiles(z)
-        signs = z.new_empty(z.numel() // 8, dtype=torch.uint8) if want_signs else None
-        self.launch(triton_kernels.activate, grid, z, norm, shortcut, y, signs, positions, RELU=relu, **tile)
+        y, signs = torch.empty_like(z), z.new_empty(z.numel() // 8, dtype=torch.uint8) if want_signs else None
+        self.over(triton_kernels.activate, z, z, norm, shortcut, y, signs, RELU=relu)
         return y, signs
 
     def mask_and_sum(self, dy, z, norm, signs=None, relu=True):
-        if not covers([dy, z], [norm]):
+        if not covers(dy, z, norm):
             return super().mask_and_sum(dy, z, norm, signs, relu)
-        masked = relu or signs is not None
-        g, (grid, positions, tile) = empty_image(dy, dy.shape) if masked else None, _tiles(z)
-        partial = _partial(z, grid[0])
-        self.launch(triton_kernels.mask_and_sum, grid, dy, z, norm, signs, g, partial, positions, **tile)
-        return g if masked else dy, self.finish_sums(partial, z, norm)
+        g = torch.empty_like(dy) if relu or signs is not None else None
+        sums = self.over(triton_kernels.mask_and_sum, z, dy, z, norm, signs, g, of=norm)
+        return dy if g is None else g, sums
 
     def gradient(self, g, z, norm, sums):
-        if not covers([g, z], [norm, sums]):
+        if not covers(g, z, norm, sums):
             return super().gradient(g, z, norm, sums)
-        dz, (grid, positions, tile) = empty_image(z, z.shape), _tiles(z)
-        self.launch(triton_kernels.gradient, grid, g, z, norm, sums, dz, positions, **tile)
+        dz = torch.empty_like(z)
+        self.over(triton_kernels.gradient, z, g, z, norm, sums, dz)
         return dz
 
 
-def covers(images: Sequence[Tensor | None], per_channel: Sequence[Tensor | None], multiple: int = 8) -> bool:
-    """Whether the kernels take these tensors: channels_last, of one dtype, with offsets that fit 32 bits.
+def covers(*tensors: Tensor | None, multiple: int = 8) -> bool:
+    """Whether the kernels take these images, channels_last and of one dtype, and float32 values per channel.
 
-    The number of channels must be a multiple of `multiple`: 8, because a byte holds the signs of eight.
+    Offsets must fit 32 bits, and channels be a multiple of `multiple`: 8, as a byte holds the signs of eight.
     """
-    images = [image for image in images if image is not None]
+    given = [tensor for tensor in tensors if tensor is not None]
+    images = [tensor for tensor in given if tensor.ndim == 4]
     return (
         images[0].dtype in DTYPES
-        and all(image.dtype == images[0].dtype for image in images)
+        and all(t.dtype == (images[0].dtype if t.ndim == 4 else torch.float32) for t in given)
         and all(image.is_contiguous(memory_format=torch.channels_last) for image in images)
         and all(image.shape[1] % multiple == 0 and image.numel() < 2**31 for image in images)
-        and all(values is None or values.dtype == torch.float32 for values in per_channel)
     )
 
 
@@ -201,8 +193,7 @@ def covers_conv(image: Tensor, weight: Tensor, conv: Conv, fewest: int = 16) -> 
     tiles = (16, 32, 64) if weight.dtype == torch.float32 else (16, 32, 64, 128)
     return (
         weight.dtype == image.dtype
-        and k == width
-        and k in (1, 3)
+        and k == width in (1, 3)
         and (k == 1 or weight.stride(2) == k * weight.stride(3))
         and tuple(conv.padding) == (k // 2, k // 2)
         and tuple(conv.stride) in ((1, 1), (2, 2))
@@ -221,32 +212,14 @@ def _shape(x_shape: Sequence[int], weight: Tensor, conv: Conv) -> dict[str, int]
     }  # fmt: skip
 
 
-def _grid(image: Tensor, block: int) -> tuple[int, int]:
-    """How many positions an image has, and how many programs share them."""
-    positions = image.numel() // image.shape[1]
-    return positions, -(-positions // block)
-
-
-def _tiles(image: Tensor) -> tuple[tuple[int, int], int, dict[str, int]]:
-    """Grid, positions and constants of an elementwise kernel, in tiles of up to 64 channels."""
-    channels = image.shape[1]
-    block_c = min(64, channels & -channels)
-    tile = {"C": channels, "BLOCK": TILE // block_c, "BLOCK_C": block_c}
-    positions, programs = _grid(image, tile["BLOCK"])
-    return (programs, channels // block_c), positions, tile
-
-
-def _partial(image: Tensor, programs: int) -> Tensor:
-    return image.new_empty(2, image.shape[1], programs, dtype=torch.float32)
-
-
 def empty_image(like: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
-def _key(name: str, x_shape: Sequence[int], weight: Tensor, conv: Conv, flags: str) -> str:
+def _key(name: str, x_shape: Sequence[int], weight: Tensor, conv: Conv, **optional) -> str:
     """What a choice depends on; the batch size is rounded up to a power of two."""
     (c_out, c_in, k, _), (n, _, h, w) = weight.shape, x_shape
+    flags = "".join(f" {flag}" for flag, value in optional.items() if value is not None)
     batch = 1 << (n - 1).bit_length()
     return f"{name} {c_in}->{c_out} {h}x{w} k{k} s{conv.stride[0]} n{batch} {DTYPES[weight.dtype]}{flags}"
 
@@ -278,8 +251,7 @@ class Choices:
                 return None  # fp16's loss scale is still too high: there is nothing to compare with
             self.made[key] = self.fastest(attempt, expected)
             self.write()
-        chosen = self.made[key]
-        return None if chosen is None else Config(*chosen)
+        return self.made[key] and Config(*self.made[key])
 
     def fastest(self, attempt: Attempt, expected: Sequence[Tensor | None]) -> Config | None:
         times = {None: seconds(lambda: attempt(None))}

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-MEAN, RSTD, SCALE, SHIFT = range(4)
-D_GAMMA, D_BETA, D_B, D_C = range(4)
+MEAN, RSTD, SCALE, SHIFT = NORM_ROWS = range(4)
+D_GAMMA, D_BETA, D_B, D_C = SUMS_ROWS = range(4)
 
 
 class Conv(NamedTuple):
@@ -99,13 +99,9 @@ class TorchPasses:
 
         Where the output was positive is read from `signs`, or without them from z scale + shift.
         """
-        if signs is not None:
-            g = dy * unpack(signs, dy)
-        elif relu:
-            g = dy * (affine(z, norm) > 0)
-        else:
-            g = dy
-        mean, rstd, scale, _ = norm
+        g, (mean, rstd, scale, _) = dy, norm
+        if relu or signs is not None:
+            g = dy * (affine(z, norm) > 0 if signs is None else unpack(signs, dy))
         settings = None, None, mean, rstd, True, 0.0, (False, True, True)
         _, d_gamma, d_beta = torch.ops.aten.native_batch_norm_backward(g, z, scale, *settings)
         n = z.numel() // z.shape[1]

@@ -6,7 +6,6 @@ python -m kernels.sm90
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -45,33 +44,26 @@ class Forecast(CudaPasses):
         if self.seen is None or variant in self.seen:
             return
         self.seen.add(variant)
-        convolution = "{C_IN}->{C_OUT} {H}x{W} k{K} s{STRIDE}"
-        shape = (convolution if k else "{C}").format(**constants)
-        block = config.block or constants.get("BLOCK", constants.get("STEP"))
-        print(f"{kernel.__name__:18}{shape:18}{block:5}{config.warps:3}{config.stages:3}", end=" ")
-        print(resources(kernel, arguments, config, constants), end=" ")
-        given = dict(zip(kernel.arg_names, arguments, strict=False))
+        given, block = dict(zip(kernel.arg_names, arguments, strict=False)), constants.get("BLOCK", "")
+        shape = ("{C_IN}->{C_OUT} {H}x{W} k{K} s{STRIDE}" if k else "{C}").format(**constants)
+        used = resources(kernel, given, config, constants)
         optional = ("norm", "add", "z_below", "shortcut", "signs", "g")
-        used = (name for name in optional if given.get(name) is not None)
-        print(f"{moved / 1e6:8.2f}{least_s * 1e6:7.1f} ", *used, flush=True)
+        having = " ".join(name for name in optional if given.get(name) is not None)
+        launched = f"{kernel.__name__:18}{shape:18}{block:>5}{config.warps:3}{config.stages:3}"
+        print(f"{launched} {used} {moved / 1e6:8.2f}{least_s * 1e6:7.1f}  {having}", flush=True)
 
 
-def resources(kernel, arguments: Sequence, config: Config, constants: dict) -> str:
+def resources(kernel, given: dict, config: Config, constants: dict) -> str:
     """Registers, bytes spilt, bytes of shared memory and the matrix instruction, compiled for Hopper."""
-    pointers = DTYPES | {torch.uint8: "u8"}
-    signature, fixed, attributes = dict.fromkeys(constants, "constexpr"), dict(constants), {}
-    for i, (name, a) in enumerate(zip(kernel.arg_names, arguments, strict=False)):
-        if a is None:
-            signature[name], fixed[name] = "constexpr", None
-        elif isinstance(a, Tensor):
-            signature[name] = "*" + pointers[a.dtype]
-        else:
-            signature[name] = "i32" if isinstance(a, int) else "fp32"
-        if isinstance(a, Tensor) or (isinstance(a, int) and a % 16 == 0):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, fixed, attributes)
+    pointers, types = DTYPES | {torch.uint8: "u8"}, {int: "i32", float: "fp32", type(None): "constexpr"}
+    signature = dict.fromkeys(kernel.arg_names, "constexpr")
+    for name, a in given.items():
+        signature[name] = "*" + pointers[a.dtype] if isinstance(a, Tensor) else types[type(a)]
+    divisible = (isinstance(a, Tensor) or (isinstance(a, int) and a % 16 == 0) for a in given.values())
+    attributes = {(i,): [["tt.divisibility", 16]] for i, yes in enumerate(divisible) if yes}
+    fixed = constants | {name: None for name, a in given.items() if a is None}
     options = {"num_warps": config.warps, "num_stages": config.stages}
-    made = triton.compile(source, target=HOPPER, options=options)
+    made = triton.compile(ASTSource(kernel, signature, fixed, attributes), target=HOPPER, options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(made.asm["cubin"])
         cubin.flush()

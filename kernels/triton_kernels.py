@@ -10,25 +10,24 @@ finish_sums adds them up, always in the same order.
 
 import triton
 import triton.language as tl
+from triton.language import constexpr
 
-from kernels import reference
+from kernels.reference import NORM_ROWS, SUMS_ROWS
 
-_MEAN, _RSTD = tl.constexpr(reference.MEAN), tl.constexpr(reference.RSTD)
-_SCALE, _SHIFT = tl.constexpr(reference.SCALE), tl.constexpr(reference.SHIFT)
-_D_GAMMA, _D_BETA = tl.constexpr(reference.D_GAMMA), tl.constexpr(reference.D_BETA)
-_D_B, _D_C = tl.constexpr(reference.D_B), tl.constexpr(reference.D_C)
+_MEAN, _RSTD, _SCALE, _SHIFT = map(constexpr, NORM_ROWS)
+_D_GAMMA, _D_BETA, _D_B, _D_C = map(constexpr, SUMS_ROWS)
+_STEP = constexpr(1024)  # of finish_norm and finish_sums: partial sums read at once
 
 
 @triton.jit
-def _per_channel(values, row: tl.constexpr, channels, C: tl.constexpr):
+def _per_channel(values, row: constexpr, channels, C: constexpr):
     return tl.load(values + row * C + channels, mask=channels < C, other=0.0)
 
 
 @triton.jit
-def _normalise(z, norm, channels, C: tl.constexpr):
-    return z.to(tl.float32) * _per_channel(norm, _SCALE, channels, C) + _per_channel(
-        norm, _SHIFT, channels, C
-    )
+def _normalise(z, norm, channels, C: constexpr):
+    scale, shift = _per_channel(norm, _SCALE, channels, C), _per_channel(norm, _SHIFT, channels, C)
+    return z.to(tl.float32) * scale + shift
 
 
 @triton.jit
@@ -37,14 +36,14 @@ def _relu(y):
 
 
 @triton.jit
-def _gradient_coefficients(norm, sums, channels, C: tl.constexpr):
+def _gradient_coefficients(norm, sums, channels, C: constexpr):
     """scale, b and c of dz = g scale + z b + c."""
     b, c = _per_channel(sums, _D_B, channels, C), _per_channel(sums, _D_C, channels, C)
     return _per_channel(norm, _SCALE, channels, C), b, c
 
 
 @triton.jit
-def _tile(positions, C: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr):
+def _tile(positions, C: constexpr, BLOCK: constexpr, BLOCK_C: constexpr):
     """This program's part of an elementwise kernel: channels, offsets, and which positions exist."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -52,14 +51,14 @@ def _tile(positions, C: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr
 
 
 @triton.jit
-def _store_partial(partial, first, second, channels, C: tl.constexpr):
+def _store_partial(partial, first, second, channels, C: constexpr):
     at = partial + channels * tl.num_programs(0) + tl.program_id(0)
     tl.store(at, first)
     tl.store(at + C * tl.num_programs(0), second)
 
 
 @triton.jit
-def _store_statistics(partial, z, live, positions, BLOCK: tl.constexpr, channels, C: tl.constexpr):
+def _store_statistics(partial, z, live, positions, BLOCK: constexpr, channels, C: constexpr):
     """The sum, and the sum of squares about this block's own mean, so that no digits cancel."""
     count = tl.minimum(positions - tl.program_id(0) * BLOCK, BLOCK)
     total = tl.sum(z, 0)
@@ -68,22 +67,22 @@ def _store_statistics(partial, z, live, positions, BLOCK: tl.constexpr, channels
 
 
 @triton.jit
-def _store_gradient_sums(partial, g, z, norm, channels, C: tl.constexpr):
+def _store_gradient_sums(partial, g, z, norm, channels, C: constexpr):
     centred = z.to(tl.float32) - _per_channel(norm, _MEAN, channels, C)
     _store_partial(partial, tl.sum(g, 0), tl.sum(g * centred, 0), channels, C)
 
 
 @triton.jit
 def convolve(
-    x, norm, weight, z, partial, positions,
-    H: tl.constexpr, W: tl.constexpr, C_IN: tl.constexpr, H_OUT: tl.constexpr, W_OUT: tl.constexpr,
-    C_OUT: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, W_O: tl.constexpr, W_I: tl.constexpr,
-    W_TAP: tl.constexpr, BLOCK: tl.constexpr, BLOCK_IN: tl.constexpr,
+    x, norm, weight, z, partial, positions, H: constexpr, W: constexpr, H_OUT: constexpr, W_OUT: constexpr,
+    C_IN: constexpr, C_OUT: constexpr, K: constexpr, STRIDE: constexpr, W_O: constexpr, W_I: constexpr,
+    W_TAP: constexpr, BLOCK: constexpr,
 ):  # fmt: skip
     """z `[positions, C_OUT]` of x, or with norm of relu(x scale + shift); and with partial its statistics."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = (at < positions)[:, None]
     image, h_out, w_out = at // (H_OUT * W_OUT), at // W_OUT % H_OUT, at % W_OUT
+    BLOCK_IN: constexpr = 16 if C_IN < 16 else C_IN  # tl.dot wants 16
     c_in, c_out = tl.arange(0, BLOCK_IN), tl.arange(0, C_OUT)
     if norm is not None:
         scale, shift = _per_channel(norm, _SCALE, c_in, C_IN), _per_channel(norm, _SHIFT, c_in, C_IN)
@@ -107,10 +106,9 @@ def convolve(
 
 @triton.jit
 def convolve_backward(
-    g, z, norm, sums, weight, add, z_below, norm_below, dx, partial, positions,
-    H: tl.constexpr, W: tl.constexpr, C_IN: tl.constexpr, H_OUT: tl.constexpr, W_OUT: tl.constexpr,
-    C_OUT: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, W_O: tl.constexpr, W_I: tl.constexpr,
-    W_TAP: tl.constexpr, BLOCK: tl.constexpr,
+    g, z, norm, sums, weight, add, z_below, norm_below, dx, partial, positions, H: constexpr, W: constexpr,
+    H_OUT: constexpr, W_OUT: constexpr, C_IN: constexpr, C_OUT: constexpr, K: constexpr, STRIDE: constexpr,
+    W_O: constexpr, W_I: constexpr, W_TAP: constexpr, BLOCK: constexpr,
 ):  # fmt: skip
     """The gradient of x, dx `[positions, C_IN]`; or with z_below, the g of the unit below, and its sums."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -146,7 +144,7 @@ def convolve_backward(
 
 
 @triton.jit
-def statistics(z, partial, positions, C: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr):
+def statistics(z, partial, positions, C: constexpr, BLOCK: constexpr, BLOCK_C: constexpr):
     """The statistics of z, when the convolution was done by cuDNN."""
     channels, here, live = _tile(positions, C, BLOCK, BLOCK_C)
     values = tl.load(z + here, mask=live, other=0.0).to(tl.float32)
@@ -155,8 +153,8 @@ def statistics(z, partial, positions, C: tl.constexpr, BLOCK: tl.constexpr, BLOC
 
 @triton.jit
 def activate(
-    z, norm, shortcut, y, signs, positions,
-    RELU: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
+    z, norm, shortcut, y, signs, positions, RELU: constexpr, C: constexpr,
+    BLOCK: constexpr, BLOCK_C: constexpr,
 ):  # fmt: skip
     """y = relu(z scale + shift + shortcut); with signs, also those."""
     channels, here, live = _tile(positions, C, BLOCK, BLOCK_C)
@@ -174,9 +172,8 @@ def activate(
 
 @triton.jit
 def mask_and_sum(
-    dy, z, norm, signs, g, partial, positions,
-    C: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    dy, z, norm, signs, g, partial, positions, C: constexpr, BLOCK: constexpr, BLOCK_C: constexpr
+):
     """g and its sums from dy, masked by signs or else by z scale + shift; without g, nothing is masked."""
     channels, here, live = _tile(positions, C, BLOCK, BLOCK_C)
     gradient = tl.load(dy + here, mask=live, other=0.0)
@@ -192,9 +189,7 @@ def mask_and_sum(
 
 
 @triton.jit
-def gradient(
-    g, z, norm, sums, dz, positions, C: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr
-):  # fmt: skip
+def gradient(g, z, norm, sums, dz, positions, C: constexpr, BLOCK: constexpr, BLOCK_C: constexpr):
     """The gradient dz of a convolution's output, when its weights train or cuDNN does its backward pass."""
     channels, here, live = _tile(positions, C, BLOCK, BLOCK_C)
     a, b, c = _gradient_coefficients(norm, sums, channels, C)
@@ -205,19 +200,19 @@ def gradient(
 
 @triton.jit
 def finish_norm(
-    partial, gamma, beta, running_mean, running_var, norm, positions, programs, eps, momentum,
-    C: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+    partial, norm, positions, programs, gamma, beta, running_mean, running_var, eps, momentum, C: constexpr,
+    BLOCK: constexpr,
 ):  # fmt: skip
     """Norm and running statistics, one program per channel; BLOCK is that of the kernel before."""
     channel = tl.program_id(0)
-    total = tl.zeros([STEP], tl.float32)
-    for start in range(0, programs, STEP):
-        at = start + tl.arange(0, STEP)
+    total = tl.zeros([_STEP], tl.float32)
+    for start in range(0, programs, _STEP):
+        at = start + tl.arange(0, _STEP)
         total += tl.load(partial + channel * programs + at, mask=at < programs, other=0.0)
     mean = tl.sum(total, 0) / positions
-    total = tl.zeros([STEP], tl.float32)
-    for start in range(0, programs, STEP):  # the squares within blocks and between them (Chan et al. 1983)
-        at = start + tl.arange(0, STEP)
+    total = tl.zeros([_STEP], tl.float32)
+    for start in range(0, programs, _STEP):  # the squares within blocks and between them (Chan et al. 1983)
+        at = start + tl.arange(0, _STEP)
         live = at < programs
         count = tl.where(live, tl.minimum(positions - at * BLOCK, BLOCK), 1)
         off = tl.load(partial + channel * programs + at, mask=live, other=0.0) / count - mean
@@ -237,12 +232,12 @@ def finish_norm(
 
 
 @triton.jit
-def finish_sums(partial, norm, sums, positions, programs, C: tl.constexpr, STEP: tl.constexpr):
+def finish_sums(partial, sums, positions, programs, norm, C: constexpr):
     """The four rows of sums, one program per channel."""
     channel = tl.program_id(0)
-    d_beta, d_gamma = tl.zeros([STEP], tl.float32), tl.zeros([STEP], tl.float32)
-    for start in range(0, programs, STEP):
-        at = start + tl.arange(0, STEP)
+    d_beta, d_gamma = tl.zeros([_STEP], tl.float32), tl.zeros([_STEP], tl.float32)
+    for start in range(0, programs, _STEP):
+        at = start + tl.arange(0, _STEP)
         d_beta += tl.load(partial + channel * programs + at, mask=at < programs, other=0.0)
         d_gamma += tl.load(partial + (C + channel) * programs + at, mask=at < programs, other=0.0)
     scale, rstd = tl.load(norm + _SCALE * C + channel), tl.load(norm + _RSTD * C + channel)
