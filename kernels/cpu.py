@@ -20,6 +20,7 @@ SOURCE = Path(__file__).with_name("cpu.cpp")
 FLAGS = "-std=c++17 -O3 -march=native -mprefer-vector-width=512 -fno-math-errno -fno-trapping-math"
 FLAGS += " -fopenmp -shared -fPIC"
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+_C_TYPES = {int: ctypes.c_int64, bool: ctypes.c_int, float: ctypes.c_double, type(None): ctypes.c_void_p}
 
 
 @functools.cache
@@ -51,17 +52,6 @@ def _library() -> Path:
     return library
 
 
-# The arguments of the C++ functions. A tensor is an address or None.
-_TENSOR, _SIZE, _FLAG, _NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
-_SIGNATURES = {
-    "statistics": (_TENSOR, _SIZE, _SIZE, _TENSOR, _TENSOR, _NUMBER, _NUMBER, _TENSOR, _TENSOR, _TENSOR),
-    "activate": (_TENSOR, _SIZE, _SIZE, _TENSOR, _TENSOR, _FLAG, _TENSOR, _TENSOR),
-    "sum_gradients": (_TENSOR, _TENSOR, _SIZE, _SIZE, _TENSOR, _TENSOR, _FLAG, _TENSOR),
-    "gradient": (_TENSOR, _TENSOR, _SIZE, _SIZE, _TENSOR, _TENSOR, _FLAG, _TENSOR, _TENSOR),
-    "add_masked": (_TENSOR, _SIZE, _TENSOR, _TENSOR),
-}
-
-
 def covers(z: Tensor, per_channel: Tensor) -> bool:
     """Whether the C++ functions can take activations `z` and values `per_channel`."""
     channels = z.shape[1]
@@ -88,15 +78,12 @@ class CpuPasses(TorchPasses):
     name = "cpp"
 
     def __init__(self, library: ctypes.CDLL):
-        self.functions = {}
-        for name, signature in _SIGNATURES.items():
-            for dtype, suffix in _DTYPES.items():
-                function = self.functions[name, dtype] = getattr(library, f"{name}_{suffix}")
-                function.argtypes, function.restype = signature, None
-        self.temporaries = {}
+        self.library, self.temporaries = library, {}
 
-    def call(self, name: str, dtype: torch.dtype, *arguments) -> None:
-        self.functions[name, dtype](*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments])
+    def call(self, name: str, z: Tensor, *arguments) -> None:
+        """Call the function of this name for z's dtype; of a tensor it gets the address, an int64."""
+        given = (a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
+        getattr(self.library, f"{name}_{_DTYPES[z.dtype]}")(*(_C_TYPES[type(a)](a) for a in given))
 
     def temporary(self, name: str, like: Tensor) -> Tensor:
         """A tensor like `like`, valid until the next of the same name; its memory is in the CPU's cache."""
@@ -113,9 +100,9 @@ class CpuPasses(TorchPasses):
     def statistics(self, z, bn):
         if not covers(z, bn.gamma):
             return super().statistics(z, bn)
-        norm, sizes = torch.empty(4, z.shape[1]), (z.numel(), z.shape[1])
-        constants = bn.gamma, bn.beta, bn.eps, bn.momentum
-        self.call("statistics", z.dtype, z, *sizes, *constants, bn.running_mean, bn.running_var, norm)
+        norm, given = torch.empty(4, z.shape[1]), (bn.gamma, bn.beta, bn.eps, bn.momentum)
+        running = bn.running_mean, bn.running_var
+        self.call("statistics", z, z, z.numel(), z.shape[1], *given, *running, norm)
         return norm
 
     def activate(self, z, norm, shortcut=None, relu=True, want_signs=False, out=None):
@@ -123,21 +110,21 @@ class CpuPasses(TorchPasses):
             return super().activate(z, norm, shortcut, relu, want_signs)
         y = torch.empty_like(z) if out is None else out
         signs = torch.empty(z.numel() // 8, dtype=torch.uint8) if want_signs else None
-        self.call("activate", z.dtype, z, z.numel(), z.shape[1], norm, shortcut, relu, y, signs)
+        self.call("activate", z, z, z.numel(), z.shape[1], norm, shortcut, relu, y, signs)
         return y, signs
 
     def mask_and_sum(self, dy, z, norm, signs=None, relu=True):
         if not covers(z, norm):
             return super().mask_and_sum(dy, z, norm, signs, relu)
         sums = torch.empty_like(norm)
-        self.call("sum_gradients", z.dtype, dy, z, z.numel(), z.shape[1], norm, signs, relu, sums)
+        self.call("sum_gradients", z, dy, z, z.numel(), z.shape[1], norm, signs, relu, sums)
         return _Masked(dy, signs, relu) if relu else dy, sums
 
     def dense(self, g):
         return self.add_masked(torch.zeros_like(g.dy), g) if isinstance(g, _Masked) else g
 
     def add_masked(self, dx, g):
-        self.call("add_masked", dx.dtype, g.dy, dx.numel(), g.signs, dx)
+        self.call("add_masked", dx, g.dy, dx.numel(), g.signs, dx)
         return dx
 
     def gradient(self, g, z, norm, sums):
@@ -145,8 +132,8 @@ class CpuPasses(TorchPasses):
             if not covers(z, norm):
                 return super().gradient(g, z, norm, sums)
             g = _Masked(g, None, False)
-        dz, sizes = self.temporary("dz", z), (z.numel(), z.shape[1])
-        self.call("gradient", z.dtype, g.dy, z, *sizes, norm, g.signs, g.relu, sums, dz)
+        dz = self.temporary("dz", z)
+        self.call("gradient", z, g.dy, z, z.numel(), z.shape[1], norm, g.signs, g.relu, sums, dz)
         return dz
 
     def convolve_backward(self, g, z, norm, sums, weight, conv, x_shape, below=None, add=None, dz=None):
