@@ -119,50 +119,43 @@ class _Block(torch.autograd.Function):
     def forward(ctx, plan: tuple, x: Tensor, shortcut: Tensor | None, *parameters: Tensor) -> Tensor:
         passes, convs, batch_norms, relu, identity, recompute = plan
         count, x = len(convs), _channels_last(x)
-        weights, zs, norms, below = parameters[:count], [], [], (x, None)
+        weights, done = parameters[:count], [(x, None)]
         for bn, weight, conv in zip(batch_norms, weights, convs, strict=True):
-            below = z, norm = passes.convolve(*below, weight, conv, bn)
-            if z.numel() == z.shape[1]:
+            done.append(passes.convolve(*done[-1], weight, conv, bn))
+            if done[-1][0].numel() == len(bn.gamma):
                 raise ValueError(f"BatchNorm needs more than one value per channel, of {tuple(x.shape)}")
-            zs.append(z)
-            norms.append(norm)
-        if shortcut is not None:
-            shortcut = _channels_last(shortcut)
-        added = x if identity else shortcut
-        y, signs = passes.activate(*below, added, relu, want_signs=relu and added is not None)
+        zs, norms = zip(*done[1:], strict=True)
+        added = x if identity else _channels_last(shortcut)
+        y, signs = passes.activate(*done[-1], added, relu, want_signs=relu and added is not None)
 
-        trained = [i for i, needed in enumerate(ctx.needs_input_grad[3 : 3 + count]) if needed]
-        kept_x, kept_zs = x if recompute or 0 in trained else None, [] if recompute else zs
-        ctx.plan, ctx.trained, ctx.x_shape = plan, trained, x.shape
+        needed = ctx.needs_input_grad[3 : 3 + count]
+        trained = [weight if train else None for weight, train in zip(weights, needed, strict=True)]
+        kept_x, kept_zs = x if recompute or needed[0] else None, () if recompute else zs
+        ctx.save_for_backward(kept_x, signs, *norms, *trained, *kept_zs)
         # Frozen weights are the same tensors in every step: a reference to them costs no memory.
-        ctx.frozen = [None if i in trained else weight for i, weight in enumerate(weights)]
-        ctx.save_for_backward(kept_x, signs, *norms, *kept_zs, *(weights[i] for i in trained))
+        frozen = [None if train else weight for weight, train in zip(weights, needed, strict=True)]
+        ctx.plan, ctx.frozen, ctx.x_shape = plan, frozen, x.shape
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy: Tensor):
         passes, convs, _, relu, identity, recompute = ctx.plan
-        count, weights = len(convs), list(ctx.frozen)
-        x, signs, *saved = ctx.saved_tensors
-        end = len(saved) - len(ctx.trained)
-        norms, zs = saved[:count], saved[count:end]
-        for i, weight in zip(ctx.trained, saved[end:], strict=True):
-            weights[i] = weight
+        count, (x, signs, *saved) = len(convs), ctx.saved_tensors
+        norms, trained, zs = saved[:count], saved[count : 2 * count], saved[2 * count :]
+        weights = [a if b is None else b for a, b in zip(ctx.frozen, trained, strict=True)]
         for i in range(count if recompute else 0):
             below = (zs[i - 1], norms[i - 1]) if i else (x, None)
             zs.append(passes.convolve(*below, weights[i], convs[i])[0])
 
-        needs_x, needs_shortcut, *needs_parameters = ctx.needs_input_grad[1:]
+        needs_x, needs_shortcut = ctx.needs_input_grad[1:3]
         d_weights, d_bn = [None] * count, [None] * (2 * count)
         g, sums = passes.mask_and_sum(_channels_last(dy), zs[-1], norms[-1], signs, relu)
         d_shortcut, added = passes.dense(g) if needs_shortcut else None, g if identity else None
         for i in reversed(range(count)):
-            for j, row in ((2 * i, D_GAMMA), (2 * i + 1, D_BETA)):
-                if needs_parameters[count + j]:
-                    d_bn[j] = sums[row]
+            d_bn[2 * i : 2 * i + 2] = sums[D_GAMMA], sums[D_BETA]
             here, dz = (g, zs[i], norms[i], sums), None
-            if i in ctx.trained:
+            if trained[i] is not None:
                 dz = passes.gradient(*here)
                 x_i = passes.activate(zs[i - 1], norms[i - 1])[0] if i else x
                 d_weights[i] = passes.weight_gradient(dz, x_i, weights[i], convs[i])
@@ -195,5 +188,5 @@ def _weight(conv: nn.Conv2d, dtype: torch.dtype) -> Tensor:
     return conv._converted[1]
 
 
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
+def _channels_last(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous(memory_format=torch.channels_last)
