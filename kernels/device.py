@@ -92,12 +92,6 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether the memory of a GPU or a CPU was not enough; torch has its own exception for GPUs alone."""
-    messages = ("can't allocate memory", "CUDA error: out of memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in messages)
-
-
 class Captured:
     """A function replayed from a CUDA graph after its first calls.
 

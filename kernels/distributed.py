@@ -67,7 +67,7 @@ class Group:
 
     def agree(self, number: float) -> float:
         """The average of each process's `number`, for decisions that all must make alike."""
-        return float(self.average(torch.tensor(number, dtype=torch.float64)))
+        return self.average(torch.tensor(number, dtype=torch.float64)).item()
 
     def wait(self) -> None:
         """Wait until every process is here, and from now on remember Ctrl-C and SIGTERM for `stop_together`.
@@ -80,10 +80,7 @@ class Group:
             self.sum(torch.zeros(1))
 
     def stop_together(self) -> None:
-        """Raise KeyboardInterrupt in every process once one was told to end; to be called between steps.
-
-        It costs one message through gloo, and waits for no GPU.
-        """
+        """Raise KeyboardInterrupt in every process once one was told to end. It waits for no GPU."""
         if self.connected and self.sum(torch.tensor(float(self.signalled))) > 0:
             raise KeyboardInterrupt
 
@@ -125,44 +122,32 @@ class Synced:
 
     def mask_and_sum(self, *arguments):
         g, sums = self.passes.mask_and_sum(*arguments)
-        return g, self.shared(sums)
+        # d_gamma and d_beta stay the part's; b and c, linear in them over its size, become the whole batch's.
+        self.group.average(sums[D_B:])
+        return g, sums
 
     def convolve_backward(self, *arguments, **more):
         dx, sums = self.passes.convolve_backward(*arguments, **more)
-        return dx, None if sums is None else self.shared(sums)
-
-    def shared(self, sums: Tensor) -> Tensor:
-        """`sums` with the b and c of the whole batch; d_gamma and d_beta stay those of the part.
-
-        b and c are linear in a part's sums divided by its size, so those of the whole batch are averages.
-        """
-        self.group.average(sums[D_B:])
-        return sums
-
-
-def rank() -> int:
-    """This process's number, from 0, among those that torchrun started; 0 without torchrun."""
-    return int(os.environ["RANK"]) if distributed.is_torchelastic_launched() else 0
+        if sums is not None:  # as in mask_and_sum
+            self.group.average(sums[D_B:])
+        return dx, sums
 
 
 @contextlib.contextmanager
 def joined() -> Iterator[Group]:
-    """The group of all processes that torchrun started, connected until the `with` block ends.
-
-    It makes this process's own GPU, if there is one, CUDA's current device.
-    """
-    count = int(os.environ["WORLD_SIZE"]) if distributed.is_torchelastic_launched() else 1
-    if count == 1:
+    """The group of all processes that torchrun started. Its own GPU becomes CUDA's current device."""
+    if not distributed.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
         yield ALONE
         return
-    here, count_here = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    if count_here == count:  # one machine, whose name need not resolve to anything
+    names = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_RANK")
+    *numbers, here = (int(os.environ[name]) for name in names)
+    group = Group(*numbers)
+    if group.count_here == group.count:  # one machine, whose name need not resolve to anything
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     gpus = torch.cuda.device_count()
-    if here < gpus:  # config.check_processes refuses more processes than GPUs
+    if here < gpus:  # train.py refuses more processes than GPUs
         torch.cuda.set_device(here)
     distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
-    group = Group(rank(), count, count_here)
     try:
         yield group
     finally:
@@ -171,12 +156,10 @@ def joined() -> Iterator[Group]:
 
 
 def leave(status: int) -> NoReturn:
-    """End this process.
-
-    One that torchrun started ends at once: where another has gone, gloo's threads may abort it while they are
-    taken down ("terminate called without an active exception").
-    """
+    """End this process with exit status `status`."""
     if distributed.is_torchelastic_launched():
+        # At once: where another has gone, gloo's threads may abort this one while they are taken down
+        # ("terminate called without an active exception").
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -6,13 +6,11 @@ the two is its floor (Williams, Waterman, Patterson 2009).
 """
 
 import copy
-import itertools
-import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.benchmark import Timer
 
 
 @dataclass
@@ -70,18 +68,9 @@ def least_s(of: Cost, weights_train: bool, dtype: torch.dtype, rates: tuple[floa
 
 def device_rates(device: torch.device) -> tuple[float, float]:
     """What a GPU attains: bytes/s of a copy, read and written, and FLOP/s of a product of bf16 matrices."""
-
-    def seconds(work: Callable[[], object], repeats: int = 20) -> float:
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-        work()
-        for event in events[:-1]:
-            event.record()
-            work()
-        events[-1].record()
-        torch.cuda.synchronize(device)
-        return statistics.median(a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events))
-
     size, side = 1 << 30, 8192
     source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
     a, b = (torch.randn(side, side, dtype=torch.bfloat16, device=device) for _ in range(2))
-    return 2 * size / seconds(lambda: target.copy_(source)), 2 * side**3 / seconds(lambda: a @ b)
+    works = (lambda: target.copy_(source)), (lambda: a @ b)
+    copy_s, product_s = (Timer("f()", globals={"f": f}).blocked_autorange().median for f in works)
+    return 2 * size / copy_s, 2 * side**3 / product_s
