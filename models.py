@@ -20,14 +20,8 @@ from torch.nn import functional as F
 import kernels
 
 SHORTCUTS = ("projection", "projection_all", "pad")
-IMAGENET_LAYERS = {
-    18: (2, 2, 2, 2),
-    34: (3, 4, 6, 3),
-    50: (3, 4, 6, 3),
-    101: (3, 4, 23, 3),
-    152: (3, 8, 36, 3),
-    200: (3, 24, 36, 3),
-}
+BASIC_LAYERS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}  # of the ImageNet family
+BOTTLENECK_LAYERS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3), 200: (3, 24, 36, 3)}
 VGG_LAYERS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
 
 
@@ -125,7 +119,7 @@ class Bottleneck(nn.Module):
 
 
 class Network(nn.Module):
-    """`features`, which every subclass defines, then a global average pool and the output layer `fc`."""
+    """`features` `[N, C, h, w]`, which a subclass defines, then a global average pool and the layer `fc`."""
 
     def head(self, features: torch.Tensor) -> torch.Tensor:
         """Logits `[N, num_classes]` of features `[N, C, h, w]`."""
@@ -145,9 +139,10 @@ class ResNet(Network):
         self, block: type, layers: tuple, width: int, imagenet_stem: bool, shortcut: str, num_classes: int
     ):
         super().__init__()
-        self.imagenet_stem, self.stages, channels = imagenet_stem, len(layers), width
+        self.stages, channels = len(layers), width
         self.conv1 = Conv2d(3, width, 7, 2) if imagenet_stem else Conv2d(3, width, 3)
         self.bn1 = nn.BatchNorm2d(width)
+        self.maxpool = nn.MaxPool2d(3, 2, 1) if imagenet_stem else nn.Identity()
         for stage, count in enumerate(layers, start=1):
             blocks = nn.Sequential()
             for i in range(count):
@@ -163,10 +158,7 @@ class ResNet(Network):
         self.fc = nn.Linear(channels, num_classes)
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
-        """The last block's output `[N, C, h, w]` for images `[N, 3, H, W]`."""
-        x = kernels.conv_bn_relu(x, [(self.conv1, self.bn1)], execution=self.execution)
-        if self.imagenet_stem:
-            x = F.max_pool2d(x, 3, 2, 1)
+        x = self.maxpool(kernels.conv_bn_relu(x, [(self.conv1, self.bn1)], execution=self.execution))
         for stage in range(1, self.stages + 1):
             x = getattr(self, f"layer{stage}")(x)
         return x
@@ -179,11 +171,11 @@ class VGGLayer(nn.Module):
 
     def __init__(self, c_in: int, width: int, pool: bool):
         super().__init__()
-        self.conv, self.bn, self.pool = Conv2d(c_in, width, 3), nn.BatchNorm2d(width), pool
+        self.conv, self.bn = Conv2d(c_in, width, 3), nn.BatchNorm2d(width)
+        self.pool = nn.MaxPool2d(2) if pool else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = kernels.conv_bn_relu(x, [(self.conv, self.bn)], execution=self.execution)
-        return F.max_pool2d(y, 2) if self.pool else y
+        return self.pool(kernels.conv_bn_relu(x, [(self.conv, self.bn)], execution=self.execution))
 
 
 class VGG(Network):
@@ -194,13 +186,11 @@ class VGG(Network):
         self.layers, channels = nn.Sequential(), 3
         for stage, (count, width) in enumerate(zip(layers, (64, 128, 256, 512, 512), strict=True), start=1):
             for i in range(count):
-                pool = i == count - 1 and stage < len(layers)
-                self.layers.append(VGGLayer(channels, width, pool))
+                self.layers.append(VGGLayer(channels, width, pool=i == count - 1 and stage < len(layers)))
                 channels = width
         self.fc = nn.Linear(channels, num_classes)
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
-        """The last layer's output `[N, C, h, w]` for images `[N, 3, H, W]`."""
         return self.layers(x)
 
 
@@ -213,18 +203,16 @@ def build(arch: str, num_classes: int = 10, shortcut: str = "projection") -> Net
     """
     if shortcut not in SHORTCUTS:
         raise ModelError(f"--shortcut {shortcut} is not known; choose from {', '.join(SHORTCUTS)}")
-    if vgg := re.fullmatch(r"vgg(\d+)", arch):
-        if int(vgg[1]) in VGG_LAYERS:
-            return VGG(VGG_LAYERS[int(vgg[1])], num_classes)
-    elif resnet := re.fullmatch(r"resnet([1-9]\d*)(?:_w([1-9]\d*))?", arch):
+    if (vgg := re.fullmatch(r"vgg(\d+)", arch)) and int(vgg[1]) in VGG_LAYERS:
+        return VGG(VGG_LAYERS[int(vgg[1])], num_classes)
+    if resnet := re.fullmatch(r"resnet([1-9]\d*)(?:_w([1-9]\d*))?", arch):
         depth, width = int(resnet[1]), int(resnet[2] or 1)
         if depth > 10_000 or width > 1_000:
             raise ModelError(f"--arch {arch} is too large: at most 10000 layers, 1000 times as wide")
-        if depth in IMAGENET_LAYERS:
-            if resnet[2] is None:
-                block = BasicBlock if depth < 50 else Bottleneck
-                return ResNet(block, IMAGENET_LAYERS[depth], 64, True, shortcut, num_classes)
-        elif depth >= 8 and depth % 6 == 2:
+        block, layers = BasicBlock if depth in BASIC_LAYERS else Bottleneck, BASIC_LAYERS | BOTTLENECK_LAYERS
+        if depth in layers and resnet[2] is None:
+            return ResNet(block, layers[depth], 64, True, shortcut, num_classes)
+        if depth not in layers and depth >= 8 and depth % 6 == 2:
             return ResNet(BasicBlock, ((depth - 2) // 6,) * 3, 16 * width, False, shortcut, num_classes)
     raise ModelError(
         f"--arch {arch} is not known; try resnet14, 20, 32, 44, 56, 110 (any depth 6n+2 from 8), "
@@ -327,8 +315,7 @@ def _fixed_order_sum(x: np.ndarray) -> np.ndarray:
         half = x.shape[-1] // 2
         odd = x[..., 2 * half :]
         x = x[..., :half] + x[..., half : 2 * half]
-        if odd.shape[-1]:
-            x[..., 0] += odd[..., 0]
+        x[..., : odd.shape[-1]] += odd  # of one element or none
     return x[..., 0]
 
 
@@ -339,12 +326,7 @@ def _keras_he_normal(rng: np.random.RandomState, channels: int) -> np.ndarray:
     return draw * (math.sqrt(2 / channels) / 0.87962566103423978)  # the deviation left after truncation
 
 
-CONV_INITS = {
-    "kaiming_normal": _kaiming_normal,
-    "kaiming_uniform": _kaiming_uniform,
-    "orthogonal": _orthogonal,
-    "binary": _binary,
-}
+CONV_INITS = {f.__name__[1:]: f for f in (_kaiming_normal, _kaiming_uniform, _orthogonal, _binary)}
 BN_INITS = {
     "uniform": lambda rng, channels: rng.random_sample(channels),
     "ones": lambda rng, channels: np.ones(channels),
