@@ -135,7 +135,10 @@ class Synced:
 
 @contextlib.contextmanager
 def joined() -> Iterator[Group]:
-    """The group of all processes that torchrun started. Its own GPU becomes CUDA's current device."""
+    """The group of all processes that torchrun started, connected until the `with` block ends.
+
+    It makes this process's own GPU, if there is one, CUDA's current device.
+    """
     if not distributed.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
         yield ALONE
         return
