@@ -7,14 +7,12 @@ train = make_loader(dataset, "train", batch_size=128, device="cuda", dtype=torch
 for images, labels in train.epoch(0): ...
 """
 
-import argparse
-import contextlib
 import functools
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,37 +21,9 @@ import torch
 import progress
 from datasets import DataError, augment, prepare, sources
 from datasets import download as downloading
+from datasets.prepare import Dataset
 
 SPLITS = {"train": "train", "validation": "train", "test": "test"}  # where each one's images lie
-
-
-@dataclass(frozen=True)
-class Split:
-    images: np.ndarray  # uint8 [N, H, W, 3], mapped from the .beton, or in memory where FFCV is not installed
-    labels: np.ndarray  # int64 [N]
-    beton: Path | None
-    resident: dict = field(default_factory=dict, repr=False, compare=False)
-
-    def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """All images and labels on `device`, once for all loaders."""
-        if device not in self.resident:
-            # A mapped file is copied even to the CPU: its pages may be dropped and read from disk again.
-            images = torch.from_numpy(self.images).to(device, copy=self.beton is not None)
-            self.resident[device] = images, torch.from_numpy(self.labels).to(device)
-        return self.resident[device]
-
-
-@dataclass(frozen=True)
-class Dataset:
-    name: str
-    title: str  # for people: says what it is
-    fingerprint: str  # 16 hex digits of SHA-256 over pixels, labels, class names and size of both splits
-    classes: tuple[str, ...]
-    image_size: int  # pixels
-    mean: tuple[float, float, float]  # of the training pixels per channel, on the 0..255 scale, like std
-    std: tuple[float, float, float]
-    train: Split
-    test: Split
 
 
 def open_dataset(
@@ -80,25 +50,21 @@ def open_dataset(
     places = list(dict.fromkeys((data_dir, store)))
     try:
         found = sources.locate(name, places, image_size, say)
-        prepared = found and (prepare.load(home / "beton", found) or prepare.load(store / "beton", found))
+        dataset = found and (prepare.load(home / "beton", found) or prepare.load(store / "beton", found))
         if not found and not download:
             raise DataError(downloading.missing(name, places, "is not there"))
-        if not prepared:
+        if not dataset:
             if store != home:
                 say(f"{home} cannot be written to, so prepared data goes to {store}")
             folder = store / "beton"
             with prepare.locked(folder, say):
-                if not found:  # unless another process has fetched it by now
-                    found = sources.locate(name, places, image_size, say)
                 if not found:
                     downloading.fetch(name, places, say)
-                    found = sources.locate(name, [store], image_size, say)
-                prepared = prepare.load(folder, found) or prepare.prepare(folder, found, say)
+                    found = sources.locate(name, places, image_size, say)
+                dataset = prepare.load(folder, found) or prepare.prepare(folder, found, say)
     except OSError as error:  # no permission, say, or a disk that fails
         why = sources.brief(error)
         raise DataError(f"--data {name}: {why}; mend that or give another --data-dir") from error
-    facts = [tuple(fact) if isinstance(fact, list) else fact for fact in prepared[0]]
-    dataset = Dataset(*facts, *(Split(*split) for split in prepared[1]))
     if name in sources.SETS and dataset.title != sources.SETS[name].title:  # whose bytes are not verified
         say(f"{found.path}: {dataset.title}")
     return dataset
@@ -110,11 +76,11 @@ def share_out(
     validation: int | None = None,
     training: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted positions, int64, of the images to train on and of other images to validate on.
+    """Sorted positions, int64, of the images to train on and of those to validate on, which are other ones.
 
-    `labels` are those of the training split. `validation` images (None: none) are drawn first, so they do not
-    depend on `training`; of the rest, `training` images are drawn (None: all). Each draw takes as many of
-    every class. `rng(stream, 0)` gives the generators. Raises DataError as `class_subset` does.
+    `labels` are the training split's. `validation` images (None: none) are drawn first, and do not depend on
+    `training`; of the others, `training` are drawn (None: all). Of either there are as many of every class.
+    `rng(stream, 0)` gives the generators. Raises DataError as `class_subset` does.
     """
     every, held_out = np.arange(len(labels)), np.empty(0, np.int64)
     if validation:
@@ -127,7 +93,7 @@ def share_out(
 
 
 def tenth(labels: np.ndarray) -> int:
-    """A number of images: for every class a tenth of the size of the smallest class, and at least one."""
+    """As many images as a tenth of the smallest class, and at least one, of every class."""
     sizes = np.unique(labels, return_counts=True)[1]
     return len(sizes) * max(1, int(sizes.min()) // 10)
 
@@ -155,49 +121,63 @@ def class_subset(
     return np.sort(np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:each] for c in classes]))
 
 
+@dataclass(eq=False)
 class Loader:
-    """What both loaders share: which image comes when, how it is changed, and what a batch looks like."""
+    """What both loaders share: which image comes when, how it is changed, and what a batch looks like.
 
-    def __init__(self, dataset, split, batch_size, device, dtype, rng, augmented, subset, share):
-        self.source, self.train = getattr(dataset, SPLITS[split]), split == "train"
+    "train" is shuffled, augmented, and its last partial batch dropped; "test", and "validation" (training
+    images, of which `subset` says which) come in file order, as they are, every image once.
+    """
+
+    dataset: Dataset
+    split: str  # "train", "validation" or "test"
+    batch_size: int  # of all processes; once made, this one's part
+    device: torch.device | str
+    dtype: torch.dtype
+    rng: Callable[[str, int], np.random.RandomState] | None = None  # by stream and epoch: order, augmentation
+    augmented: str = "none"  # a name in augment.py
+    subset: np.ndarray | None = None  # positions in the split
+    compiled: bool = False  # on a GPU, resident images are augmented and normalised by torch.compile
+    share: tuple[int, int] = (0, 1)  # (r, n): train on the r-th of n equal parts of every batch of (0, 1)
+
+    def __post_init__(self) -> None:
+        self.source, self.train = getattr(self.dataset, SPLITS[self.split]), self.split == "train"
         every = np.arange(len(self.source.labels))
-        self.positions = every if subset is None else np.asarray(subset, np.int64)
-        self.num_images, self.image_size = len(self.positions), dataset.image_size
-        self.rank, self.processes = share
-        self.batch_size = batch_size // self.processes  # this process's part
-        self.rng, self.parts = rng, augment.parts_of(augmented) if self.train else set()
-        self.device, self.dtype = torch.device(device), dtype
-        self.mean, self.std = (torch.tensor(x, device=self.device) for x in (dataset.mean, dataset.std))
+        self.positions = every if self.subset is None else np.asarray(self.subset, np.int64)
+        self.num_images = len(self.positions)
+        if self.batch_size < 1 or (self.train and self.num_images < self.batch_size):
+            what = f"give 1 to {self.num_images}, the number of images to train on"
+            raise DataError(f"--batch-size {self.batch_size}: {what}")
+        self.rank, self.processes = self.share
+        self.batch_size //= self.processes
+        self.parts = augment.parts_of(self.augmented) if self.train else set()
+        self.device = torch.device(self.device)
+        self.mean, self.std = (
+            torch.tensor(x, device=self.device) for x in (self.dataset.mean, self.dataset.std)
+        )
 
     def __len__(self) -> int:
         whole, rest = divmod(self.num_images, self.batch_size * self.processes)
         return whole if self.train else whole + (rest > 0)
 
-    def drawn(self, epoch: int) -> tuple[np.ndarray, torch.Tensor | None]:
-        """Positions in the split, int64, in the epoch's order; and augmentation's draws for them.
+    def drawn(self, epoch: int) -> tuple[np.ndarray, torch.Tensor]:
+        """Positions in the split, int64 [n], in the epoch's order; and augmentation's draws for them [n, k].
 
         All are drawn at once, so they depend on the seed and the epoch alone; of each batch, a process then
         takes its own part.
         """
-        order, draws = self.positions, None
+        order, draws = self.positions, np.empty((self.num_images, 0), np.float32)
+        if self.parts:
+            draws = augment.draw(self.parts, self.rng, epoch, self.num_images)
         if self.train:
             shuffled = self.rng("order", epoch).permutation(self.num_images)
             order = order[shuffled[: len(self) * self.batch_size * self.processes]]
-        if self.parts:
-            drawn = augment.draw(self.parts, self.rng, epoch, self.num_images)
-            draws = torch.from_numpy(self.part(drawn[: len(order)]))
-        return self.part(order), draws
+        mine = np.arange(len(order)) // self.batch_size % self.processes == self.rank
+        return order[mine], torch.from_numpy(draws[: len(order)][mine])
 
-    def part(self, drawn: np.ndarray) -> np.ndarray:
-        """This process's part, of one batch after another."""
-        if self.processes == 1:
-            return drawn
-        parts = drawn.reshape(len(self), self.processes, self.batch_size, *drawn.shape[1:])
-        return parts[:, self.rank].reshape(-1, *drawn.shape[1:])
-
-    def transform(self, images: torch.Tensor, draws: torch.Tensor | None) -> torch.Tensor:
+    def transform(self, images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
         """Images uint8 [n, H, W, 3] augmented, normalised, and as `dtype` [n, 3, H, W], channels_last."""
-        if draws is not None:
+        if self.parts:
             images = augment.augment(images, draws, self.parts)
         # In place, because fresh memory costs more than arithmetic. The permuted view is channels_last.
         images = images.float().sub_(self.mean).div_(self.std)
@@ -209,31 +189,25 @@ class _ResidentLoader(Loader):
 
     resident = True
 
-    def __init__(self, *options, compiled: bool):
-        super().__init__(*options)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.images, self.labels = self.source.on(self.device)
-        self.order = self.draws = None
-        if compiled and self.device.type == "cuda":  # one kernel in the place of a dozen
+        shape = len(self), self.batch_size
+        self.order = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        self.draws = torch.zeros(*shape, augment.DRAWS if self.parts else 0, device=self.device)
+        if self.compiled and self.device.type == "cuda":  # one kernel in the place of a dozen
             self.transform = torch.compile(self.transform, dynamic=False)
 
     def start(self, epoch: int) -> None:
         """Put the order and the draws of an epoch where `batch` finds them: always in the same memory."""
         order, draws = self.drawn(epoch)
-        missing = len(self) * self.batch_size - len(order)  # of the last batch: image 0 stands in
-        order = torch.from_numpy(np.pad(order, (0, missing))).view(len(self), -1)
-        if self.order is None:
-            self.order = torch.empty_like(order, device=self.device)
-            self.draws = None if draws is None else torch.empty_like(draws, device=self.device)
-        self.order.copy_(order)
-        if draws is not None:
-            self.draws.copy_(draws)
+        # A last batch that is not full ends in zeros: image 0 stands in.
+        self.order.view(-1)[: len(order)] = torch.from_numpy(order)
+        self.draws.flatten(0, 1)[: len(order)] = draws
 
     def batch(self, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The batch of the epoch started last at `position`, int64 [1]; nothing waits for the device."""
-        index = self.order.index_select(0, position)[0]
-        draws = self.draws
-        if draws is not None:
-            draws = draws.view(len(self), -1, augment.DRAWS).index_select(0, position)[0]
+        index, draws = (drawn.index_select(0, position)[0] for drawn in (self.order, self.draws))
         # Not index_select, which shares out every image among the threads, and waits for them each time.
         return self.transform(self.images[index], draws), self.labels[index]
 
@@ -250,8 +224,8 @@ class _FfcvLoader(Loader):
 
     resident = False
 
-    def __init__(self, *options, compiled: bool):
-        super().__init__(*options)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if not prepare.import_ffcv():
             raise DataError(
                 "--loader ffcv: ffcv cannot be imported; give --loader resident, or install it with\n"
@@ -259,32 +233,22 @@ class _FfcvLoader(Loader):
             )
         if self.source.beton is None:
             raise DataError("--loader ffcv: this data was opened before ffcv was installed; open it again")
-        from ffcv.fields.basics import IntDecoder
-        from ffcv.fields.rgb_image import SimpleRGBImageDecoder
-        from ffcv.loader import Loader
-        from ffcv.transforms import ToTensor
-        from ffcv.traversal_order.base import TraversalOrder
+        import ffcv.loader
         from numba import config
 
-        class Given(TraversalOrder):
-            def sample_order(self, epoch: int) -> np.ndarray:
-                return self.indices
-
-        self.loader = Loader(
+        self.loader = ffcv.loader.Loader(
             str(self.source.beton),
             self.batch_size,
             # FFCV sets torch's number of threads to that of its workers, so that must stay what it is.
             num_workers=min(torch.get_num_threads(), config.NUMBA_NUM_THREADS),
             os_cache=True,  # the file is mapped, whatever FFCV_DEFAULT_CACHE_PROCESS says (see _new_beton)
             drop_last=False,
-            pipelines={"image": [SimpleRGBImageDecoder(), ToTensor()], "label": [IntDecoder(), ToTensor()]},
         )
-        self.loader.traversal_order = Given(self.loader)
         self.copying = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def epoch(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         order, draws = self.drawn(epoch)
-        draws = iter([None] * len(self) if draws is None else draws.to(self.device).split(self.batch_size))
+        draws = iter(draws.to(self.device).split(self.batch_size))
         self.loader.traversal_order.indices = order.astype(np.uint64)
         batches = iter(self.loader)
         try:
@@ -304,61 +268,32 @@ class _FfcvLoader(Loader):
         return copy
 
 
-def make_loader(
-    dataset: Dataset,
-    split: str,
-    *,
-    kind: str | None = None,
-    batch_size: int,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    rng: Callable[[str, int], np.random.RandomState] | None = None,
-    augmented: str = "none",
-    subset: np.ndarray | None = None,
-    compiled: bool = False,
-    share: tuple[int, int] = (0, 1),
-) -> Loader:
-    """A loader of "train" (shuffled, augmented, last partial batch dropped), or of "test" or "validation"
-    (training images, of which `subset` says which): in file order, as they are, every image once.
+def make_loader(dataset: Dataset, split: str, *, kind: str | None = None, **options) -> Loader:
+    """A loader whose `epoch(e)` yields `len(loader)` batches; `options` are the fields of Loader.
 
-    `loader.epoch(e)` yields `len(loader)` batches. `rng(stream, epoch)` gives the generators of order and
-    augmentation, `augmented` is its name in augment.py. `subset`: positions in the split. `kind`: "resident",
-    "ffcv", or None for resident if both splits take at most half of the device's free memory. `compiled`: on
-    a GPU, augment and normalise by torch.compile. `share`: (r, n) for the r-th of n equal parts of every
-    training batch; together they are the batches of (0, 1). Raises DataError: too few images, or no FFCV.
+    `kind`: "resident", "ffcv", or None for resident if both splits take at most half of the device's free
+    memory. Raises DataError: too few images for a batch, or no FFCV.
     """
-    if split not in SPLITS or kind not in ("resident", "ffcv", None):
-        known = "train, validation or test, and resident, ffcv or None"
-        raise ValueError(f"split {split!r}, kind {kind!r}: give {known}")
-    count = len(getattr(dataset, SPLITS[split]).labels) if subset is None else len(subset)
-    if batch_size < 1 or (split == "train" and count < batch_size):
-        raise DataError(f"--batch-size {batch_size}: give 1 to {count}, the number of images to train on")
     if kind is None:
         size = dataset.train.images.nbytes + dataset.test.images.nbytes
-        fits = dataset.train.beton is None or size <= _free_bytes(torch.device(device)) // 2
+        fits = dataset.train.beton is None or size <= _free_bytes(torch.device(options["device"])) // 2
         kind = "resident" if fits else "ffcv"
-    make = _ResidentLoader if kind == "resident" else _FfcvLoader
-    return make(dataset, split, batch_size, device, dtype, rng, augmented, subset, share, compiled=compiled)
+    return {"resident": _ResidentLoader, "ffcv": _FfcvLoader}[kind](dataset, split, **options)
 
 
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    with contextlib.suppress(OSError, TypeError):
-        return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
 
 
 def _writable(folder: Path) -> bool:
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = progress.Parser("data.py", __doc__)
     parser.add_argument("name", help=f"{', '.join(sources.NAMES)}, or a folder")
     parser.add_argument("--data-dir", default="data", help="where archives are looked for and kept [data]")
     parser.add_argument("--image-size", type=int, help="pixels a side")

@@ -131,10 +131,8 @@ def augment(images: torch.Tensor, draws: torch.Tensor, parts: set[str]) -> torch
     crop and flip, float32 from 0 to 255. No shape depends on a value and nothing waits for the device, so it
     can be captured in a CUDA graph.
     """
-    first = 0
-    for names in GROUPS:
-        stop = first + sum(PARTS[name].draws for name in names)
+    widths = [sum(PARTS[name].draws for name in names) for names in GROUPS]
+    for names, columns in zip(GROUPS, draws.split(widths, 1), strict=True):
         if parts.intersection(names):
-            images = PARTS[names[0]].change(images, draws[:, first:stop])
-        first = stop
+            images = PARTS[names[0]].change(images, columns)
     return images

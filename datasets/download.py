@@ -48,10 +48,11 @@ def fetch(name: str, places: list[Path], say: sources.Say) -> None:
     """Download a named set's archive into the last place, on which the lock is held. Raises DataError."""
     url = sources.SETS[name].url
     file = places[-1] / url.rpartition("/")[2]
+    if file.is_file():  # another process has fetched it by now
+        return
     unfinished = file.with_name(f"{file.name}.download")
     say(f"downloading {url} to {file}")
     pooch.get_logger().setLevel("WARNING")  # the line above says what pooch would
-    shutil.rmtree(unfinished, ignore_errors=True)  # left behind by a download that was killed
     try:
         _wait_for_an_answer(url)
         with contextlib.closing(Bar(file.name, rich.DownloadColumn())) as bar:
@@ -60,13 +61,13 @@ def fetch(name: str, places: list[Path], say: sources.Say) -> None:
             pooch.retrieve(url, checksum, file.name, unfinished, downloader=get)
         (unfinished / file.name).chmod(0o644)  # pooch leaves it readable by its owner alone
         os.replace(unfinished / file.name, file)
-    except OSError as error:
-        raise DataError(missing(name, places, f"cannot be downloaded ({sources.brief(error)})")) from error
-    except ValueError as error:  # which is how pooch reports a wrong checksum
+    except (OSError, ValueError) as error:  # pooch reports a wrong checksum as a ValueError
         why = f"came from {url} with a wrong checksum and was removed"
+        if isinstance(error, OSError):
+            why = f"cannot be downloaded ({sources.brief(error)})"
         raise DataError(missing(name, places, why)) from error
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)  # also what a killed download has left there
 
 
 def _wait_for_an_answer(url: str) -> None:

@@ -1,7 +1,7 @@
 """Images written once, as FFCV files that later starts map without reading the source again.
 
 A folder holds a file per split of each prepared source and index.json, which tells by a source's key which
-files are its own, what lies where in them, and the facts that data.Dataset begins with.
+files are its own, what lies where in them, and the facts that Dataset begins with.
 """
 
 import contextlib
@@ -9,18 +9,46 @@ import errno
 import hashlib
 import json
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import filelock
 import numpy as np
 import torch
+from PIL import Image
 from rich.progress import MofNCompleteColumn
 
 from datasets import DataError, sources
 from datasets.download import Bar
 
-# Name, title, fingerprint, classes, image size, mean and std; and images, labels and file of both splits.
-Prepared = tuple[list, list[tuple[np.ndarray, np.ndarray, Path | None]]]
+
+@dataclass(frozen=True)
+class Split:
+    images: np.ndarray  # uint8 [N, H, W, 3], mapped from the .beton, or in memory where FFCV is not installed
+    labels: np.ndarray  # int64 [N]
+    beton: Path | None
+    resident: dict = field(default_factory=dict, repr=False, compare=False)
+
+    def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """All images and labels on `device`, once for all loaders."""
+        if device not in self.resident:
+            # A mapped file is copied even to the CPU: its pages may be dropped and read from disk again.
+            images = torch.from_numpy(self.images).to(device, copy=self.beton is not None)
+            self.resident[device] = images, torch.from_numpy(self.labels).to(device)
+        return self.resident[device]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    name: str
+    title: str  # for people: says what it is
+    fingerprint: str  # 16 hex digits of SHA-256 over pixels, labels, class names and size of both splits
+    classes: tuple[str, ...]
+    image_size: int  # pixels
+    mean: tuple[float, float, float]  # of the training pixels per channel, on the 0..255 scale, like std
+    std: tuple[float, float, float]
+    train: Split
+    test: Split
 
 
 def locked(folder: Path, say: sources.Say) -> contextlib.AbstractContextManager:
@@ -34,11 +62,11 @@ def locked(folder: Path, say: sources.Say) -> contextlib.AbstractContextManager:
         return lock.acquire()
 
 
-def load(folder: Path, found: sources.Found) -> Prepared | None:
-    """What was prepared from this very source, without reading it; None if nothing was, or it is damaged."""
+def load(folder: Path, found: sources.Found) -> Dataset | None:
+    """What was prepared of this very source, the source unread; None if nothing was, or it is damaged."""
     try:
         entry, splits = _index(folder)[found.key], []
-        size = entry["facts"][4]
+        *names, classes, size, mean, std = entry["facts"]
         for part in (entry["train"], entry["test"]):
             path, count = folder / part["file"], part["count"]
             if path.stat().st_size != part["bytes"]:
@@ -46,13 +74,13 @@ def load(folder: Path, found: sources.Found) -> Prepared | None:
             raw = np.memmap(path, np.uint8, "c")  # never written to; torch warns of arrays that cannot be
             images = raw[part["images_at"] :][: count * size * size * 3].reshape(count, size, size, 3)
             labels = np.ndarray(count, "<i8", raw, part["labels_at"], (part["label_stride"],))
-            splits.append((images, labels.astype(np.int64), path))
-        return entry["facts"], splits
+            splits.append(Split(images, labels.astype(np.int64), path))
+        return Dataset(*names, tuple(classes), size, tuple(mean), tuple(std), *splits)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def prepare(folder: Path, found: sources.Found, say: sources.Say) -> Prepared:
+def prepare(folder: Path, found: sources.Found, say: sources.Say) -> Dataset:
     """Write a source's files and, last, its entry in index.json; the lock on the folder is held.
 
     Without FFCV nothing is written, and the images stay in memory. Raises DataError or OSError.
@@ -83,14 +111,17 @@ def prepare(folder: Path, found: sources.Found, say: sources.Say) -> Prepared:
                     images[split][done : done + len(block)] = block
                     digest.update(np.ascontiguousarray(block))
                     if split == "train":
-                        histogram += _histogram(block)
+                        histogram += np.reshape(
+                            Image.fromarray(block.reshape(-1, size, 3)).histogram(), (3, 256)
+                        )
                     done += len(block)
                     bar.update(len(block))
                 digest.update(labels.astype("<i8"))
         fingerprint = digest.hexdigest()[:16]
-        facts = [found.name, source.title, fingerprint, source.classes, size, *_mean_and_std(histogram)]
+        classes, scale = tuple(source.classes), _mean_and_std(histogram)
+        facts = [found.name, source.title, fingerprint, classes, size, *scale]
         if not with_ffcv:
-            return facts, [(images[split], source.labels[split], None) for split in images]
+            return Dataset(*facts, *(Split(images[split], source.labels[split], None) for split in counts))
         images.clear()
         for split in counts:
             entry[split]["file"] = f"{found.name}-{size}px-{fingerprint}-{split}.beton"
@@ -110,34 +141,25 @@ def prepare(folder: Path, found: sources.Found, say: sources.Say) -> Prepared:
     return load(folder, found)
 
 
-def _histogram(block: np.ndarray) -> np.ndarray:
-    """How many pixels of images uint8 [n, H, W, 3] have each value, per channel: int64 [3, 256]."""
-    pixels, counts = block.reshape(-1, 3), np.zeros((3, 256), np.int64)
-    for first in range(0, len(pixels), 65536):  # so many fit a processor's cache
-        counts += [np.bincount(channel, minlength=256) for channel in pixels[first : first + 65536].T]
-    return counts
-
-
-def _mean_and_std(histogram: np.ndarray) -> tuple[list[float], list[float]]:
-    """Of each channel's pixels, on the scale from 0 to 255."""
+def _mean_and_std(histogram: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Of each channel's pixels, on the scale from 0 to 255; `histogram` [3, 256] counts their values."""
     mean, square = (histogram @ np.arange(256.0) ** power / histogram[0].sum() for power in (1, 2))
     std = np.maximum(np.sqrt(square - mean**2), 1.0)  # a channel without contrast is not blown up
-    return mean.tolist(), std.tolist()
+    return tuple(mean.tolist()), tuple(std.tolist())
 
 
 def _index(folder: Path) -> dict[str, dict]:
     try:
-        index = json.loads((folder / "index.json").read_text())
-        return {key: entry for key, entry in index.items() if {"facts", "train", "test"} <= entry.keys()}
-    except (OSError, ValueError, AttributeError):
+        return json.loads((folder / "index.json").read_text())
+    except (OSError, ValueError):
         return {}
 
 
 def _new_beton(path: Path, labels: np.ndarray, size: int) -> dict[str, object]:
-    """Write an FFCV file that lacks only its pixels, for which space is reserved; return what lies where.
+    """An FFCV file whole but for its pixels, with all its space reserved; returns what lies where in it.
 
-    FFCV writes the head and the tables. The pixels are left to the caller, because FFCV's writer waits for
-    ever if one of its processes fails, as on a full disk, and leaves gaps, so that no array covers them all.
+    Head and tables are FFCV's work. Its pixels are left to the caller, because FFCV's writer waits for ever
+    if one of its processes fails, as on a full disk, and leaves gaps, so that no one array covers all images.
     """
     from ffcv.fields import IntField, RGBImageField
     from ffcv.fields.rgb_image import IMAGE_MODES
@@ -170,7 +192,7 @@ def _new_beton(path: Path, labels: np.ndarray, size: int) -> dict[str, object]:
 
 
 def import_ffcv() -> bool:
-    """Import FFCV and leave torch's number of threads as it was; False if FFCV cannot be imported."""
+    """Whether FFCV is there; imported, with torch's number of threads left as it was."""
     threads = torch.get_num_threads()
     try:
         import ffcv  # noqa: F401

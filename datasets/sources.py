@@ -2,7 +2,7 @@
 
 `locate` finds a source without reading it, and `read` opens it: labels at once, images in blocks. Files are
 untrusted: nothing in them is executed, and an error names the file that is damaged. To add a named set, add
-an entry to SETS.
+a table to named_sets.toml.
 """
 
 import hashlib
@@ -12,8 +12,9 @@ import os
 import pickle
 import re
 import tarfile
+import tomllib
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,60 +44,29 @@ class NamedSet:
     """
 
     title: str  # for people: says what it is
-    classes: tuple[str, ...]  # in the order of their labels
+    classes: Sequence[str]  # in the order of their labels
     counts: dict[str, int]  # images in each split
     image_size: int = 32  # pixels, unless another size is asked for
     url: str | None = None  # of the archive to download
     archives: dict[str, str] = field(default_factory=dict)  # name and MD5 of each official one
-    folders: tuple[str, ...] = ()  # what the archives unpack to
+    folders: Sequence[str] = ()  # what the archives unpack to
     files: dict[str, dict[str, str]] = field(default_factory=dict)  # by split: name and MD5 (python version)
-    mean: tuple[float, float, float] = (np.nan,) * 3  # of the official training pixels, where it is published
+    mean: Sequence[float] = (np.nan,) * 3  # of the official training pixels, where it is published
     label_key: str = "labels"  # in the python version
     label_bytes: int = 1  # before each row of the binary version; the last one is the label
-    draw: Callable[[], tuple[dict, dict]] | None = None  # makes images and labels of a set without files
 
     @property
     def checksums(self) -> dict[str, str]:
         return {name: md5 for files in self.files.values() for name, md5 in files.items()}
 
+    @property
+    def file_names(self) -> list[str]:
+        return [name + suffix for name in self.checksums for suffix in ("", ".bin")]
 
-SETS = {
-    "cifar10": NamedSet(
-        "CIFAR-10",
-        ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
-        {"train": 50_000, "test": 10_000},
-        url="https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
-        archives={
-            "cifar-10-python.tar.gz": "c58f30108f718f92721af3b95e74349a",
-            "cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530",
-        },
-        folders=("cifar-10-batches-py", "cifar-10-batches-bin"),
-        files={
-            "train": {
-                "data_batch_1": "c99cafc152244af753f735de768cd75f",
-                "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
-                "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
-                "data_batch_4": "634d18415352ddfa80567beed471001a",
-                "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
-            },
-            "test": {"test_batch": "40351d587109b95175f43aff81a1287e"},
-        },
-        mean=(125.3069, 122.9504, 113.8654),
-    ),
-    "imagenette": NamedSet(
-        "Imagenette",
-        (
-            *("n01440764", "n02102040", "n02979186", "n03000684", "n03028079"),
-            *("n03394916", "n03417042", "n03425413", "n03445777", "n03888257"),
-        ),
-        {"train": 9_469, "test": 3_925},
-        image_size=128,
-        url="https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-160.tgz",
-        archives={"imagenette2-160.tgz": "e793b78cc4c9e9a4ccc0c1155377a412"},
-        folders=("imagenette2-160",),
-    ),
-    "synthetic": NamedSet(synthetic.TITLE, synthetic.CLASSES, synthetic.COUNTS, draw=synthetic.draw),
-}
+
+with open(Path(__file__).with_name("named_sets.toml"), "rb") as _file:
+    SETS = {name: NamedSet(**fields) for name, fields in tomllib.load(_file).items()}
+SETS["synthetic"] = NamedSet(synthetic.TITLE, synthetic.CLASSES, synthetic.COUNTS)
 NAMES = tuple(SETS)
 
 
@@ -134,21 +104,20 @@ def locate(name: str, places: list[Path], image_size: int | None, say: Say) -> F
         if not Path(name).is_dir():
             raise DataError(f"--data {name}: no such folder; give a folder, or one of {', '.join(SETS)}")
         return Found(short_name(name), "folder", Path(name), image_size, _class_folders(Path(name), say))
+    if name == "synthetic":
+        return Found(name, name, Path("/"), image_size, {})
     known = SETS[name]
-    if known.draw:
-        return Found(name, "synthetic", Path("/"), image_size, {})
-    official = [batch + suffix for batch in known.checksums for suffix in ("", ".bin")]
     for place in places:
         folders = [place, *(place / folder for folder in known.folders)]
         for folder in folders:
-            if files := [folder / file for file in official if (folder / file).is_file()]:
+            if files := [folder / file for file in known.file_names if (folder / file).is_file()]:
                 return Found(name, "batches", folder, image_size, {file.name: _stamp(file) for file in files})
         for archive in [place] if place.is_file() else [place / file for file in known.archives]:
             if archive.is_file():
                 kind = "batches" if known.files else "images"
                 return Found(name, kind, archive, image_size, {archive.name: _stamp(archive)})
         for folder in folders:
-            if (folder / "train").is_dir() and _classes(folder / "train") == list(known.classes):
+            if (folder / "train").is_dir() and _classes(folder / "train") == known.classes:
                 return Found(name, "images", folder, image_size, _class_folders(folder, say))
     return None
 
@@ -189,69 +158,77 @@ def _is_image(name: str) -> bool:
 @dataclass(frozen=True)
 class Source:
     title: str
-    classes: tuple[str, ...]
     image_size: int
+    classes: Sequence[str]
+    images: dict[str, Sequence]  # of each split: uint8 [N, 32, 32, 3], or the name and file of every image
     labels: dict[str, np.ndarray]  # of each split, int64 [N]
-    blocks: Callable[[str], Iterator[np.ndarray]]  # the images of a split: uint8 [n, H, W, 3], N in all
+
+    def blocks(self, split: str) -> Iterator[np.ndarray]:
+        """The images of a split: uint8 [n, H, W, 3], N in all. Raises DataError."""
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow lets other threads run while it decodes
+            for first in range(0, len(self.images[split]), BLOCK):
+                block = self.images[split][first : first + BLOCK]
+                ready = isinstance(block, np.ndarray) and block.shape[1] == self.image_size
+                yield block if ready else np.stack(list(pool.map(self._decoded, block)))
+
+    def _decoded(self, image: np.ndarray | tuple[str, Path | bytes]) -> np.ndarray:
+        if isinstance(image, np.ndarray):
+            return _fit(Image.fromarray(image), self.image_size)
+        return _opened(*image, lambda opened: _fit(opened, self.image_size))
 
 
 def read(found: Found) -> Source:
     """Open a source; what can be checked before its images are decoded is checked here. Raises DataError."""
-    if found.kind in ("images", "folder"):
-        return _read_images(found)
+    files = _files(found)
+    if found.kind == "folder":
+        content = _read_images(found, files)
+        title = f"{found.name} (a folder of images)"
+        return Source(title, found.image_size or _own_size(files), *content)
     known = SETS[found.name]
-    images, labels, title = (*known.draw(), known.title) if known.draw else _read_rows(found.path, known)
     size = found.image_size or known.image_size
-
-    def blocks(split: str) -> Iterator[np.ndarray]:
-        for start in range(0, len(images[split]), BLOCK):
-            block = images[split][start : start + BLOCK]
-            same = block.shape[1] == size
-            yield block if same else np.stack([_fit(Image.fromarray(image), size) for image in block])
-
-    return Source(title, known.classes, size, labels, blocks)
+    if found.kind == "synthetic":
+        return Source(known.title, size, known.classes, *synthetic.draw())
+    content = _read_rows(found, files) if found.kind == "batches" else _read_images(found, files)
+    return Source(known.title + _doubt(found, files, content[1]["train"]), size, *content)
 
 
-def _read_images(found: Found) -> Source:
-    """Class folders, or an archive of them: files <split>/<class>/<name>, to be decoded block by block."""
-    files = {name: found.path / name for name in found.stamps}
-    if found.path.is_file():
-        members = _untar(found.path, _is_image)
-        files = {"/".join(name.split("/")[-3:]): io.BytesIO(data) for name, data in sorted(members.items())}
-    parts = {"train": {}, "test": {}}
+def _files(found: Found) -> dict[str, Path | bytes]:
+    """Row files by name, or image files by <split>/<class>/<name>; an archive is not unpacked to the disk."""
+    rows, path = found.kind == "batches", found.path
+    if path.is_dir():
+        files = {name: path / name for name in found.stamps}
+        return {name: file.read_bytes() for name, file in files.items()} if rows else files
+    wanted, depth = (SETS[found.name].file_names.__contains__, 1) if rows else (_is_image, 3)
+    try:
+        with tarfile.open(path) as tar:
+            members = (m for m in tar if m.isfile() and m.size < 1 << 28 and wanted(m.name.split("/")[-1]))
+            files = {"/".join(m.name.split("/")[-depth:]): tar.extractfile(m).read() for m in members}
+            return dict(sorted(files.items()))
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        what = f"{path} is truncated or no archive ({brief(error)})"
+        raise DataError(f"{what}; remove it and fetch it again") from error
+
+
+def _read_images(found: Found, files: dict[str, Path | bytes]) -> tuple[list[str], dict, dict]:
+    """Classes, and by split the images' names and files, and their labels, of <split>/<class>/<name>."""
+    images, classes, labels = {"train": [], "test": []}, {}, {}
     for name, file in files.items():
-        parts["train" if name.startswith("train/") else "test"][name] = file
-    owners = {split: [name.split("/")[-2] for name in part] for split, part in parts.items()}
-    classes, odd = sorted(set(owners["train"])), set(owners["train"]) ^ set(owners["test"])
-    if odd or not classes:
+        images["train" if name.startswith("train/") else "test"].append((name, file))
+    for split, part in images.items():
+        owners = [os.path.basename(os.path.dirname(name)) for name, _ in part]
+        classes[split], labels[split] = np.unique(owners, return_inverse=True)
+    odd = set(classes["train"]) ^ set(classes["test"])
+    if odd or not files:
         what = f"only one split has images of the class {min(odd)}" if odd else "it holds no images"
         raise DataError(f"{found.path}: {what}; both splits need the same class folders with images in them")
-    if found.kind == "folder":
-        title, size = f"{found.name} (a folder of images)", found.image_size or _own_size(files)
-    else:
-        known, counts = SETS[found.name], {split: len(part) for split, part in parts.items()}
-        verified = not known.files and found.path.is_file() and _md5(found.path) in known.archives.values()
-        doubt = "" if verified else " (not the official bytes)" if known.files else " (bytes not verified)"
-        title, size = f"{known.title}{doubt}", found.image_size or known.image_size
-        if counts != known.counts:
-            have, want = (f"{each['train']} + {each['test']}" for each in (counts, known.counts))
-            raise DataError(
-                f"{found.path} is incomplete: {have} training and test images, not {want}\n"
-                f"copy or unpack it again, or give --data {found.path} to use what is there"
-            )
-
-    def decode(item: tuple[str, Path | io.BytesIO]) -> np.ndarray:
-        return _opened(*item, lambda image: _fit(image, size))
-
-    def blocks(split: str) -> Iterator[np.ndarray]:
-        items = list(parts[split].items())
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow lets other threads run while it decodes
-            for start in range(0, len(items), BLOCK):
-                yield np.stack(list(pool.map(decode, items[start : start + BLOCK])))
-
-    number = {label: index for index, label in enumerate(classes)}
-    labels = {split: np.array([number[label] for label in owners[split]], np.int64) for split in parts}
-    return Source(title, tuple(classes), size, labels, blocks)
+    counts = {split: len(part) for split, part in images.items()}
+    if found.kind == "images" and counts != SETS[found.name].counts:
+        have, want = (f"{each['train']} + {each['test']}" for each in (counts, SETS[found.name].counts))
+        raise DataError(
+            f"{found.path} is incomplete: {have} training and test images, not {want}\n"
+            f"copy or unpack it again, or give --data {found.path} to use what is there"
+        )
+    return classes["train"].tolist(), images, labels
 
 
 def _own_size(files: dict[str, Path]) -> int:
@@ -264,12 +241,12 @@ def _own_size(files: dict[str, Path]) -> int:
     return sizes.pop()[0]
 
 
-def _opened(name: str, file: Path | io.BytesIO, use: Callable[[Image.Image], object]):
+def _opened(name: str, file: Path | bytes, use: Callable[[Image.Image], object]):
     try:
-        with Image.open(file) as image:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
             return use(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        where = file if isinstance(file, Path) else name
+        where = name if isinstance(file, bytes) else file
         raise DataError(f"{where} is no readable image ({brief(error)}); replace or remove it") from error
 
 
@@ -285,41 +262,44 @@ def _fit(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
-def _read_rows(path: Path, known: NamedSet) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], str]:
-    """The row files of a named set, python or binary, in a folder or an archive.
-
-    Returns images uint8 [N, 32, 32, 3] and labels int64 [N] by split, and a title that tells official or not.
-    """
-    checksums = known.checksums
-    names = {name + suffix for name in checksums for suffix in ("", ".bin")}
-    if path.is_dir():
-        files = {name: (path / name).read_bytes() for name in names if (path / name).is_file()}
-    else:
-        files = {name.split("/")[-1]: data for name, data in _untar(path, names.__contains__).items()}
-    binary = not any(name in files for name in checksums)
+def _read_rows(found: Found, files: dict[str, bytes]) -> tuple[Sequence[str], dict, dict]:
+    """Classes, and by split the images, uint8 [N, 32, 32, 3], and labels, int64 [N], of row files."""
+    path, known = found.path, SETS[found.name]
+    suffix = "" if any(name in files for name in known.checksums) else ".bin"
     mend = f"copy or unpack it again, or remove {path} to download it"
     images, labels = {}, {}
     for split, parts in known.files.items():
-        read_parts, count = [], known.counts[split] // len(parts)
-        for name in [part + ".bin" if binary else part for part in parts]:
+        read_parts = []
+        for name in [part + suffix for part in parts]:
             if name not in files:
                 raise DataError(f"{path}: {name} is missing\n{mend}")
             try:
-                read_parts.append(_rows(files[name], binary, known, count))
+                read_parts.append(_rows(files[name], bool(suffix), known, known.counts[split] // len(parts)))
             except Exception as error:
                 what = f"{name} is truncated or not {known.title}'s ({brief(error)})"
                 raise DataError(f"{path}: {what}\n{mend}") from error
         pixels, numbers = map(np.concatenate, zip(*read_parts, strict=True))
         images[split] = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         labels[split] = numbers.astype(np.int64)
-    if binary:
-        official = path.is_file() and _md5(path) in known.archives.values()
-    else:
-        official = all(hashlib.md5(files[name]).hexdigest() == md5 for name, md5 in checksums.items())
+    return known.classes, images, labels
+
+
+def _doubt(found: Found, files: dict[str, Path | bytes], images: Sequence) -> str:
+    """What the title says of a named set whose bytes are not known to be the official ones."""
+    known = SETS[found.name]
+    python = [name for name in known.checksums if name in files]
+    if python and all(hashlib.md5(files[name]).hexdigest() == known.checksums[name] for name in python):
+        return ""  # read, so none is missing
+    if found.path.is_file():
+        with open(found.path, "rb") as archive:
+            if hashlib.file_digest(archive, "md5").hexdigest() in known.archives.values():
+                return ""
     # Unpacked binary files have no checksums to go by. With the published mean their pixels may be official.
-    likely = binary and np.allclose(images["train"].mean((0, 1, 2)), known.mean, rtol=0, atol=1e-3)
-    doubt = "" if official else " (bytes not verified)" if likely else " (not the official bytes)"
-    return images, labels, f"{known.title}{doubt}"
+    binary = found.kind == "batches" and not python
+    likely = not known.files or (
+        binary and np.allclose(images.mean((0, 1, 2)), known.mean, rtol=0, atol=1e-3)
+    )
+    return " (bytes not verified)" if likely else " (not the official bytes)"
 
 
 def _rows(data: bytes, binary: bool, known: NamedSet, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -344,35 +324,22 @@ class _Unpickler(pickle.Unpickler):
     """Admits arrays and the containers around them, all that CIFAR-10's files hold, and runs nothing else."""
 
     def find_class(self, module: str, name: str) -> object:
-        if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-            return np.empty(0).__reduce__()[0]  # wherever this NumPy keeps it
-        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
-            return getattr(np, name)
-        if (module, name) == ("_codecs", "encode"):
-            return _encode_latin1
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR-10 file does")
+        admitted = {
+            "numpy.ndarray": np.ndarray,
+            "numpy.dtype": np.dtype,
+            "numpy.core.multiarray._reconstruct": np.empty(0).__reduce__()[0],
+            "numpy._core.multiarray._reconstruct": np.empty(0).__reduce__()[0],  # since NumPy 2
+            "_codecs.encode": _encode_latin1,
+        }
+        if f"{module}.{name}" not in admitted:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR-10 file does")
+        return admitted[f"{module}.{name}"]
 
 
 def _encode_latin1(text: str, encoding: str) -> bytes:
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"it asks for the encoding {encoding!r}, which no CIFAR-10 file does")
     return text.encode("latin1")
-
-
-def _untar(path: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:
-    """The files of an archive whose last name is wanted; nothing is unpacked to the disk."""
-    try:
-        with tarfile.open(path) as tar:
-            members = (m for m in tar if m.isfile() and m.size < 1 << 28 and wanted(m.name.split("/")[-1]))
-            return {member.name: tar.extractfile(member).read() for member in members}
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        what = f"{path} is truncated or no archive ({brief(error)})"
-        raise DataError(f"{what}; remove it and fetch it again") from error
-
-
-def _md5(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest()
 
 
 def brief(error: Exception) -> str:

@@ -8,6 +8,7 @@ import torch
 from layouts import naive_crop_and_flip, silent, stream, tiny_cifar10, write_python
 
 import data
+from datasets import prepare
 
 pytestmark = pytest.mark.usefixtures("small_and_offline")
 
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("small_and_offline")
 def in_memory(images: np.ndarray, labels: np.ndarray, test: int = 0) -> data.Dataset:
     """A data set around arrays, its last `test` images the test split."""
     cut = len(images) - test
-    splits = data.Split(images[:cut], labels[:cut], None), data.Split(images[cut:], labels[cut:], None)
+    splits = prepare.Split(images[:cut], labels[:cut], None), prepare.Split(images[cut:], labels[cut:], None)
     classes = tuple(map(str, range(10)))
     scale = (120.0, 110.0, 100.0), (60.0, 50.0, 40.0)
     return data.Dataset("made", "made", "0" * 16, classes, images.shape[1], *scale, *splits)

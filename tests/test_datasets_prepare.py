@@ -25,6 +25,7 @@ from layouts import (
     write_binary,
     write_python,
 )
+from PIL import Image
 
 import data
 from datasets import prepare, sources
@@ -146,7 +147,7 @@ def die(*_):
 def open_and_die(folder: Path, when: str) -> None:
     replace_file = os.replace
     if when == "while the pixels are written":
-        np.bincount = lambda *_, **__: die()  # called for every block of training pixels
+        Image.Image.histogram = lambda *_, **__: die()  # called for every block of training pixels
     elif when == "between the two files":
         os.replace = lambda a, b: replace_file(a, b) if "train" in str(a) else die()
     else:

@@ -88,15 +88,19 @@ def test_title_and_note_tell_whether_the_bytes_are_official(tmp_path, monkeypatc
     assert notes == []
 
 
+def title_of(place: Path) -> str:
+    return sources.read(sources.locate("cifar10", [place], None, silent)).title
+
+
 def test_unpacked_binary_files_cannot_be_verified_but_their_mean_can_betray_them(tmp_path, monkeypatch):
     batches = tiny_cifar10()
     folder = write_binary(tmp_path / "cifar-10-batches-bin", batches)
-    assert sources._read_rows(folder, sources.SETS["cifar10"])[2] == "CIFAR-10 (not the official bytes)"
+    assert title_of(folder) == "CIFAR-10 (not the official bytes)"
     change_set(monkeypatch, "cifar10", mean=expected_images(batches).mean((0, 1, 2)))
-    assert sources._read_rows(folder, sources.SETS["cifar10"])[2] == "CIFAR-10 (bytes not verified)"
+    assert title_of(folder) == "CIFAR-10 (bytes not verified)"
     archive = pack(tmp_path / "cifar-10-binary.tar.gz", folder)
     change_set(monkeypatch, "cifar10", archives={archive.name: hashlib.md5(archive.read_bytes()).hexdigest()})
-    assert sources._read_rows(archive, sources.SETS["cifar10"])[2] == "CIFAR-10"
+    assert title_of(archive) == "CIFAR-10"
 
 
 class Attack:
