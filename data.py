@@ -112,12 +112,12 @@ def class_subset(
     fewer than `spare` of one.
     """
     classes, sizes = np.unique(labels, return_counts=True)
-    each, rest = divmod(count, len(classes))
-    if rest or not 1 <= each <= sizes.min() - spare:
-        most = (sizes.min() - spare) * len(classes)
-        if most < len(classes):
-            raise DataError(f"{option} {count}: a class has too few images; give it more, or leave it out")
-        raise DataError(f"{option} {count}: give a multiple of {len(classes)} (classes), up to {most}{note}")
+    (each, rest), most = divmod(count, len(classes)), sizes.min() - spare
+    if most < 1:
+        raise DataError(f"{option} {count}: a class has too few images; give it more, or leave it out")
+    if rest or not 1 <= each <= most:
+        fits = f"a multiple of {len(classes)} (classes), up to {most * len(classes)}{note}"
+        raise DataError(f"{option} {count}: give {fits}")
     return np.sort(np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:each] for c in classes]))
 
 
@@ -226,13 +226,11 @@ class _FfcvLoader(Loader):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not prepare.import_ffcv():
+        if not prepare.import_ffcv() or self.source.beton is None:
             raise DataError(
                 "--loader ffcv: ffcv cannot be imported; give --loader resident, or install it with\n"
                 "apt-get install g++ pkg-config libopencv-dev libturbojpeg0-dev && pip install ffcv==1.0.2"
             )
-        if self.source.beton is None:
-            raise DataError("--loader ffcv: this data was opened before ffcv was installed; open it again")
         import ffcv.loader
         from numba import config
 

@@ -7,32 +7,11 @@ import threading
 from pathlib import Path
 
 import pooch
-from rich import progress as rich
-from rich.console import Console
+from tqdm import tqdm
 
 from datasets import DataError, sources
 
 PATIENCE_S = 8.0  # until a site that does not answer, or a connection on which nothing arrives, is given up
-
-
-class Bar:
-    """A progress bar on standard error where a person is watching, with what pooch asks of one."""
-
-    def __init__(self, what: str, column: rich.ProgressColumn, total: int | None = None):
-        console, self.total = Console(stderr=True), total
-        columns = rich.TextColumn("{task.description}"), rich.BarColumn(), column, rich.TimeRemainingColumn()
-        self.live = rich.Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self.live.start()
-        self.task = self.live.add_task(what, total=total)
-
-    def update(self, count: int) -> None:
-        self.live.update(self.task, total=self.total, advance=count)
-
-    def reset(self) -> None:
-        self.live.reset(self.task)
-
-    def close(self) -> None:
-        self.live.stop()
 
 
 def missing(name: str, places: list[Path], why: str) -> str:
@@ -55,7 +34,8 @@ def fetch(name: str, places: list[Path], say: sources.Say) -> None:
     pooch.get_logger().setLevel("WARNING")  # the line above says what pooch would
     try:
         _wait_for_an_answer(url)
-        with contextlib.closing(Bar(file.name, rich.DownloadColumn())) as bar:
+        # pooch sets the total once it is known, and takes a bar whose total is 0 or None for no bar.
+        with tqdm(desc=file.name, total=1, unit="B", unit_scale=True, leave=False, disable=None) as bar:
             get = pooch.HTTPDownloader(progressbar=bar, chunk_size=1 << 16, timeout=PATIENCE_S)
             checksum = f"md5:{sources.SETS[name].archives[file.name]}"
             pooch.retrieve(url, checksum, file.name, unfinished, downloader=get)

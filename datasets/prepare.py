@@ -5,7 +5,6 @@ files are its own, what lies where in them, and the facts that Dataset begins wi
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -16,10 +15,9 @@ import filelock
 import numpy as np
 import torch
 from PIL import Image
-from rich.progress import MofNCompleteColumn
+from tqdm import tqdm
 
 from datasets import DataError, sources
-from datasets.download import Bar
 
 
 @dataclass(frozen=True)
@@ -97,8 +95,12 @@ def prepare(folder: Path, found: sources.Found, say: sources.Say) -> Dataset:
     digest = hashlib.sha256(json.dumps([size, source.classes, list(counts.values())]).encode())
     entry, images, histogram = {}, {}, np.zeros((3, 256), np.int64)
     try:
-        bar = Bar(f"preparing {found.name}", MofNCompleteColumn(), sum(counts.values()))
-        with contextlib.closing(bar):
+        shown = {
+            "unit": " images",
+            "leave": False,
+            "disable": None,
+        }  # None: no bar where no person is watching
+        with tqdm(total=sum(counts.values()), desc=f"preparing {found.name}", **shown) as bar:
             for split, labels in source.labels.items():
                 shape, part = (counts[split], size, size, 3), folder / f"{split}.beton.part"
                 if with_ffcv:
@@ -106,15 +108,13 @@ def prepare(folder: Path, found: sources.Found, say: sources.Say) -> Dataset:
                     images[split] = np.memmap(part, np.uint8, "r+", entry[split]["images_at"], shape)
                 else:
                     images[split] = np.empty(shape, np.uint8)
-                done = 0
-                for block in source.blocks(split):
-                    images[split][done : done + len(block)] = block
+                for first in range(0, counts[split], sources.BLOCK):
+                    block = source.block(split, first)
+                    images[split][first : first + len(block)] = block
                     digest.update(np.ascontiguousarray(block))
                     if split == "train":
-                        histogram += np.reshape(
-                            Image.fromarray(block.reshape(-1, size, 3)).histogram(), (3, 256)
-                        )
-                    done += len(block)
+                        pixels = Image.fromarray(block.reshape(-1, size, 3))
+                        histogram += np.reshape(pixels.histogram(), (3, 256))
                     bar.update(len(block))
                 digest.update(labels.astype("<i8"))
         fingerprint = digest.hexdigest()[:16]
@@ -129,12 +129,6 @@ def prepare(folder: Path, found: sources.Found, say: sources.Say) -> Dataset:
         part = folder / "index.json.part"
         part.write_text(json.dumps({**index, found.key: {**entry, "facts": facts}}, indent=1) + "\n")
         os.replace(part, folder / "index.json")
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        needed = sum(counts.values()) * (size * size * 3 + 64)
-        what = f"{folder}: no space left for the prepared data, about {needed:,} bytes"
-        raise DataError(f"{what}\nfree as much, or name a folder on another disk with --data-dir") from error
     finally:
         for path in folder.glob("*.part"):
             path.unlink()
@@ -158,37 +152,38 @@ def _index(folder: Path) -> dict[str, dict]:
 def _new_beton(path: Path, labels: np.ndarray, size: int) -> dict[str, object]:
     """An FFCV file whole but for its pixels, with all its space reserved; returns what lies where in it.
 
-    Head and tables are FFCV's work. Its pixels are left to the caller, because FFCV's writer waits for ever
-    if one of its processes fails, as on a full disk, and leaves gaps, so that no one array covers all images.
+    FFCV's own writer waits for ever if one of its processes fails, as on a full disk, and leaves gaps, so
+    that no one array covers all images. Raises DataError where the space is not there.
     """
-    from ffcv.fields import IntField, RGBImageField
+    from ffcv import types
     from ffcv.fields.rgb_image import IMAGE_MODES
-    from ffcv.types import ALLOC_TABLE_TYPE
-    from ffcv.writer import DatasetWriter
 
     count, each = len(labels), size * size * 3
+    rows = np.zeros(count, types.get_metadata_type([types.RGBImageField(), types.IntField()]))
+    fields, table = np.zeros(2, types.FieldDescType), np.zeros(count, types.ALLOC_TABLE_TYPE)
+    fields["type_id"], fields["name"][:, :5] = (2, 1), (list(b"image"), list(b"label"))
+    rows_at = types.HeaderType.itemsize + fields.nbytes
+    images_at = -(-(rows_at + rows.nbytes) // 4096) * 4096
+    end = images_at + count * each
+    image, label = rows.dtype.names
+    rows[image]["mode"], rows[image]["height"], rows[image]["width"] = IMAGE_MODES["raw"], size, size
+    rows[image]["data_ptr"] = table["ptr"] = images_at + np.arange(count) * each
+    rows[label], table["sample_id"], table["size"] = labels, np.arange(count), each
     page = 1 << min(31, max(21, (count * (each + 64)).bit_length()))  # up to 2 GiB all images lie on one page
-    fields = {"image": RGBImageField(write_mode="raw"), "label": IntField()}
-    writer = DatasetWriter(str(path), fields, page, num_workers=1)
-    writer.num_samples = count
-    writer.prepare()
-    try:  # it holds shared memory from here on
-        images_at = -(-writer.data_region_start // 4096) * 4096
-        rows, table = np.zeros(count, writer.metadata_type), np.zeros(count, ALLOC_TABLE_TYPE)
-        image, label = rows.dtype.names
-        rows[image]["mode"], rows[image]["height"], rows[image]["width"] = IMAGE_MODES["raw"], size, size
-        rows[image]["data_ptr"] = table["ptr"] = images_at + np.arange(count) * each
-        rows[label], table["sample_id"], table["size"] = labels, np.arange(count), each
-        writer.metadata_sm.buf[: rows.nbytes] = rows.tobytes()
-        with open(path, "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, images_at + count * each)
-        writer.finalize([table])
-    finally:
-        writer.metadata_sm.close()
-        writer.metadata_sm.unlink()
-    labels_at = writer.metadata_start + rows.dtype.fields[label][1]
-    where = {"images_at": images_at, "labels_at": labels_at, "label_stride": rows.itemsize}
-    return {"bytes": path.stat().st_size, "count": count, **where}
+    header = np.array((types.CURRENT_VERSION, len(fields), page, count, end), types.HeaderType)
+    with open(path, "wb") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, end + table.nbytes)
+        except OSError as error:
+            what = f"{path.parent}: no space for the prepared data, {end:,} bytes ({sources.brief(error)})"
+            raise DataError(
+                f"{what}\nfree as much, or name a folder on another disk with --data-dir"
+            ) from error
+        file.write(header.tobytes() + fields.tobytes() + rows.tobytes())
+        file.seek(end)
+        file.write(table.tobytes())
+    where = {"images_at": images_at, "labels_at": rows_at + rows.dtype.fields[label][1]}
+    return {"bytes": end + table.nbytes, "count": count, **where, "label_stride": rows.itemsize}
 
 
 def import_ffcv() -> bool:
@@ -196,8 +191,9 @@ def import_ffcv() -> bool:
     threads = torch.get_num_threads()
     try:
         import ffcv  # noqa: F401
+
+        return True
     except (ImportError, OSError):  # not installed, or without its system libraries
         return False
     finally:
         torch.set_num_threads(threads)  # the import sets it to 1
-    return True

@@ -14,7 +14,7 @@ import re
 import tarfile
 import tomllib
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,7 +44,7 @@ class NamedSet:
     """
 
     title: str  # for people: says what it is
-    classes: Sequence[str]  # in the order of their labels
+    classes: list[str]  # in the order of their labels
     counts: dict[str, int]  # images in each split
     image_size: int = 32  # pixels, unless another size is asked for
     url: str | None = None  # of the archive to download
@@ -66,7 +66,6 @@ class NamedSet:
 
 with open(Path(__file__).with_name("named_sets.toml"), "rb") as _file:
     SETS = {name: NamedSet(**fields) for name, fields in tomllib.load(_file).items()}
-SETS["synthetic"] = NamedSet(synthetic.TITLE, synthetic.CLASSES, synthetic.COUNTS)
 NAMES = tuple(SETS)
 
 
@@ -159,17 +158,17 @@ def _is_image(name: str) -> bool:
 class Source:
     title: str
     image_size: int
-    classes: Sequence[str]
+    classes: list[str]
     images: dict[str, Sequence]  # of each split: uint8 [N, 32, 32, 3], or the name and file of every image
     labels: dict[str, np.ndarray]  # of each split, int64 [N]
 
-    def blocks(self, split: str) -> Iterator[np.ndarray]:
-        """The images of a split: uint8 [n, H, W, 3], N in all. Raises DataError."""
+    def block(self, split: str, first: int) -> np.ndarray:
+        """Up to BLOCK images of a split, from `first` on: uint8 [n, H, W, 3]. Raises DataError."""
+        block = self.images[split][first : first + BLOCK]
+        if isinstance(block, np.ndarray) and block.shape[1] == self.image_size:
+            return block
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow lets other threads run while it decodes
-            for first in range(0, len(self.images[split]), BLOCK):
-                block = self.images[split][first : first + BLOCK]
-                ready = isinstance(block, np.ndarray) and block.shape[1] == self.image_size
-                yield block if ready else np.stack(list(pool.map(self._decoded, block)))
+            return np.stack(list(pool.map(self._decoded, block)))
 
     def _decoded(self, image: np.ndarray | tuple[str, Path | bytes]) -> np.ndarray:
         if isinstance(image, np.ndarray):
@@ -187,7 +186,7 @@ def read(found: Found) -> Source:
     known = SETS[found.name]
     size = found.image_size or known.image_size
     if found.kind == "synthetic":
-        return Source(known.title, size, known.classes, *synthetic.draw())
+        return Source(known.title, size, known.classes, *synthetic.draw(known.counts))
     content = _read_rows(found, files) if found.kind == "batches" else _read_images(found, files)
     return Source(known.title + _doubt(found, files, content[1]["train"]), size, *content)
 
@@ -233,12 +232,9 @@ def _read_images(found: Found, files: dict[str, Path | bytes]) -> tuple[list[str
 
 def _own_size(files: dict[str, Path]) -> int:
     """The side of the images if their headers say that all are squares of one size, else 128."""
-    sizes = set()
-    for name, file in files.items():
-        sizes.add(_opened(name, file, lambda image: image.size))
-        if len(sizes) > 1 or len(set(*sizes)) > 1:
-            return 128
-    return sizes.pop()[0]
+    sides = (side for item in files.items() for side in _opened(*item, lambda image: image.size))
+    first = next(sides)
+    return first if all(side == first for side in sides) else 128
 
 
 def _opened(name: str, file: Path | bytes, use: Callable[[Image.Image], object]):
@@ -262,7 +258,7 @@ def _fit(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
-def _read_rows(found: Found, files: dict[str, bytes]) -> tuple[Sequence[str], dict, dict]:
+def _read_rows(found: Found, files: dict[str, bytes]) -> tuple[list[str], dict, dict]:
     """Classes, and by split the images, uint8 [N, 32, 32, 3], and labels, int64 [N], of row files."""
     path, known = found.path, SETS[found.name]
     suffix = "" if any(name in files for name in known.checksums) else ".bin"
