@@ -7,11 +7,12 @@ train = make_loader(dataset, "train", batch_size=128, device="cuda", dtype=torch
 for images, labels in train.epoch(0): ...
 """
 
+import contextlib
 import functools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,10 +72,7 @@ def open_dataset(
 
 
 def share_out(
-    labels: np.ndarray,
-    rng: Callable[[str, int], np.random.RandomState],
-    validation: int | None = None,
-    training: int | None = None,
+    labels: np.ndarray, rng: augment.Stream, validation: int | None = None, training: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sorted positions, int64, of the images to train on and of those to validate on, which are other ones.
 
@@ -134,14 +132,15 @@ class Loader:
     batch_size: int  # of all processes; once made, this one's part
     device: torch.device | str
     dtype: torch.dtype
-    rng: Callable[[str, int], np.random.RandomState] | None = None  # by stream and epoch: order, augmentation
+    rng: augment.Stream | None = None  # for order and augmentation, by epoch
     augmented: str = "none"  # a name in augment.py
     subset: np.ndarray | None = None  # positions in the split
     compiled: bool = False  # on a GPU, resident images are augmented and normalised by torch.compile
     share: tuple[int, int] = (0, 1)  # (r, n): train on the r-th of n equal parts of every batch of (0, 1)
 
     def __post_init__(self) -> None:
-        self.source, self.train = getattr(self.dataset, SPLITS[self.split]), self.split == "train"
+        dataset, self.train = self.dataset, self.split == "train"
+        self.source = getattr(dataset, SPLITS[self.split])
         every = np.arange(len(self.source.labels))
         self.positions = every if self.subset is None else np.asarray(self.subset, np.int64)
         self.num_images = len(self.positions)
@@ -152,9 +151,7 @@ class Loader:
         self.batch_size //= self.processes
         self.parts = augment.parts_of(self.augmented) if self.train else set()
         self.device = torch.device(self.device)
-        self.mean, self.std = (
-            torch.tensor(x, device=self.device) for x in (self.dataset.mean, self.dataset.std)
-        )
+        self.mean, self.std = (torch.tensor(x, device=self.device) for x in (dataset.mean, dataset.std))
 
     def __len__(self) -> int:
         whole, rest = divmod(self.num_images, self.batch_size * self.processes)
@@ -248,12 +245,9 @@ class _FfcvLoader(Loader):
         order, draws = self.drawn(epoch)
         draws = iter(draws.to(self.device).split(self.batch_size))
         self.loader.traversal_order.indices = order.astype(np.uint64)
-        batches = iter(self.loader)
-        try:
+        with contextlib.closing(iter(self.loader)) as batches:
             for images, labels in batches:
                 yield self.transform(self.copied(images), next(draws)), self.copied(labels).view(-1)
-        finally:
-            batches.close()
 
     def copied(self, buffer: torch.Tensor) -> torch.Tensor:
         """A finished copy on the device: FFCV fills the buffer anew once the next batch is asked for."""

@@ -23,6 +23,8 @@ from datasets import DataError
 NAMED = {"paper": "crop+flip", "photo": "flip+brightness+rotation+shift+zoom+shear", "none": ""}
 PAD = 4  # pixels around an image before a crop
 
+Stream = Callable[[str, int], np.random.RandomState]  # gives the generator of a name and an epoch
+
 
 def crop_and_flip(images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     """Crop each image out of its zero-padded self and flip it left to right, or not.
@@ -106,9 +108,7 @@ def parts_of(name: str) -> set[str]:
     return set(NAMED.get(name, name).split("+")) - {""}
 
 
-def draw(
-    parts: set[str], rng: Callable[[str, int], np.random.RandomState], epoch: int, count: int
-) -> np.ndarray:
+def draw(parts: set[str], rng: Stream, epoch: int, count: int) -> np.ndarray:
     """float32 [count, DRAWS]: what `augment` is to do to each image of an epoch.
 
     Crop and flip always draw from one stream, and each other part from its own: none shifts another's draws.

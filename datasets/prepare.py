@@ -95,11 +95,7 @@ def prepare(folder: Path, found: sources.Found, say: sources.Say) -> Dataset:
     digest = hashlib.sha256(json.dumps([size, source.classes, list(counts.values())]).encode())
     entry, images, histogram = {}, {}, np.zeros((3, 256), np.int64)
     try:
-        shown = {
-            "unit": " images",
-            "leave": False,
-            "disable": None,
-        }  # None: no bar where no person is watching
+        shown = {"unit": " images", "leave": False, "disable": None}  # None: unless a person is watching
         with tqdm(total=sum(counts.values()), desc=f"preparing {found.name}", **shown) as bar:
             for split, labels in source.labels.items():
                 shape, part = (counts[split], size, size, 3), folder / f"{split}.beton.part"
@@ -175,10 +171,11 @@ def _new_beton(path: Path, labels: np.ndarray, size: int) -> dict[str, object]:
         try:
             os.posix_fallocate(file.fileno(), 0, end + table.nbytes)
         except OSError as error:
-            what = f"{path.parent}: no space for the prepared data, {end:,} bytes ({sources.brief(error)})"
-            raise DataError(
-                f"{what}\nfree as much, or name a folder on another disk with --data-dir"
-            ) from error
+            what = (
+                f"{path.parent}: {end:,} bytes for prepared data are not to be had ({sources.brief(error)})"
+            )
+            mend = "free as much, or name a folder on another disk with --data-dir"
+            raise DataError(f"{what}\n{mend}") from error
         file.write(header.tobytes() + fields.tobytes() + rows.tobytes())
         file.seek(end)
         file.write(table.tobytes())

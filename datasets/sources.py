@@ -262,17 +262,15 @@ def _read_rows(found: Found, files: dict[str, bytes]) -> tuple[list[str], dict, 
     """Classes, and by split the images, uint8 [N, 32, 32, 3], and labels, int64 [N], of row files."""
     path, known = found.path, SETS[found.name]
     suffix = "" if any(name in files for name in known.checksums) else ".bin"
-    mend = f"copy or unpack it again, or remove {path} to download it"
     images, labels = {}, {}
     for split, parts in known.files.items():
         read_parts = []
         for name in [part + suffix for part in parts]:
-            if name not in files:
-                raise DataError(f"{path}: {name} is missing\n{mend}")
             try:
                 read_parts.append(_rows(files[name], bool(suffix), known, known.counts[split] // len(parts)))
             except Exception as error:
-                what = f"{name} is truncated or not {known.title}'s ({brief(error)})"
+                what = f"{name} is missing, truncated or not {known.title}'s ({brief(error)})"
+                mend = f"copy or unpack it again, or remove {path} to download it"
                 raise DataError(f"{path}: {what}\n{mend}") from error
         pixels, numbers = map(np.concatenate, zip(*read_parts, strict=True))
         images[split] = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
@@ -283,19 +281,17 @@ def _read_rows(found: Found, files: dict[str, bytes]) -> tuple[list[str], dict, 
 def _doubt(found: Found, files: dict[str, Path | bytes], images: Sequence) -> str:
     """What the title says of a named set whose bytes are not known to be the official ones."""
     known = SETS[found.name]
-    python = [name for name in known.checksums if name in files]
-    if python and all(hashlib.md5(files[name]).hexdigest() == known.checksums[name] for name in python):
-        return ""  # read, so none is missing
-    if found.path.is_file():
-        with open(found.path, "rb") as archive:
-            if hashlib.file_digest(archive, "md5").hexdigest() in known.archives.values():
-                return ""
+    digests = {name: hashlib.md5(files[name]).hexdigest() for name in known.checksums if name in files}
+    official = bool(digests) and digests == known.checksums
+    if not official and found.path.is_file():
+        official = hashlib.md5(found.path.read_bytes()).hexdigest() in known.archives.values()
+    if official:
+        return ""
     # Unpacked binary files have no checksums to go by. With the published mean their pixels may be official.
-    binary = found.kind == "batches" and not python
-    likely = not known.files or (
-        binary and np.allclose(images.mean((0, 1, 2)), known.mean, rtol=0, atol=1e-3)
-    )
-    return " (bytes not verified)" if likely else " (not the official bytes)"
+    binary = found.kind == "batches" and not digests
+    if not known.files or (binary and np.allclose(images.mean((0, 1, 2)), known.mean, rtol=0, atol=1e-3)):
+        return " (bytes not verified)"
+    return " (not the official bytes)"
 
 
 def _rows(data: bytes, binary: bool, known: NamedSet, count: int) -> tuple[np.ndarray, np.ndarray]:
