@@ -185,6 +185,7 @@ def _new_beton(path: Path, labels: np.ndarray, size: int) -> dict[str, object]:
 
 def import_ffcv() -> bool:
     """Whether FFCV is there; imported, with torch's number of threads left as it was."""
+    os.environ.setdefault("NUMBA_THREADING_LAYER", "omp")  # with TBB, a process that forked may never end
     threads = torch.get_num_threads()
     try:
         import ffcv  # noqa: F401
