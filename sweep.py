@@ -11,23 +11,22 @@ not all, 2: unusable options or data.
 
 import contextlib
 import ctypes
-import itertools
 import os
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
-from rich.text import Text
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
 
 import config
 import progress
@@ -36,7 +35,7 @@ from config import OptionError, Options
 from datasets import sources
 
 HERE = Path(__file__).parent
-LOOK_AGAIN_S = 2.0  # between two looks at the cells that another sweep trains
+LOOK_AGAIN_S = 1.0  # between two looks at what the cells' processes have done
 INITIALISATIONS = """, --bn-init ones, --bn-init one_one, --bn-init signed_uniform, --bn-init he_normal,
 --conv-init kaiming_uniform, --conv-init orthogonal, --conv-init binary"""
 CHANGES = """, --lr 0.03, --lr 0.3, --lr 1, --weight-decay 0, --weight-decay 0.001, --batch-size 32,
@@ -47,7 +46,6 @@ CHANGES = """, --lr 0.03, --lr 0.3, --lr 1, --weight-decay 0, --weight-decay 0.0
 --lr 1 --batch-size 64, --lr 0.3 --batch-size 32, --lr 1 --bn-init he_normal
 """  # none, one at a time, and then pairs of those that brought most
 TUNING = [f"--val-split 5000 {change}" for change in CHANGES.split(",")]
-BN_FIRST_EPOCHS = (5, 10, 20, 40)  # of 160, in which BatchNorm alone trains before everything does
 DEFAULT = {"ARCHS": "resnet32 resnet56 resnet110", "MODES": "all bn_only random", "SEEDS": "0 1 2"}
 GRIDS = {  # what differs from the default; VARIANTS are further options of train.py
     "depth": {"ARCHS": "resnet14 resnet32 resnet56 resnet110 resnet218 resnet434 resnet866"},
@@ -76,16 +74,15 @@ class Cell(NamedTuple):
 
 
 def make_grid(environment: Mapping[str, str], argv: Sequence[str]) -> list[Cell]:
-    """The cells that ARCHS, MODES, SEEDS and GRID choose, each with train.py's options `argv`.
-
-    Raises the error of the first option that no run can use, which has exit_status 2.
+    """The cells that ARCHS, MODES, SEEDS and GRID choose, with train.py's options `argv`. Raises OptionError,
+    or whatever train.py would for the first option that no run can use.
     """
     name = environment.get("GRID", "")
     if name and name not in GRIDS:
         raise OptionError(f"GRID={name}: choose from {', '.join(GRIDS)}")
     grid = DEFAULT | GRIDS.get(name, {})
-    archs, modes, seeds = (environment.get(key, grid[key]).split() for key in DEFAULT)
-    for key, values in zip(DEFAULT, (archs, modes, seeds), strict=True):
+    chosen = {key: environment.get(key, grid[key]).split() for key in DEFAULT}
+    for key, values in chosen.items():
         if not values:
             raise OptionError(f'{key}="": name at least one, or leave it out for "{grid[key]}"')
     (options, *_), given = config.parse_options([*argv], __doc__)
@@ -99,10 +96,10 @@ def make_grid(environment: Mapping[str, str], argv: Sequence[str]) -> list[Cell]
         argv = [*argv, "--data", options.data if found else "synthetic"]
     further = {"warmstart": warm_starts, "retrain": retraining}.get(name, lambda *_: ())
     cells: dict[Path, Cell] = {}
-    for variant, arch, mode in itertools.product(grid.get("VARIANTS", [""]), archs, modes):
+    for variant, arch, mode in product(grid.get("VARIANTS", [""]), chosen["ARCHS"], chosen["MODES"]):
         usual = ("--arch", arch, "--mode", mode, *variant.split(), *argv)
         for arguments in (usual, *further(usual, options)):
-            for each in config.parse_options([*arguments, "--seed", *seeds], __doc__)[0]:
+            for each in config.parse_options([*arguments, "--seed", *chosen["SEEDS"]], __doc__)[0]:
                 cells.setdefault(folder(each), Cell(arguments, each, folder(each)))
     return list(cells.values())
 
@@ -112,14 +109,14 @@ def warm_starts(usual: tuple[str, ...], options: Options) -> Iterator[tuple[str,
     and then of what `usual` trains. `options` are the user's.
     """
     milestones = options.milestones if options.schedule == "step" else ()
-    for epochs in sorted({max(1, round(of_160 * options.epochs / 160)) for of_160 in BN_FIRST_EPOCHS}):
+    # Validation images set both parts apart in the same way. With so much patience they change nothing.
+    patience = str(options.epochs)
+    schedule = ["plateau", "--patience", patience] if options.schedule == "plateau" else ["constant"]
+    schedule += ["--early-stop", patience] if options.early_stop else []
+    for epochs in sorted({max(1, round(of_160 * options.epochs / 160)) for of_160 in (5, 10, 20, 40)}):
         if epochs >= min([options.epochs, *milestones]):
-            continue
-        # Validation images set both parts apart in the same way. With so much patience they change nothing.
-        patience = str(options.epochs)
-        plateau = ["plateau", "--patience", patience] if options.schedule == "plateau" else ["constant"]
-        early_stop = ["--early-stop", patience] if options.early_stop else []
-        parent = (*usual, "--mode", "bn_only", "--epochs", str(epochs), "--schedule", *plateau, *early_stop)
+            break
+        parent = (*usual, "--mode", "bn_only", "--epochs", str(epochs), "--schedule", *schedule)
         yield parent
         left = ["--epochs", str(options.epochs - epochs), "--warmup-epochs", "0"]
         left += ["--milestones", *(str(milestone - epochs) for milestone in milestones)] if milestones else []
@@ -131,8 +128,7 @@ def retraining(usual: tuple[str, ...], options: Options) -> Iterator[tuple[str, 
     anew, and of everything, to compare; each at the initial learning rate and at a tenth of it.
     """
     epochs = max(2, options.epochs // 8)
-    milestones = sorted({epochs // 2, 3 * epochs // 4})
-    schedule = ["--epochs", str(epochs), "--milestones", *map(str, milestones)]
+    schedule = ["--epochs", str(epochs), "--milestones", *map(str, sorted({epochs // 2, 3 * epochs // 4}))]
     for lr in (options.lr, options.lr / 10):
         schedule += ["--min-lr", f"{lr:g}"] if options.min_lr > lr else []
         for what in (["--mode", "bn_only"], ["--mode", "bn_only", "--reset-bn"], []):
@@ -158,16 +154,14 @@ def prepare(options: Options) -> bool:
     return subprocess.run(command).returncode == 0
 
 
-STATUSES = ("done", "running", "interrupted", "diverged", "failed", "to do")
-
-
 class State(NamedTuple):
-    """How far a cell is: one of STATUSES, its epochs, why it ended early, its final test accuracy as text."""
+    """How far a cell is."""
 
-    status: str
+    status: str  # its summary's, or "running", or "to do"
     epochs: list[runs.Epoch]
-    why: str | None = None
-    accuracy: str = ""
+    why: str | None = None  # it ended early
+    accuracy: str = ""  # on the test images, once it is done
+    log: Path | None = None  # which tells why this sweep has given it up
 
 
 def look(cell: Cell) -> State:
@@ -179,44 +173,30 @@ def look(cell: Cell) -> State:
     if runs.in_use(cell.path):
         return State("running", epochs)
     try:
-        summary = runs.read(cell.path, "summary.json", runs.Summary)
-        if not summary or (summary.status == "done" and not holds(cell)):  # the latter train.py will refuse
-            return State("failed" if summary else "to do", epochs)
-        accuracy = "" if summary.final_test_acc is None else f"{summary.final_test_acc:.2f} %"
-        return State(summary.status, epochs, summary.why, accuracy)
+        summary, found = runs.Run(cell.path).summary, runs.Run(cell.path).config
     except runs.RunError as error:
         return State("failed", epochs, str(error))
-
-
-def holds(cell: Cell) -> bool:
-    """Whether the run in a cell's folder has the cell's options; the folder's name does not tell all."""
-    found = runs.read(cell.path, "config.json", runs.Config)
+    if summary is None or summary.status != "done":
+        return State(summary.status, epochs, summary.why) if summary else State("to do", epochs)
     told = config.names("variant", "setting") - {"data", "init_from"}  # these two have several spellings
-    return found is not None and all(getattr(found.options, n) == getattr(cell.options, n) for n in told)
+    if not found or any(getattr(found.options, n) != getattr(cell.options, n) for n in told):
+        return State("failed", epochs)  # another run, although its name does not tell: train.py refuses it
+    return State("done", epochs, summary.why, f"{summary.final_test_acc:.2f} %")
 
 
-def forecast(states: Mapping[Cell, State]) -> dict[Cell, float | None]:
-    """The seconds that each cell still takes, by the epochs of cells with its arguments, else with its
-    architecture; None where there are none, and for cells that are done.
+def forecast(states: Mapping[Cell, State]) -> dict[Cell, float]:
+    """The seconds that cells still take, by the epochs of cells with the same arguments, else with the same
+    architecture. Cells that are done, or of which no such epoch is known, are left out.
     """
-    epoch_s, left = defaultdict(list), {}
+    epoch_s = defaultdict(list)
     for cell, state in states.items():
         for key in (cell.arguments, cell.options.arch):
             epoch_s[key] += [epoch.epoch_s for epoch in state.epochs]
-    for cell, state in states.items():
-        alike = epoch_s[cell.arguments] or epoch_s[cell.options.arch]
-        known = alike and state.status != "done"
-        left[cell] = sum(alike) / len(alike) * (cell.options.epochs - len(state.epochs)) if known else None
-    return left
-
-
-class Job(NamedTuple):
-    """A process that trains cells, on the GPU (or CPUs) that `place` gives it."""
-
-    cells: list[Cell]
-    place: dict[str, str]
-    log: Path
-    process: subprocess.Popen
+    return {
+        cell: statistics.fmean(alike) * (cell.options.epochs - len(state.epochs))
+        for cell, state in states.items()
+        if state.status != "done" and (alike := epoch_s[cell.arguments] or epoch_s[cell.options.arch])
+    }
 
 
 def places(device: str, jobs: int) -> list[dict[str, str]]:
@@ -230,31 +210,31 @@ def places(device: str, jobs: int) -> list[dict[str, str]]:
     return [{} if jobs == 1 else {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}] * jobs
 
 
-def launch(cells: list[Cell], place: dict[str, str]) -> Job:
-    """train.py for these cells, which differ in nothing but the seed; what it says goes to a log."""
-    seeds = [str(cell.options.seed) for cell in cells]
-    command = [sys.executable, str(HERE / "train.py"), *cells[0].arguments, "--resume", "--seed", *seeds]
-    path = folder(cells[0].options, "_".join(seeds)[:100])
-    log = path.parent / "logs" / f"{path.name}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    libc = ctypes.CDLL(None)
-    with open(log, "a") as file:
-        print("$", shlex.join(["python", *command[1:]]), file=file, flush=True)
-        streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
-        # In a group of its own, for Ctrl-C is passed on; it stops (PR_SET_PDEATHSIG) if the sweep is killed.
-        owned = {"process_group": 0, "preexec_fn": lambda: libc.prctl(1, signal.SIGTERM)}
-        process = subprocess.Popen(command, env=os.environ | place, **streams, **owned)
-    return Job(cells, place, log, process)
+class Job:
+    """A process of train.py for cells that differ in nothing but the seed; what it says goes to a log."""
 
+    def __init__(self, cells: list[Cell], place: dict[str, str]):
+        self.cells, self.place, seeds = cells, place, [str(cell.options.seed) for cell in cells]
+        command = [sys.executable, str(HERE / "train.py"), *cells[0].arguments, "--resume", "--seed", *seeds]
+        path = folder(cells[0].options, "_".join(seeds)[:100])
+        self.log = path.parent / "logs" / f"{path.name}.log"
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        libc = ctypes.CDLL(None)
+        with open(self.log, "a") as file:
+            print("$", shlex.join(["python", *command[1:]]), file=file, flush=True)
+            streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
+            # In its own group, for Ctrl-C is passed on; it stops (PR_SET_PDEATHSIG) if the sweep is killed
+            owned = {"process_group": 0, "preexec_fn": lambda: libc.prctl(1, signal.SIGTERM)}
+            self.process = subprocess.Popen(command, env=os.environ | place, **streams, **owned)
 
-def why_ended(job: Job) -> str:
-    """What train.py last had to say, or the end of its traceback, or the signal that killed it."""
-    if (signal_number := -job.process.returncode) > 0:
-        return f"killed by {signal.Signals(signal_number).name}"
-    said = job.log.read_text(errors="replace").rpartition("\n$ ")[2].strip()  # in this attempt
-    _, noted, last = said.rpartition("\ntrain.py: ")
-    lines = last.splitlines() if noted and "\nTraceback " not in said else said.splitlines()[-1:]
-    return runs.printable(" ".join(lines))
+    def why_ended(self) -> str:
+        """What train.py last had to say, or the end of its traceback, or the signal that killed it."""
+        if (signal_number := -self.process.returncode) > 0:
+            return f"killed by {signal.Signals(signal_number).name}"
+        said = self.log.read_text(errors="replace").rpartition("\n$ ")[2].strip()  # in this attempt
+        _, noted, last = said.rpartition("\ntrain.py: ")
+        lines = last.splitlines() if noted and "\nTraceback " not in said else said.splitlines()[-1:]
+        return runs.printable(" ".join(lines))
 
 
 class Sweep:
@@ -264,45 +244,61 @@ class Sweep:
         self.free, self.replicas = list(places), replicas
         self.states = {cell: look(cell) for cell in cells}
         self.jobs: list[Job] = []
-        self.failed: dict[Cell, Path] = {}  # with the log that tells of it
         self.alone: set[Cell] = set()  # these failed beside other seeds, and may not by themselves
-        self.live = Live(console=progress.Terminal(), auto_refresh=False, transient=True)
-        self.say = self.live.console.say
+        name = TextColumn("{task.description}", table_column=Column(overflow="fold"))
+        columns = name, BarColumn(20), MofNCompleteColumn(), "{task.fields[text]}"
+        self.bars = Progress(*columns, console=progress.Terminal(), auto_refresh=False, transient=True)
+        self.say = self.bars.console.say
 
     def train_all(self) -> None:
         """Until every cell is done or has failed. A cell that another sweep trains is waited for."""
-        looked, told = 0.0, False
-        with self.live, contextlib.ExitStack() as at_end:
+        told = False
+        with self.bars, contextlib.ExitStack() as at_end:
             at_end.callback(self.stop)
             self.say(f"{self.count()}; logs in {next(iter(self.states)).path.parent / 'logs'}")
             while self.unsettled():
-                ended = [job for job in self.jobs if job.process.poll() is not None]
-                for job in ended:
+                for job in [job for job in self.jobs if job.process.poll() is not None]:
                     self.settle(job)
-                if ended or time.monotonic() > looked + LOOK_AGAIN_S:
-                    self.look()
-                    while self.free and (cells := self.next()):
-                        self.jobs.append(launch(cells, self.free.pop(0)))
-                        self.say(f"started {self.jobs[-1].log.stem}")
-                    if (elsewhere := self.not_ours(trained=True)) and not self.jobs and not told:
-                        self.say(f"waiting for {len(elsewhere)} cells that other processes train")
-                        told = True
-                    self.live.update(overview(self), refresh=True)
-                    looked = time.monotonic()
-                time.sleep(0.2)
+                self.look()
+                while self.free and (cells := self.next()):
+                    self.jobs.append(Job(cells, self.free.pop(0)))
+                    self.say(f"started {self.jobs[-1].log.stem}")
+                if (elsewhere := self.not_ours(trained=True)) and not self.jobs and not told:
+                    self.say(f"waiting for {len(elsewhere)} cells that other processes train")
+                    told = True
+                self.show()
+                time.sleep(LOOK_AGAIN_S)
+
+    def show(self) -> None:
+        """Show what runs: a bar for each process of this sweep, and for each cell of another."""
+        seconds = forecast(self.states)
+        rows = [(job.log.stem, job.cells) for job in self.jobs]
+        rows += [(f"{cell.path.name}, by another sweep", [cell]) for cell in self.not_ours(trained=True)]
+        for bar in self.bars.task_ids:
+            self.bars.remove_task(bar)
+        total, unsettled = len(self.states), len(self.unsettled())
+        self.bars.add_task("cells", total=total, completed=total - unsettled, text=self.count())
+        for title, cells in rows:
+            cell = max(cells, key=lambda cell: seconds.get(cell, 0))  # the last to end
+            epochs = self.states[cell].epochs
+            test_acc, rate = (epochs[-1].test_acc, epochs[-1].images_per_s) if epochs else (None, None)
+            told = [f"test {test_acc:.2f} %"] if test_acc is not None else []
+            told += [f"{rate * len(cells):,.0f} images/s"] if rate else []
+            told += [f"{duration(seconds[cell])} left"] if cell in seconds else []
+            self.bars.add_task(title, total=cell.options.epochs, completed=len(epochs), text="  ".join(told))
+        self.bars.refresh()
 
     def look(self) -> None:
-        """Look again at what is neither done nor failed, and give up what goes on from a cell that failed."""
-        logs = {cell.path: log for cell, log in self.failed.items()}
+        """Look again at what is neither done nor given up, and give up what goes on from what is."""
+        logs = {cell.path: state.log for cell, state in self.states.items() if state.log}
         for cell in self.unsettled():
             self.states[cell] = look(cell)
-            if cell.parent in logs:
-                self.failed[cell] = logs[cell.parent]
-                self.states[cell] = State("failed", [], f"its parent run failed: {cell.parent}")
+            if log := logs.get(cell.parent):
+                self.states[cell] = State("failed", [], f"what it starts from failed: {cell.parent}", log=log)
 
     def unsettled(self) -> list[Cell]:
-        """Cells that are neither done nor failed."""
-        return [c for c, state in self.states.items() if state.status != "done" and c not in self.failed]
+        """Cells that are neither done nor given up."""
+        return [cell for cell, state in self.states.items() if state.status != "done" and not state.log]
 
     def not_ours(self, trained: bool) -> list[Cell]:
         """Unsettled cells that this sweep does not train, but another does (or nobody: not `trained`)."""
@@ -323,11 +319,11 @@ class Sweep:
         """What became of the cells of a process that has ended; those to be tried again are left waiting."""
         self.jobs.remove(job)
         self.free.insert(0, job.place)
-        self.states |= {cell: look(cell) for cell in job.cells}
+        states = {cell: look(cell) for cell in job.cells}
+        self.states |= states
         refused = job.process.returncode == 2
-        taken = any(self.states[cell].status == "running" for cell in job.cells)  # another sweep was quicker
-        for cell in job.cells:
-            state = self.states[cell]
+        taken = any(state.status == "running" for state in states.values())  # another sweep was quicker
+        for cell, state in states.items():
             if state.status == "done":
                 took = duration(sum(epoch.epoch_s for epoch in state.epochs))
                 self.say(f"done {cell.path.name}: {state.accuracy} in {took}; {self.count()}")
@@ -337,36 +333,37 @@ class Sweep:
                 self.alone.add(cell)
             else:
                 if refused or state.status == "to do":  # the summary, if any, is of an earlier attempt
-                    state = State("failed", state.epochs, why_ended(job))
-                self.states[cell], self.failed[cell] = state, job.log
+                    state = State("failed", state.epochs, job.why_ended())
+                self.states[cell] = state._replace(log=job.log)
                 self.say(f"{state.status} {cell.path.name}: {state.why}")
 
     def stop(self) -> None:
         """Ask every process to stop, and wait until it has; it keeps its last epoch."""
         if self.jobs:
             progress.note("sweep.py", f"stopping {len(self.jobs)} processes; the next sweep resumes them")
-        for stop in (subprocess.Popen.terminate, subprocess.Popen.kill):
-            with contextlib.suppress(KeyboardInterrupt):  # at which they are killed
-                for job in self.jobs:
-                    stop(job.process)
-                for job in self.jobs:
-                    job.process.wait()
-                return
+        for job in self.jobs:
+            job.process.terminate()
+        with contextlib.suppress(KeyboardInterrupt):  # at which they are killed
+            for job in self.jobs:
+                job.process.wait()
+        for job in self.jobs:
+            job.process.kill()
 
     def count(self) -> str:
         done = sum(state.status == "done" for state in self.states.values())
-        return "; ".join(filter(None, [f"{done} of {len(self.states)} cells done", self.time_left()]))
+        return f"{done} of {len(self.states)} cells done{self.time_left()}"
 
     def time_left(self) -> str:
-        """What is left of all cells, where the seeds of one process take no longer than one alone."""
-        seconds, groups = forecast(self.states), defaultdict(list)
-        for cell in self.unsettled():
+        """`; about 5 min left` of all cells, where the seeds of one process take no longer than one alone."""
+        unsettled, seconds, groups = self.unsettled(), forecast(self.states), defaultdict(list)
+        for cell in seconds.keys() & unsettled:
             groups[cell.arguments].append(seconds[cell])
-        unknown, n = sum(group.count(None) for group in groups.values()), self.replicas
-        known = [s for group in groups.values() for s in sorted(filter(None, group), reverse=True)[::n]]
-        at_once = len(self.free) + len(self.jobs)
-        text = f"about {duration(max(sum(known) / at_once, *known))} left" if known else ""
-        return f"{text} and {unknown} cells of unknown length" if text and unknown else text
+        if not groups:
+            return ""
+        known = [s for group in groups.values() for s in sorted(group, reverse=True)[:: self.replicas]]
+        left = duration(max(sum(known) / (len(self.free) + len(self.jobs)), *known))
+        unknown = len(unsettled) - sum(map(len, groups.values()))
+        return f"; about {left} left" + (f" and {unknown} cells of unknown length" if unknown else "")
 
 
 # ---- what a person sees ----
@@ -384,38 +381,14 @@ def show_list(sweep: Sweep) -> None:
     seconds, rows, digits = forecast(sweep.states), [], len(str(len(sweep.states) - 1))
     for number, (cell, state) in enumerate(sweep.states.items()):
         epochs = f"{len(state.epochs)} of {cell.options.epochs} epochs" if state.epochs else ""
-        what = state.accuracy if state.status == "done" else epochs
-        left = "" if seconds[cell] is None else f"{duration(seconds[cell])} left"
-        rows.append([f"{number:{digits}}", cell.path.name, state.status, what, left])
+        left = f"{duration(seconds[cell])} left" if cell in seconds else ""
+        rows.append([f"{number:{digits}}", cell.path.name, state.status, state.accuracy or epochs, left])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(map(str.ljust, row, widths)).rstrip())
-    all_states = [state.status for state in sweep.states.values()]
-    text = ", ".join(f"{n} {status}" for status in STATUSES if (n := all_states.count(status)))
-    print("; ".join(filter(None, [f"{len(rows)} cells: {text}", sweep.time_left()])))
-
-
-def overview(sweep: Sweep) -> Table:
-    """What runs, a row for each process of this sweep and for each cell of another."""
-    seconds = forecast(sweep.states)
-    table = Table("run", title=Text(sweep.count()), title_justify="left")
-    for column in ("epoch", "", "test", "images/s", "left"):
-        table.add_column(column, justify="right")
-    rows = [(job.log.stem, job.cells) for job in sweep.jobs]
-    rows += [(f"{cell.path.name}, by another sweep", [cell]) for cell in sweep.not_ours(trained=True)]
-    for title, cells in rows:
-        cell = max(cells, key=lambda cell: seconds[cell] or 0)  # the last to end
-        epochs = sweep.states[cell].epochs
-        test_acc, rate = (epochs[-1].test_acc, epochs[-1].images_per_s) if epochs else (None, None)
-        table.add_row(
-            Text(title),
-            f"{len(epochs)}/{cell.options.epochs}",
-            ProgressBar(total=cell.options.epochs, completed=len(epochs), width=20),
-            f"{test_acc:.2f} %" if test_acc is not None else "",
-            f"{rate * len(cells):,.0f}" if rate else "",
-            duration(seconds[cell]) if seconds[cell] is not None else "",
-        )
-    return table
+    counts = Counter(state.status for state in sweep.states.values())
+    text = ", ".join(f"{count} {status}" for status, count in counts.items())
+    print(f"{len(rows)} cells: {text}{sweep.time_left()}")
 
 
 def whole_number(name: str, default: int) -> int:
@@ -423,14 +396,6 @@ def whole_number(name: str, default: int) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise OptionError(f"{name}={text}: give a whole number from 1")
     return int(text)
-
-
-def requeue(task: str) -> None:
-    """Have Slurm run this task again, unless it ends because it was cancelled, or is requeued already."""
-    job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{task}"  # the last task's $SLURM_JOB_ID would mean the array
-    shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True).stdout
-    if "JobState=RUNNING" in shown:
-        subprocess.run(["scontrol", "requeue", job])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -443,7 +408,7 @@ def main(argv: list[str] | None = None) -> int:
         show_list(Sweep(cells, where, replicas))
         return 0
     if task is not None:
-        if not task.isdecimal() or int(task) >= len(cells):
+        if int(task) >= len(cells):
             raise OptionError(f"there is no cell {task} in the grid: give --array=0-{len(cells) - 1}")
         own = cells[int(task)]
         cells = [cell for cell in cells if cell is own or cell.path == own.parent]
@@ -454,16 +419,19 @@ def main(argv: list[str] | None = None) -> int:
             return 2
         sweep.train_all()
     except KeyboardInterrupt:
-        if task is not None:
-            requeue(task)
+        if task is not None:  # run it again, unless it was cancelled, or is requeued already
+            job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{task}"  # the last one's $SLURM_JOB_ID means the array
+            asked = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True)
+            if "JobState=RUNNING" in asked.stdout:
+                subprocess.run(["scontrol", "requeue", job])
         raise
     sweep.say(sweep.count())
-    if sweep.failed:
-        sweep.say(f"{len(sweep.failed)} of {len(cells)} cells failed:")
-    for cell, log in sweep.failed.items():
-        status, _, why, _ = sweep.states[cell]
-        sweep.say(f"{status:12}{cell.path}\n{'':12}{why}\n{'':12}{log}")
-    return 1 if sweep.failed else 0
+    failed = {cell: state for cell, state in sweep.states.items() if state.log}
+    if failed:
+        sweep.say(f"{len(failed)} of {len(cells)} cells failed:")
+    for cell, state in failed.items():
+        sweep.say(f"{state.status:12}{cell.path}\n{'':12}{state.why}\n{'':12}{state.log}")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
