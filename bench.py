@@ -34,7 +34,7 @@ import sys
 import tempfile
 import time
 import warnings
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -60,26 +60,35 @@ import runs
 from datasets import augment
 from kernels import roofline
 from kernels.device import DTYPES, synchronize
+from progress import UsageError
 from step import Step
 
 STEPS = ("stock", "stock_workers", "amp", "compiled", "plain", "lean", "recompute")
-LOADERS = ("stock", "stock_workers", "resident", "ffcv")
-IMPLS = {"speed": STEPS, "memory": STEPS, "data": LOADERS, "startup": ("cold", "warm")}
-MEASURED = (  # keys of a row; None for what a part does not measure
-    *("images_per_s", "step_ms", "step_ms_min", "step_ms_max", "peak_memory_bytes", "saved_bytes_per_image"),
-    *("seconds", "run_seconds", "ratio_to_stock", "share_of_floor", "bytes_per_s", "flops_per_s", "n"),
-)
-LR = 0.1
 WORKERS = {"stock": 2, "stock_workers": min(16, len(os.sched_getaffinity(0)))}  # processes of a DataLoader
+IMPLS = {"speed": STEPS, "memory": STEPS, "data": (*WORKERS, "resident", "ffcv"), "startup": ("cold", "warm")}
+COLUMNS = {  # keys of a row, None where there is nothing to tell: title, format and unit in the table
+    "arch": ("arch", "", 1),
+    "mode": ("mode", "", 1),
+    "impl": ("impl", "", 1),
+    "dtype": ("dtype", "", 1),
+    "images_per_s": ("images/s", ",.0f", 1),
+    "step_ms": ("ms", ",.2f", 1),
+    "step_ms_min": ("min ms", ",.2f", 1),
+    "step_ms_max": ("max ms", ",.2f", 1),
+    "peak_memory_bytes": ("peak MB", ",.1f", 1e6),
+    "saved_bytes_per_image": ("saved KB/image", ",.1f", 1e3),
+    "seconds": ("first s", ".2f", 1),  # until the first batch (data) or step (startup)
+    "run_seconds": ("run s", ".2f", 1),
+    "ratio_to_stock": ("/ stock", ".2f", 1),
+    "share_of_floor": ("floor", ".1%", 1),
+    "bytes_per_s": ("TB/s", ".2f", 1e12),
+    "flops_per_s": ("TFLOP/s", ".0f", 1e12),
+    "n": ("n", ",.0f", 1),
+}
+LR = 0.1
 QUEUED = {"stock": 4, "stock_workers": 2 * WORKERS["stock_workers"], "ffcv": 4}  # batches prepared ahead
 LEAD_IN_S = {"cuda": 0.5, "cpu": 0.0}  # an idle GPU lowers its clocks, and needs a while to raise them
 note = partial(progress.note, "bench.py")
-
-
-class BenchError(ValueError):
-    """An option that cannot be used; the message says what can."""
-
-    exit_status = 2
 
 
 # ---- what is compared ----
@@ -237,33 +246,18 @@ def peak_bytes(make: Callable[[], Iterator], device: torch.device) -> int:
     return kernels.device.peak_memory_bytes(device) - before
 
 
-# ---- the four parts: from options to rows ----
-def row(options: Namespace, impl: str, arch: str | None = None, mode: str | None = None, **measured) -> dict:
-    """A row: what of MEASURED was `measured` of `impl`, and what that computes in and by."""
-    dtype, passes = options.dtype, None
-    if impl in WORKERS:
-        # Tensor cores take the factors of an fp32 product rounded to TF32
-        on_cores = options.device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
-        dtype = "tf32" if on_cores and options.part == "speed" else "fp32"
-    if impl in STEPS and options.part != "data":
-        passes = kernels.passes_name(options.device.type, impl in ("lean", "recompute"))
-    names = {"arch": arch, "mode": mode, "impl": impl, "dtype": dtype, "passes": passes}
-    return {**names, "batch_size": options.batch_size, **dict.fromkeys(MEASURED), **measured}
+# ---- the four parts: each yields what it has measured, of one implementation after another ----
+Measured = Iterator[tuple[str, dict]]
 
 
-def cost_of(arch: str, dataset: data.Dataset) -> roofline.Cost:
-    with torch.device("meta"):
-        return roofline.cost(models.build(arch), dataset.image_size)
-
-
-def speed(options: Namespace, dataset: data.Dataset) -> list[dict]:
+def speed(options: Namespace, dataset: data.Dataset) -> Measured:
     """Training steps; on a GPU also the device's own rates, and the share of what these allow."""
-    device, dtype, rows, rates, peaks = options.device, DTYPES[options.dtype], [], None, {}
+    device, dtype, rates, peaks = options.device, DTYPES[options.dtype], None, {}
     if device.type == "cuda":
         rates = roofline.device_rates(device)
         dataset.train.on(device)  # the images, which are no implementation's own
-        rows.append(row(options, "copy", bytes_per_s=rates[0], dtype=None, batch_size=None))
-        rows.append(row(options, "matmul", flops_per_s=rates[1], dtype="bf16", batch_size=None))
+        yield "copy", {"bytes_per_s": rates[0], "dtype": None, "batch_size": None}
+        yield "matmul", {"flops_per_s": rates[1], "dtype": "bf16", "batch_size": None}
     for arch, mode in itertools.product(options.arch, options.mode):
         torch._dynamo.reset()  # which counts how often it has compiled the same function, and gives up
         note(f"{arch} {mode}")
@@ -271,16 +265,17 @@ def speed(options: Namespace, dataset: data.Dataset) -> list[dict]:
         if rates:
             peaks = {impl: peak_bytes(make, device) for impl, make in makes.items()}
             weights_train = mode in ("all", "random") or "conv" in mode
-            least_s = roofline.least_s(cost_of(arch, dataset), weights_train, dtype, rates)
+            cost = roofline.cost(freeze.empty(arch), dataset.image_size)
+            least_s = roofline.least_s(cost, weights_train, dtype, rates)
         for impl, timed in take_turns(makes, options).items():
-            timed["share_of_floor"] = timed["images_per_s"] * least_s if rates else None
-            rows.append(row(options, impl, arch, mode, peak_memory_bytes=peaks.get(impl), **timed))
-    return rows
+            share = timed["images_per_s"] * least_s if rates else None
+            on_gpu = {"peak_memory_bytes": peaks.get(impl), "share_of_floor": share}
+            yield impl, {"arch": arch, "mode": mode, **on_gpu, **timed}
 
 
-def memory(options: Namespace, dataset: data.Dataset) -> list[dict]:
+def memory(options: Namespace, dataset: data.Dataset) -> Measured:
     """What autograd keeps of a step, and the least that a frozen network must keep."""
-    rows, dtype = [], DTYPES[options.dtype]
+    dtype = DTYPES[options.dtype]
     images, labels = next(our_loader("plain", dataset, options).epoch(0))
     stock_batch = (images.float().contiguous(), labels, torch.float32)
     for arch in options.arch:
@@ -293,12 +288,11 @@ def memory(options: Namespace, dataset: data.Dataset) -> list[dict]:
                 batch = stock_batch if impl in WORKERS else (images, labels, dtype)
                 saved[impl] = saved_bytes(model, *batch) / len(labels)
             for impl, each in saved.items():
-                ratio = each / saved["stock"] if "stock" in saved else None
-                measured = {"saved_bytes_per_image": each, "ratio_to_stock": ratio, "n": 1}
-                rows.append(row(options, impl, arch, mode, **measured))
-        for limit, least in roofline.least_bytes(cost_of(arch, dataset), dtype).items():
-            rows.append(row(options, limit, arch, saved_bytes_per_image=least))
-    return rows
+                ratio = {"ratio_to_stock": each / saved["stock"] if "stock" in saved else None}
+                yield impl, {"arch": arch, "mode": mode, "saved_bytes_per_image": each, **ratio, "n": 1}
+        cost = roofline.cost(freeze.empty(arch), dataset.image_size)
+        for limit, least in roofline.least_bytes(cost, dtype).items():
+            yield limit, {"arch": arch, "saved_bytes_per_image": least}
 
 
 def saved_bytes(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype) -> int:
@@ -321,15 +315,15 @@ def saved_bytes(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, dt
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def loading(options: Namespace, dataset: data.Dataset) -> list[dict]:
+def loading(options: Namespace, dataset: data.Dataset) -> Measured:
     """The loaders by themselves."""
     makes = {impl: partial(batches, impl, dataset, options) for impl in options.impl}
-    return [row(options, impl, **timed) for impl, timed in take_turns(makes, options).items()]
+    yield from take_turns(makes, options).items()
 
 
-def startup(options: Namespace, dataset: data.Dataset) -> list[dict]:
+def startup(options: Namespace, dataset: data.Dataset) -> Measured:
     """Runs of train.py, on data that is prepared: cold ones, each with a warm one that uses its caches."""
-    classes, rows = len(dataset.classes), []
+    classes = len(dataset.classes)
     subset = min(-(-5 * options.batch_size // classes) * classes, len(dataset.train.labels))  # five steps
     command = [sys.executable, Path(__file__).with_name("train.py"), "--overwrite", "--train-subset", subset]
     command += ["--epochs", "1", "--milestones", "--data", options.data, "--data-dir", options.data_dir]
@@ -352,21 +346,14 @@ def startup(options: Namespace, dataset: data.Dataset) -> list[dict]:
                     seconds[impl].append((json.loads(summary.read_text())["startup_s"], run_s))
         for impl in options.impl:
             first_s, run_s = map(statistics.median, zip(*seconds[impl], strict=True))
-            measured = {"seconds": first_s, "run_seconds": run_s, "n": options.repeats}
-            rows.append(row(options, impl, arch, mode, **measured))
-    return rows
+            seconds_of = {"seconds": first_s, "run_seconds": run_s}
+            yield impl, {"arch": arch, "mode": mode, **seconds_of, "n": options.repeats}
 
 
 # ---- options and table ----
 def parse_options(argv: list[str] | None) -> Namespace:
-    """The options, with each part's defaults. Raises BenchError for the first that cannot be used."""
-    formatter = RawDescriptionHelpFormatter
-    parser = ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
-
-    def refuse(message: str) -> None:
-        raise BenchError(f"{message}; python bench.py --help lists the options")
-
-    parser.error = refuse
+    """The options, with each part's defaults. Raises UsageError for the first that cannot be used."""
+    parser = progress.Parser("bench.py", __doc__)
     parser.add_argument("part", choices=tuple(IMPLS), help="what to measure")
     add = parser.add_argument_group("what is compared").add_argument
     add("--impl", nargs="+", help="which of the above [all that suit the part and the machine]")
@@ -401,49 +388,48 @@ def parse_options(argv: list[str] | None) -> Namespace:
     vars(options).update({name: value for name, value in defaults.items() if getattr(options, name) is None})
     for name in ("batch_size", "repeats", "steps", "warm_up"):
         if (value := getattr(options, name)) is not None and value < 1:
-            raise BenchError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
+            raise UsageError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
     options.mode = list(dict.fromkeys(map(freeze.canonical_mode, options.mode)))
     options.impl, options.arch = (list(dict.fromkeys(given)) for given in (options.impl, options.arch))
     if unknown := [impl for impl in options.impl if impl not in IMPLS[part]]:
-        raise BenchError(f"--impl {unknown[0]}: {part} has {', '.join(IMPLS[part])}")
+        raise UsageError(f"--impl {unknown[0]}: {part} has {', '.join(IMPLS[part])}")
     if "none" in options.mode:
-        raise BenchError("--mode none: nothing trains, so there is no backward pass to measure")
+        raise UsageError("--mode none: nothing trains, so there is no backward pass to measure")
     if options.json and (Path(options.json).is_dir() or not Path(options.json).absolute().parent.is_dir()):
-        raise BenchError(f"--json {options.json}: name a file in a folder that exists")
+        raise UsageError(f"--json {options.json}: name a file in a folder that exists")
     for arch, mode in itertools.product(options.arch, options.mode):
-        with torch.device("meta"):  # before minutes of measuring: an unknown network, or a part it lacks
-            freeze.freeze(models.build(arch), mode)
+        freeze.freeze(freeze.empty(arch), mode)  # before minutes of measuring: do both exist?
     return options
+
+
+def row(options: Namespace, impl: str, measured: dict) -> dict:
+    """A row: what was `measured` of `impl`, by COLUMNS' keys, and what it computes in and by."""
+    dtype, passes = options.dtype, None
+    if impl in WORKERS:
+        # Tensor cores take the factors of an fp32 product rounded to TF32
+        on_cores = options.device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
+        dtype = "tf32" if on_cores and options.part == "speed" else "fp32"
+    if impl in STEPS and options.part != "data":
+        passes = kernels.passes_name(options.device.type, impl in ("lean", "recompute"))
+    told = {"impl": impl, "dtype": dtype, "passes": passes, "batch_size": options.batch_size}
+    return dict.fromkeys(COLUMNS) | told | measured
 
 
 def show(rows: list[dict], where: dict) -> None:
     """The table on the terminal: the columns in which some row has a value."""
-    part, batch_size = where["part"], rows[-1]["batch_size"]
-    names = ("arch", "mode", "impl", "dtype")
-    columns = {  # title: the key that has a value or None, and the text
-        **{name: (name, f"{{{name}}}".format_map) for name in names},
-        "images/s": ("images_per_s", "{images_per_s:,.0f}".format_map),
-        "ms (min–max)": ("step_ms", "{step_ms:,.2f} ({step_ms_min:,.2f}–{step_ms_max:,.2f})".format_map),
-        "peak MB": ("peak_memory_bytes", lambda r: f"{r['peak_memory_bytes'] / 1e6:,.1f}"),
-        "saved KB/image": ("saved_bytes_per_image", lambda r: f"{r['saved_bytes_per_image'] / 1e3:,.1f}"),
-        "first batch s" if part == "data" else "first step s": ("seconds", "{seconds:.2f}".format_map),
-        "run s": ("run_seconds", "{run_seconds:.2f}".format_map),
-        "/ stock": ("ratio_to_stock", "{ratio_to_stock:.2f}".format_map),
-        "floor": ("share_of_floor", "{share_of_floor:.1%}".format_map),
-        "TB/s": ("bytes_per_s", lambda r: f"{r['bytes_per_s'] / 1e12:.2f}"),
-        "TFLOP/s": ("flops_per_s", lambda r: f"{r['flops_per_s'] / 1e12:.0f}"),
-        "n": ("n", "{n}".format_map),
-    }
     caption = "{device_name}, {threads} threads, torch {versions[torch]}, {date}".format_map(where)
-    if part in ("speed", "data"):
+    if where["part"] in ("speed", "data"):
         lasting = f" (for {LEAD_IN_S['cuda']} s or more)" if where["device"] == "cuda" else ""
         caption += f"\nwarm-up: {where['warm_up']} steps, then 1 and those queued before each turn{lasting}"
-    table = Table(title=f"{part}, batches of {batch_size}", caption=caption, box=box.SIMPLE_HEAD)
-    columns = {title: c for title, c in columns.items() if any(r[c[0]] is not None for r in rows)}
-    for title in columns:
-        table.add_column(title, justify="left" if title in names else "right", no_wrap=True)
+    title = f"{where['part']}, batches of {rows[-1]['batch_size']}"
+    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD)
+    keys = [key for key in COLUMNS if any(r[key] is not None for r in rows)]
+    for key in keys:
+        name, form, _ = COLUMNS[key]
+        table.add_column(name, justify="right" if form else "left", no_wrap=True)
     for r in rows:
-        table.add_row(*("" if r[key] is None else text(r) for key, text in columns.values()))
+        told = ((r[key], *COLUMNS[key][1:]) for key in keys)
+        table.add_row(*("" if x is None else format(x / unit if form else x, form) for x, form, unit in told))
     Console(width=1000).print(table)  # not cut off in a file or pipe
 
 
@@ -452,12 +438,12 @@ def main(argv: list[str] | None = None) -> None:
     dataset = data.open_dataset(options.data, options.data_dir, say=note)
     images = len(dataset.train.labels)
     if options.batch_size > images:
-        raise BenchError(f"--batch-size {options.batch_size}: there are {images:,} training images")
+        raise UsageError(f"--batch-size {options.batch_size}: there are {images:,} training images")
     for arch in options.arch:
         models.check_batches(arch, "projection", options.batch_size, dataset.image_size)
     options.steps = options.steps or images // options.batch_size
     measure = {"speed": speed, "memory": memory, "data": loading, "startup": startup}[options.part]
-    rows = measure(options, dataset)
+    rows = [row(options, impl, measured) for impl, measured in measure(options, dataset)]
     where = {"part": options.part, "device": options.device.type, "warm_up": options.warm_up}
     where["device_name"], where["threads"] = (
         kernels.device.maker_name(options.device),
