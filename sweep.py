@@ -253,10 +253,10 @@ class Sweep:
     def train_all(self) -> None:
         """Until every cell is done or has failed. A cell that another sweep trains is waited for."""
         told = False
-        with self.bars, contextlib.ExitStack() as at_end:
+        with self.bars.live, contextlib.ExitStack() as at_end:
             at_end.callback(self.stop)
             self.say(f"{self.count()}; logs in {next(iter(self.states)).path.parent / 'logs'}")
-            while self.unsettled():
+            while self.jobs or self.unsettled():
                 for job in [job for job in self.jobs if job.process.poll() is not None]:
                     self.settle(job)
                 self.look()

@@ -226,7 +226,8 @@ def test_two_sweeps_share_the_cells(small, tmp_path, monkeypatch):
 def test_seeds_train_together_and_several_processes_at_once(small, tmp_path, monkeypatch):
     monkeypatch.setenv("JOBS", "2")
     monkeypatch.setenv("REPLICAS", "2")
-    end(begin(small), 0)
+    said = end(begin(small), 0)
+    assert said.count("\ndone ") == 4 and "stopping" not in said, "each process is left to end by itself"
     logs = sorted((tmp_path / "runs" / "logs").iterdir())
     assert [re.search(r"resnet8-(.*?)-batch", log.name)[1] for log in logs] == [
         "bn_only-s0_1",
