@@ -39,9 +39,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-# numba runs FFCV's threads; with TBB, its first choice, a process that forked never ends on a single core.
-os.environ.setdefault("NUMBA_THREADING_LAYER", "omp")
-
 import numpy as np
 import torch
 from PIL import Image, ImageOps
