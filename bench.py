@@ -441,12 +441,15 @@ def main(argv: list[str] | None = None) -> None:
     options.steps = options.steps or images // options.batch_size
     measure = {"speed": speed, "memory": memory, "data": loading, "startup": startup}[options.part]
     rows = [row(options, impl, measured) for impl, measured in measure(options, dataset)]
-    where = {"part": options.part, "device": options.device.type, "warm_up": options.warm_up}
-    where["device_name"], where["threads"] = (
-        kernels.device.maker_name(options.device),
-        torch.get_num_threads(),
-    )
-    where["versions"], where["date"] = runs.versions(), time.strftime("%Y-%m-%d")
+    where = {
+        "part": options.part,
+        "device": options.device.type,
+        "device_name": kernels.device.maker_name(options.device),
+        "threads": torch.get_num_threads(),
+        "versions": runs.versions(),
+        "date": time.strftime("%Y-%m-%d"),
+        "warm_up": options.warm_up,
+    }
     if options.json:
         runs.write_atomically(Path(options.json), "".join(json.dumps(where | row) + "\n" for row in rows))
     show(rows, where)

@@ -1,10 +1,10 @@
 """A data set by name, and batches of it on the device.
 
-    python data.py cifar10 [--data-dir data]     # downloads and prepares it, for jobs that have no network
+python data.py cifar10 [--data-dir data]     # downloads and prepares it, for jobs that have no network
 
-    dataset = open_dataset("cifar10", "data")
-    train = make_loader(dataset, "train", batch_size=128, device="cuda", dtype=torch.bfloat16, rng=rng)
-    for images, labels in train.epoch(0): ...
+dataset = open_dataset("cifar10", "data")
+train = make_loader(dataset, "train", batch_size=128, device="cuda", dtype=torch.bfloat16, rng=rng)
+for images, labels in train.epoch(0): ...
 """
 
 import contextlib

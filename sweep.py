@@ -294,7 +294,7 @@ class Sweep:
         for cell in self.unsettled():
             self.states[cell] = look(cell)
             if log := logs.get(cell.parent):
-                self.states[cell] = State("failed", [], f"what it starts from failed: {cell.parent}", log=log)
+                self.states[cell] = State("failed", [], f"its parent run failed: {cell.parent}", log=log)
 
     def unsettled(self) -> list[Cell]:
         """Cells that are neither done nor given up."""

@@ -21,6 +21,7 @@ import data
 import kernels
 import models
 import progress
+from datasets import prepare
 from kernels import roofline
 
 ROOT = Path(bench.__file__).parent
@@ -213,7 +214,7 @@ def test_a_frozen_resnet32_keeps_one_output_per_convolution_and_one_bit_per_bloc
 
 def test_the_stock_loader_crops_flips_and_normalises():
     image, size = torch.arange(1, 49, dtype=torch.uint8).view(4, 4, 3).numpy(), 4
-    split = data.Split(image[None], torch.tensor([7]).numpy(), None)
+    split = prepare.Split(image[None], torch.tensor([7]).numpy(), None)
     statistics = (0.0, 0.0, 0.0), (255.0, 255.0, 255.0)
     dataset = data.Dataset("one", "one", "", ("a",), size, *statistics, split, split)
     torch.manual_seed(0)

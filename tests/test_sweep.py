@@ -285,7 +285,7 @@ def chained(small, monkeypatch):
 def test_cells_whose_parent_failed_are_not_tried(chained, tmp_path):
     said = end(begin([*chained, "--lr", "1e30"]), 1)
     assert said.count("diverged ") == 2 and said.count("started ") == 1, "once as it happens, once at the end"
-    assert "7 of 7 cells failed" in said and said.count("what it starts from failed") == 6
+    assert "7 of 7 cells failed" in said and said.count("its parent run failed") == 6
     assert len(folders(tmp_path / "runs")) == 1
 
 
