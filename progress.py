@@ -1,14 +1,13 @@
 """What a person sees: live bars, or a line per epoch into a file or pipe; notes, errors and exit statuses."""
 
 import argparse
-import contextlib
 import importlib
 import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NoReturn
 
 from rich.console import Console
@@ -53,31 +52,28 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def run(script: str, main: Callable[[], int | None]) -> int:
-    """A script's exit status: what `main` returns, None being 0, or what the exception that ends it stands
-    for.
+    """The exit status of a script: what `main` returns, 0 for None, or what the exception that ends it says.
 
-    An exception says what it stands for by an attribute `exit_status`: 1 the run failed, 2 unusable options
-    or data. It is told in a line or two, as are a failing disk, too little memory, and an interruption by
-    Ctrl-C or SIGTERM; each of these is 1. Every other exception passes.
+    An exception says so by an attribute `exit_status`: 1 the run failed, 2 unusable options or data. It is
+    told in a line or two, as are a failing disk, too little memory, and an interruption by Ctrl-C or SIGTERM;
+    each of these is 1. Every other exception passes.
     """
     signal.signal(signal.SIGTERM, interrupt)
     try:
         return main() or 0
-    except KeyboardInterrupt as error:
-        note(script, str(error) or "interrupted")
     except BrokenPipeError:  # the reader has seen enough, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        Terminal().on_broken_pipe()
         return 0
+    except KeyboardInterrupt as error:
+        status, why = 1, str(error) or "interrupted"
     except Exception as error:
-        status = getattr(error, "exit_status", None)
+        status, why = getattr(error, "exit_status", 1 if isinstance(error, OSError) else None), str(error)
         if status is None and isinstance(error, RuntimeError) and out_of_memory(error):
-            note(script, "out of memory; try a smaller --batch-size")
-        elif status is None and not isinstance(error, OSError):
+            status, why = 1, "out of memory; try a smaller --batch-size"
+        if status is None:
             raise
-        else:
-            note(script, str(error))
-            return status or 1
-    return 1
+    note(script, why)
+    return status
 
 
 def interrupt(*_: object) -> NoReturn:
@@ -117,18 +113,23 @@ class Bars:
 
 
 class Display:
-    """The progress of one run of `epochs` epochs; `label` stands on every line."""
+    """The progress of one run (a runs.Run that has begun): in the terminal, and at the tracker of --log.
 
-    def __init__(self, bars: Bars, label: str, epochs: int, steps_per_epoch: int):
-        self.bars, self.console, self.label, self.epochs = bars.live, bars.console, label, epochs
-        self.live = not self.bars.disable
-        self.run_bar = self.bars.add_task(label, total=epochs * steps_per_epoch, text="")
+    The trackers are wandb and trackio, whose interface is the same.
+    """
+
+    def __init__(self, bars: Bars, run, steps_per_epoch: int):
+        of, self.bars, self.console = run.described, bars.live, bars.console
+        options, self.epochs, self.live = of.options, of.options.epochs, not self.bars.disable
+        self.label = f"{of.spec.data}{' quick' * options.quick}{f' s{options.seed}' * (bars.runs > 1)}"
+        self.console.say(f"{run.path}\n{options.arch}, {options.mode}, {of.data_title}")
+        done, total = len(run.rows) * steps_per_epoch, self.epochs * steps_per_epoch
+        self.run_bar = self.bars.add_task(self.label, completed=done, total=total, text="")
         self.epoch_bar = self.bars.add_task("epoch", total=steps_per_epoch, text="", visible=bars.runs == 1)
-        self.steps_per_epoch = steps_per_epoch
-
-    def begin(self, title: str, epochs_done: int) -> None:
-        self.console.say(title)
-        self.bars.update(self.run_bar, completed=epochs_done * self.steps_per_epoch)
+        self.tracker = None
+        if options.log and run.writes:
+            settings = {"name": run.path.name, "config": of.model_dump(mode="json")}
+            self.tracker = import_tracker(options.log).init(project="batchnorm-only", **settings)
 
     def start_epoch(self, epoch: int) -> None:
         self.bars.reset(self.epoch_bar, description=f"epoch {epoch}/{self.epochs}")
@@ -158,20 +159,27 @@ class Display:
             rate = f"{row.images_per_s:,.0f} images/s" if row.images_per_s else ""
             epoch = f"epoch {row.epoch}/{self.epochs}  lr {row.lr:.4g}"
             self.console.say(f"[{self.label}] {epoch}  {text}  {row.epoch_s:.1f} s  {rate}".rstrip())
+        if self.tracker:
+            self.tracker.log(row.model_dump(exclude_none=True), step=row.epoch)
+
+    def finish(self, summary) -> None:
+        if self.tracker:
+            self.tracker.log({f"summary/{k}": v for k, v in summary.model_dump(exclude_none=True).items()})
+            self.tracker.finish()
 
 
 class Clock:
     """How long a run takes: its start-up, until its first steps, which compile, are done; and every epoch.
 
-    `began` is time.perf_counter() at the start of the process.
+    `process_began` is time.perf_counter() at the start of the process.
     """
 
-    def __init__(self, began: float):
-        self.process_began, self.startup_s, self.train_s = began, 0.0, 0.0
+    def __init__(self, process_began: float):
+        self.process_began, self.startup_s, self.train_s = process_began, 0.0, 0.0
         self.starting = True  # in this process
 
     def start_epoch(self) -> None:
-        self.began, self.untimed_images, self.evaluation_s = time.perf_counter(), 0, 0.0
+        self.began, self.untimed_images = time.perf_counter(), 0
 
     def started(self, images: int) -> None:
         """The first steps are done, with `images` images: the epoch's time counts from here."""
@@ -180,46 +188,20 @@ class Clock:
 
     def trained(self, images: int) -> float | None:
         """An epoch's training is over, with `images` images: its rate in images/s, if any of it was timed."""
-        self.training_s, images = time.perf_counter() - self.began, images - self.untimed_images
-        return images / self.training_s if images else None
+        self.epoch_s, images = time.perf_counter() - self.began, images - self.untimed_images
+        return images / self.epoch_s if images else None
 
-    @contextlib.contextmanager
-    def evaluating(self, compiles: bool) -> Iterator[None]:
-        """An evaluation, which counts as start-up where it compiles."""
-        began = time.perf_counter()
-        yield
-        seconds = time.perf_counter() - began
-        if compiles:
+    def evaluated(self, seconds: float, compiled: bool) -> None:
+        """An evaluation is over; it counts as start-up where it compiled, and else to its epoch."""
+        if compiled:
             self.startup_s += seconds
         else:
-            self.evaluation_s += seconds
+            self.epoch_s += seconds
 
     def end_epoch(self) -> float:
         """The epoch's seconds, evaluation included."""
-        epoch_s = self.training_s + self.evaluation_s
-        self.train_s += epoch_s
-        return epoch_s
-
-
-class Tracker:
-    """A tracker of experiments beside the run's own files: wandb or trackio, whose interface is the same.
-
-    `log` names it; None is no tracker. `run` is a runs.Run that has begun.
-    """
-
-    def __init__(self, log: str | None, run):
-        config = run.described.model_dump(mode="json")
-        settings = {"project": "batchnorm-only", "name": run.path.name, "config": config}
-        self.run = import_tracker(log).init(**settings) if log else None
-
-    def log(self, row, epoch: int) -> None:
-        if self.run:
-            self.run.log(row.model_dump(exclude_none=True), step=epoch)
-
-    def finish(self, summary) -> None:
-        if self.run:
-            self.run.log({f"summary/{k}": v for k, v in summary.model_dump(exclude_none=True).items()})
-            self.run.finish()
+        self.train_s += self.epoch_s
+        return self.epoch_s
 
 
 def import_tracker(name: str):
@@ -230,28 +212,28 @@ def import_tracker(name: str):
         raise UsageError(f"--log {name}: it is not installed; pip install {name}, or leave it out") from None
 
 
-def show_results(folder: str, result, epochs: int, quick: bool) -> None:
-    """The table at the end of a run, from its runs.Summary; `epochs` is how many were asked for."""
+def show_results(run) -> None:
+    """The table at the end of a run, a runs.Run that is done."""
+    options, result = run.config.options, run.summary
     size, done = result.checkpoint_bytes, result.epochs_done
-    data = f"{result.data_title}, {done} epoch{'s' if done > 1 else ''}"
-    data += f", of {epochs}: {result.why}" if result.why else ""
+    data = f"{result.data_title}, {done} epoch{'s' * (done > 1)}"
+    data += f", of {options.epochs}: {result.why}" if result.why else ""
     accuracy = f"{result.final_test_acc:.2f} %  (best epoch {result.best_test_acc:.2f} %)"
     if result.chosen_epoch is not None:
-        accuracy += (
-            f"; where validation was best: {result.chosen_test_acc:.2f} %, epoch {result.chosen_epoch}"
-        )
+        chosen = f"{result.chosen_test_acc:.2f} %, epoch {result.chosen_epoch}"
+        accuracy += f"; where validation was best: {chosen}"
     if result.final_test_top5_acc is not None:
         accuracy += f"; top 5 {result.final_test_top5_acc:.2f} %"
     table = Table(title=f"{result.arch}, {result.mode}, seed {result.seed}", show_header=False)
     table.add_column()
     table.add_column(overflow="fold")
     for name, value in {
-        "data": f"{data}, --quick" if quick else data,
+        "data": f"{data}, --quick" if options.quick else data,
         "test accuracy": accuracy,
         "parameters trained": f"{result.params_trained:,} of {result.params_total:,}",
         "time": f"{result.train_s:,.1f} s, after {result.startup_s:.1f} s of start-up",
         "seed checkpoint": f"{size:,} bytes, {100 * size / result.full_bytes:.2f} % of all weights",
-        "folder": folder,
+        "folder": str(run.path),
     }.items():
         table.add_row(name, Text(value))  # as it is: brackets in a path are no markup
     Terminal().print(table)
