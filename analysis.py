@@ -219,10 +219,10 @@ def main(argv: list[str] | None = None) -> int:
     if not found:
         return 2
     opened, bars = {}, progress.Bars()
-    with bars.live:
-        bar = bars.live.add_task("runs", total=len(found), text="")
+    with bars:
+        bar = bars.add_task("runs", total=len(found), text="")
         for path in found.values():
-            bars.live.update(bar, text=path.name)
+            bars.update(bar, text=path.name)
             try:
                 bars.console.say(f"{path}: {look_at(path, options, device, opened)}")
             except (ValueError, OSError, RuntimeError) as error:
@@ -232,7 +232,7 @@ def main(argv: list[str] | None = None) -> int:
                 why = "out of memory; try --device cpu" if out_of_memory else " ".join(str(error).split())
                 note(f"{path}: {why}")
                 failed += 1
-            bars.live.advance(bar)
+            bars.advance(bar)
             gc.collect()  # an evaluation and its captured graph hold each other, and memory of the GPU
     return 1 if failed else 0
 

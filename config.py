@@ -1,6 +1,4 @@
-"""The options of a run, once: names, defaults, help texts, ranges and presets. Every default is the published
-one.
-"""
+"""The options of a run, once: names, help, ranges, presets, and defaults, which are the published ones."""
 
 import argparse
 import dataclasses
@@ -168,9 +166,15 @@ def names(*roles: str) -> set[str]:
     return {name for name, field in FIELDS.items() if field.metadata["role"] in roles}
 
 
-def some(options: Options, names: str) -> dict[str, Any]:
-    """The options that `names` lists, with blanks between them, by name."""
-    return {name: getattr(options, name) for name in names.split()}
+def some(source: object, names: str) -> dict[str, Any]:
+    """The attributes of `source` that `names` lists, with blanks between them, by name."""
+    return {name: getattr(source, name) for name in names.split()}
+
+
+def differing(options: Options, usual: Options, *roles: str) -> dict[str, Any]:
+    """The options of these roles that are not as in `usual`, in their order."""
+    each = {name: getattr(options, name) for name in FIELDS if name in names(*roles)}
+    return {name: value for name, value in each.items() if value != getattr(usual, name)}
 
 
 def defaults(preset: str | None = None, quick: bool = False) -> Options:
@@ -179,7 +183,7 @@ def defaults(preset: str | None = None, quick: bool = False) -> Options:
 
 
 def make_parser(description: str) -> progress.Parser:
-    """The command line of train.py: every option once, in sections; those that are not given are left out."""
+    """The command line of train.py: every option once, in sections; those not given are left out."""
     parser = group = progress.Parser("train.py", description)
     for name, field in FIELDS.items():
         group = parser.add_argument_group(SECTIONS[name]) if name in SECTIONS else group
@@ -196,17 +200,12 @@ def make_parser(description: str) -> progress.Parser:
 def parse_options(argv: list[str] | None, description: str) -> tuple[list[Options], set[str]]:
     """The options of each seed of a command line, and the names of those given.
 
-    Raises the error of the first that is unusable: an exception with exit_status 2, whose message says what
-    would do.
+    Raises, for the first that is unusable, an exception with exit_status 2, whose message says what would do.
     """
     given = vars(make_parser(description).parse_args(argv))
     options = dataclasses.replace(defaults(given.get("preset"), "quick" in given), **given)
-    options = dataclasses.replace(
-        options,
-        milestones=tuple(options.milestones),
-        mode=freeze.canonical_mode(options.mode),
-        augment=augment.canonical(options.augment),
-    )
+    spelt = {"mode": freeze.canonical_mode(options.mode), "augment": augment.canonical(options.augment)}
+    options = dataclasses.replace(options, milestones=tuple(options.milestones), **spelt)
     seeds = given.get("seed", [options.seed])
     if len(set(seeds)) < len(seeds):
         raise OptionError(f"--seed {' '.join(map(str, seeds))}: give each seed once")
@@ -233,9 +232,8 @@ def check(options: Options) -> None:
     for name, field in FIELDS.items():
         value, limits = getattr(options, name), field.metadata["limits"]
         if limits and value is not None:
-            need(
-                limits[0] <= value <= limits[1], name, f"from {show(limits[0])} to {show(limits[1])}"
-            )  # nor NaN
+            least, greatest = limits
+            need(least <= value <= greatest, name, f"from {show(least)} to {show(greatest)}")  # nor NaN
         need(value != "", name, "a name, not nothing")
     need(options.min_lr <= options.lr, "min_lr", f"from 0 to --lr, {options.lr:g}")
     increasing = sorted({milestone for milestone in options.milestones if milestone > 0})

@@ -96,19 +96,19 @@ class Terminal(Console):
 # ---- a training run ----
 
 
-class Bars:
-    """The live bars of runs that train side by side, in one terminal. Use it as `with bars.live: ...`."""
+class Bars(Progress):
+    """The live bars of `runs` runs that train side by side, in one terminal. Use it as `with bars: ...`."""
 
     def __init__(self, runs: int = 1):
-        self.runs, self.console = runs, Terminal(quiet=not speaks())
-        self.live = Progress(
+        self.runs, console = runs, Terminal(quiet=not speaks())
+        super().__init__(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[text]}", markup=False),
-            console=self.console,
-            disable=not (speaks() and self.console.is_terminal),
+            console=console,
+            disable=not (speaks() and console.is_terminal),
         )
 
 
@@ -119,13 +119,13 @@ class Display:
     """
 
     def __init__(self, bars: Bars, run, steps_per_epoch: int):
-        of, self.bars, self.console = run.described, bars.live, bars.console
-        options, self.epochs, self.live = of.options, of.options.epochs, not self.bars.disable
+        of, options, self.bars = run.described, run.described.options, bars
+        self.epochs = options.epochs
         self.label = f"{of.spec.data}{' quick' * options.quick}{f' s{options.seed}' * (bars.runs > 1)}"
-        self.console.say(f"{run.path}\n{options.arch}, {options.mode}, {of.data_title}")
+        bars.console.say(f"{run.path}\n{options.arch}, {options.mode}, {of.data_title}")
         done, total = len(run.rows) * steps_per_epoch, self.epochs * steps_per_epoch
-        self.run_bar = self.bars.add_task(self.label, completed=done, total=total, text="")
-        self.epoch_bar = self.bars.add_task("epoch", total=steps_per_epoch, text="", visible=bars.runs == 1)
+        self.run_bar = bars.add_task(self.label, completed=done, total=total, text="")
+        self.epoch_bar = bars.add_task("epoch", total=steps_per_epoch, text="", visible=bars.runs == 1)
         self.tracker = None
         if options.log and run.writes:
             settings = {"name": run.path.name, "config": of.model_dump(mode="json")}
@@ -137,7 +137,7 @@ class Display:
 
     def step(self, step) -> None:
         """Advance by a step; twice a second at most, look at the device's numbers, which waits for them."""
-        if not self.live:
+        if self.bars.disable:
             return
         self.bars.advance(self.run_bar)
         self.bars.advance(self.epoch_bar)
@@ -155,10 +155,10 @@ class Display:
             if accuracy is not None:
                 text += f"  {name} {math.nan if loss is None else loss:.3f} {accuracy:5.2f} %"
         self.bars.update(self.run_bar, text=text)
-        if not self.live:
+        if self.bars.disable:
             rate = f"{row.images_per_s:,.0f} images/s" if row.images_per_s else ""
             epoch = f"epoch {row.epoch}/{self.epochs}  lr {row.lr:.4g}"
-            self.console.say(f"[{self.label}] {epoch}  {text}  {row.epoch_s:.1f} s  {rate}".rstrip())
+            self.bars.console.say(f"[{self.label}] {epoch}  {text}  {row.epoch_s:.1f} s  {rate}".rstrip())
         if self.tracker:
             self.tracker.log(row.model_dump(exclude_none=True), step=row.epoch)
 
@@ -166,42 +166,6 @@ class Display:
         if self.tracker:
             self.tracker.log({f"summary/{k}": v for k, v in summary.model_dump(exclude_none=True).items()})
             self.tracker.finish()
-
-
-class Clock:
-    """How long a run takes: its start-up, until its first steps, which compile, are done; and every epoch.
-
-    `process_began` is time.perf_counter() at the start of the process.
-    """
-
-    def __init__(self, process_began: float):
-        self.process_began, self.startup_s, self.train_s = process_began, 0.0, 0.0
-        self.starting = True  # in this process
-
-    def start_epoch(self) -> None:
-        self.began, self.untimed_images = time.perf_counter(), 0
-
-    def started(self, images: int) -> None:
-        """The first steps are done, with `images` images: the epoch's time counts from here."""
-        self.starting, self.untimed_images, self.began = False, images, time.perf_counter()
-        self.startup_s += self.began - self.process_began
-
-    def trained(self, images: int) -> float | None:
-        """An epoch's training is over, with `images` images: its rate in images/s, if any of it was timed."""
-        self.epoch_s, images = time.perf_counter() - self.began, images - self.untimed_images
-        return images / self.epoch_s if images else None
-
-    def evaluated(self, seconds: float, compiled: bool) -> None:
-        """An evaluation is over; it counts as start-up where it compiled, and else to its epoch."""
-        if compiled:
-            self.startup_s += seconds
-        else:
-            self.epoch_s += seconds
-
-    def end_epoch(self) -> float:
-        """The epoch's seconds, evaluation included."""
-        self.train_s += self.epoch_s
-        return self.epoch_s
 
 
 def import_tracker(name: str):

@@ -111,9 +111,7 @@ class NetworkSpec(Record):
 
 
 class Parent(Record):
-    """The run that another one goes on from. What it went on from itself is counted in where `_in_all` says
-    so.
-    """
+    """The run that another one goes on from; `_in_all` counts in what it went on from itself."""
 
     run: Text  # its folder's name
     mode: Text
@@ -166,12 +164,7 @@ class Config(Record):
         parent, options, spec = self.parent, self.options, self.spec
         if parent is None or parent.fingerprint != spec.fingerprint:
             return None
-        own = {
-            "quick": options.quick,
-            "train_subset": options.train_subset,
-            "val_images": spec.val_images,
-            "processes": spec.processes,
-        }
+        own = config.some(options, "quick train_subset") | config.some(spec, "val_images processes")
         other = {name: getattr(parent, name) for name in own if getattr(parent, name) != own[name]}
         seed = None if parent.seed == options.seed else parent.seed
         return Origin(parent.epochs, parent.mode, tuple(sorted((parent.variant | other).items())), seed)
@@ -189,8 +182,7 @@ class Config(Record):
         """
         options, before = self.options, self.epochs_before
         usual = dataclasses.replace(config.defaults(options.preset, options.quick), preset=None)
-        each = {name: getattr(options, name) for name in config.names("variant")}
-        differing = {name: value for name, value in each.items() if value != getattr(usual, name)}
+        differing = config.differing(options, usual, "variant")
         if options.schedule == "step":
             epochs = before + options.epochs
             milestones = tuple(before + m for m in options.milestones if m < options.epochs)
@@ -213,14 +205,10 @@ class Config(Record):
     @property
     def machine(self) -> tuple[str, str, str]:
         """Device; number format and whatever else changes time and memory alone; version of torch."""
-        usual, spec = Options(), self.spec
-        costs = [
-            f"{name} {config.show(getattr(self.options, name))}"
-            for name in ("loader", "memory", "no_compile")
-            if getattr(self.options, name) != getattr(usual, name)
-        ]
-        processes = [f"{spec.processes} processes"] if spec.processes > 1 else []
-        computed = ", ".join([spec.dtype, *costs, *processes])
+        differing, processes = config.differing(self.options, Options(), "logistics"), self.spec.processes
+        costs = [(name, differing[name]) for name in ("loader", "memory", "no_compile") if name in differing]
+        shared = f"{processes} processes" if processes > 1 else ""
+        computed = ", ".join(filter(None, [self.spec.dtype, variant_text(costs), shared]))
         return self.device_name, computed, self.versions.get("torch") or "unknown"
 
 
@@ -336,20 +324,15 @@ def parse(kind: type[R], text: str | bytes, where: object) -> R:
         return kind.model_validate_json(text)
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
-        field = ".".join(map(str, first["loc"]))
-        found = (
-            "" if first["type"] == "missing" or not field else f" (it is {str(first.get('input'))[:40]!r})"
-        )
-        what = printable(f"{where}: {field + ': ' if field else ''}{first['msg']}{found}")
-        raise RunError(what) from None
-    except ValueError as error:
-        raise RunError(f"{where}: {error}") from None
+        field, what = ".".join(map(str, first["loc"])), first["msg"]
+        if field:
+            found = "" if first["type"] == "missing" else f" (it is {str(first['input'])[:40]!r})"
+            what = f"{field}: {what}{found}"
+        raise RunError(printable(f"{where}: {what}")) from None
 
 
 def read(folder: Path, name: str, kind: type[R]) -> R | None:
-    """The record in the file `name` of a run folder; None where there is none. RunError where it does not
-    fit.
-    """
+    """The record in a run folder's file `name`; None where there is none. RunError where it does not fit."""
     text = read_text(folder / name)
     return None if text is None else parse(kind, text, folder / name)
 
@@ -374,17 +357,14 @@ def run_name(options: Options, data: str, seed: str | None = None) -> str:
     `seed` stands for the run's own in the name of several runs.
     """
     usual = config.defaults(options.preset, options.quick)
-    differing = {"quick": True} if options.quick else {}
-    differing |= {"preset": options.preset} if options.preset else {}
-    for name in config.FIELDS:
-        value = getattr(options, name)
-        if name not in _NAMED_FIRST | config.names("logistics") and value != getattr(usual, name):
-            differing[name] = _shortened(short_path(value), 24) if name == "init_from" else value
-    more = "-".join(_plain(n if v is True else f"{n}{config.show(v)}") for n, v in differing.items())
+    parts = ["quick"] * options.quick + [f"preset{options.preset}"] * (options.preset is not None)
+    for name, value in config.differing(options, usual, "variant", "setting").items():
+        if name not in _NAMED_FIRST:
+            value = _shortened(short_path(value), 24) if name == "init_from" else value
+            parts.append(name if value is True else f"{name}{config.show(value)}")
     base = "-".join(map(_plain, (_shortened(data, 24), options.arch, options.mode, "s")))
-    own = str(options.seed) if seed is None else seed
-    more = _shortened(more, LONGEST_NAME - len(base) - LONGEST_SEED - 1)
-    return f"{base}{own}{more and f'-{more}'}"
+    more = _shortened("-".join(map(_plain, parts)), LONGEST_NAME - len(base) - LONGEST_SEED - 1)
+    return f"{base}{options.seed if seed is None else seed}{more and f'-{more}'}"
 
 
 def _plain(text: str) -> str:
@@ -411,31 +391,27 @@ def variant_text(variant: Pairs) -> str:
     return ", ".join(f"{name} {config.show(value)}" for name, value in variant)
 
 
-def parent_path(options: Options) -> str:
-    """What --init-from names for this seed. RunError where there is no such thing."""
-    path = options.init_from.replace("{seed}", str(options.seed))
-    if not Path(path).exists():
+def parent_path(options: Options) -> str | None:
+    """What --init-from names for this seed, if anything. RunError where there is no such thing."""
+    path = options.init_from and options.init_from.replace("{seed}", str(options.seed))
+    if path and not Path(path).exists():
         raise RunError(f"--init-from {path}: there is no such file or run")
     return path
 
 
-def read_parent(init_from: str | None) -> Parent | None:
-    """The parent run that --init-from names; None for weights alone, or a run that is damaged or has no
-    results.
-    """
-    folder = Path(init_from or "")
+def read_parent(init_from: str) -> Parent | None:
+    """The parent run that --init-from names; None for mere weights, and for a damaged or unended run."""
+    folder = Path(init_from)
     folder = folder.parent if folder.name == CHECKPOINT else folder
-    if not init_from or not (folder / "config.json").is_file():
-        return None
     try:
         of, summary = read(folder, "config.json", Config), read(folder, "summary.json", Summary)
-        epoch_s = [row.epoch_s for row in read_epochs(folder)]
+        rows = read_epochs(folder)
     except RunError:
         return None
-    if summary is None or not epoch_s:
+    if not (of and summary and rows):
         return None
     before = of.parent if of.origin else None
-    seconds = summary.epochs_done * statistics.median(epoch_s)
+    seconds = summary.epochs_done * statistics.median(row.epoch_s for row in rows)
     val_images = of.spec.val_images
     if before:
         alike = before.device_name == of.device_name and before.seconds_in_all is not None
@@ -443,21 +419,16 @@ def read_parent(init_from: str | None) -> Parent | None:
         if (before.seed, before.val_images) != (of.options.seed, val_images):
             val_images = 0
     return Parent(
+        **config.some(of.options, "mode seed epochs train_subset quick"),
+        **config.some(of.spec, "fingerprint processes"),
         run=folder.resolve().name,
-        mode=of.options.mode,
-        seed=of.options.seed,
         variant={name: value for name, value in of.variant if name != "processes"},
-        epochs=of.options.epochs,
-        epochs_in_all=of.options.epochs + (before.epochs_in_all if before else 0),
+        epochs_in_all=of.epochs_before + of.options.epochs,
         epochs_done_in_all=summary.epochs_done + (before.epochs_done_in_all if before else 0),
         seconds_in_all=seconds,
         device_name=of.device_name,
         test_acc=summary.final_test_acc,
-        fingerprint=of.spec.fingerprint,
-        train_subset=of.options.train_subset,
         val_images=val_images,
-        processes=of.spec.processes,
-        quick=of.options.quick,
     )
 
 
@@ -530,10 +501,8 @@ def in_use(path: Path) -> bool:
     try:
         with open(path / ".lock", "rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # no such folder, or none of ours
-        return False
+    except OSError as error:  # the others are: no such folder, or none of ours
+        return isinstance(error, BlockingIOError)
     return False
 
 
@@ -562,8 +531,13 @@ class Run:
         if self.writes:
             write_atomically(self.path / name, content)
 
-    def refuse_another(self, options: Options, spec: NetworkSpec, hashes: dict, ignoring: set[str]) -> None:
-        """RunError where the folder holds another run than one of these options, spec and hashes."""
+    def refuse_another(self, options: Options, spec: NetworkSpec, hashes: dict[str, str | None]) -> None:
+        """RunError where the folder holds another run than one of these options, spec and hashes.
+
+        What does not change a run's result may differ, and so may what is compared otherwise.
+        """
+        may_differ = config.names("logistics") | {"data", "compiled", "init_from"}
+        may_differ |= {"processes"} if options.sync_bn else set()
         again = "start again with --overwrite"
         try:
             before, ended = self.config, self.summary
@@ -573,12 +547,11 @@ class Run:
             if ended or (self.path / "last.pt").exists():
                 raise RunError(f"{self.path} has no config.json; {again}")
             return
-        was = dataclasses.asdict(before.options) | before.spec.model_dump()
-        now = dataclasses.asdict(options) | spec.model_dump() | hashes
+        was = vars(before.options) | vars(before.spec) | vars(before)
+        now = vars(options) | vars(spec) | hashes
         for name, value in now.items():  # in their order: of other images, the fingerprint is named
-            found = was[name] if name in was else getattr(before, name)
-            if found != value and name not in ignoring:
-                what = f"{self.path} was run with {name} {found}, not {value}"
+            if name not in may_differ and was[name] != value:
+                what = f"{self.path} was run with {name} {was[name]}, not {value}"
                 raise RunError(f"{what};\nuse --overwrite or another --out")
 
     def begin(self, described: Config) -> None:
@@ -656,14 +629,9 @@ def open_run(
         return
     lock = FileLock(path / ".lock")
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=1)  # longer than `in_use` takes to look
-    except Timeout:
-        raise RunError(f"{path} is in use by another process; wait for it, or choose another --out") from None
-    except OSError as error:
-        raise RunError(f"--out {root}: cannot use {path} ({error.strerror})") from None
-    try:
         try:
+            path.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=1)  # longer than `in_use` takes to look
             for leftover in path.glob(".*.*"):  # of a process that was killed while it wrote
                 leftover.unlink()
             entries = [entry for entry in path.iterdir() if entry.name != ".lock"]
@@ -671,6 +639,10 @@ def open_run(
                 raise RunError(f"{path} exists; add --resume to continue it, or --overwrite to start again")
             for entry in entries if overwrite else ():
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        except Timeout:
+            raise RunError(
+                f"{path} is in use by another process; wait for it, or give another --out"
+            ) from None
         except OSError as error:
             raise RunError(f"--out {root}: cannot use {path} ({error.strerror})") from None
         yield Run(path)

@@ -63,10 +63,9 @@ def train(
     The processes of `group` go through it together. Returns the run; raises RunFailed where it ends early.
     """
     # The network at its seed's weights, of which only what the mode trains has gradients
-    device = devices.choose(options.device)
-    split = share_out(options, dataset)
+    device, split = devices.choose(options.device), share_out(options, dataset)
     spec = network_spec(options, dataset, device, split, group)
-    parent = runs.read_parent(spec.init_from)
+    parent = runs.read_parent(spec.init_from) if spec.init_from else None
     model = checkpoint.create(spec, note)
     frozen = freeze.frozen_sha256(model)
     brought = freeze.full_sha256(model) if spec.init_from else None  # by --init-from
@@ -75,13 +74,13 @@ def train(
     kernels.configure(model, options.memory, spec.compiled, synced)
 
     # Its batches, the step that trains on them, and what tests it
-    training = make_training(options, dataset, split, spec, parent, model, group)
+    training = Training(options, dataset, split, spec, parent, model, group)
 
     name = runs.run_name(options, dataset.name)
     with runs.open_run(options.out, name, options.resume, options.overwrite, writes=group.leads) as run:
         group.wait()  # until the folder is open, or refused
         hashes = {"frozen_sha256": frozen, "initial_sha256": brought}
-        run.refuse_another(options, spec, hashes, ignoring=may_differ(options))
+        run.refuse_another(options, spec, hashes)
         if run.status == "done":
             return run
         if training.resume(run):
@@ -93,19 +92,15 @@ def train(
 
         came_to = {"options": options, "spec": spec, "parent": parent, "data_title": dataset.title}
         run.begin(runs.Config(**came_to, **hashes, **runs.environment(device, bars.runs)))
-        label = f"{dataset.name}{' quick' * options.quick}{f' s{options.seed}' * (bars.runs > 1)}"
-        display = progress.Display(bars, label, options.epochs, len(training.loader))
-        display.begin(f"{run.path}\n{options.arch}, {options.mode}, {dataset.title}", len(run.rows))
-        tracker = progress.Tracker(options.log if group.leads else None, run)
+        display = progress.Display(bars, run, len(training.loader))
         status, why, sealed = "failed", "an unforeseen error", b""
         try:
             for epoch in range(len(run.rows) + 1, options.epochs + 1):
                 if training.schedule.stopped:
                     break
-                row = yield from training.epoch(epoch, options, display)
+                row = yield from training.epoch(epoch, display)
                 run.end_epoch(row, training.state_dict())
                 display.end_epoch(row)
-                tracker.log(row, epoch)
             if freeze.frozen_sha256(model) != frozen:
                 raise AssertionError("frozen weights have changed")
             if run.rows[-1].test_loss is None:
@@ -120,35 +115,78 @@ def train(
             summary = training.summary(status, why, run, len(sealed))
             with contextlib.suppress(OSError if status != "done" else ()):
                 run.finish(summary)
-            tracker.finish(summary)
+            display.finish(summary)
         if status != "done":
             raise (Interrupted if status == "interrupted" else RunFailed)(f"{run.path}: {why}")
         return run
 
 
-@dataclasses.dataclass
 class Training:
-    """All that goes on from epoch to epoch, and what last.pt keeps of it."""
+    """What works on a run's batches, whose order and augmentation come from seed and epoch alone.
 
-    model: torch.nn.Module
-    step: Step
-    schedule: Schedule
-    loader: data.Loader
-    test: Evaluation
-    validation: Evaluation | None
-    group: Group
-    epochs_before: int = 0  # of parent runs: their shuffles and crops are not drawn again
-    clock: progress.Clock = dataclasses.field(default_factory=lambda: progress.Clock(STARTED))
+    `split` is what `share_out` returns; `model` is on its device. What lasts from epoch to epoch is here, and
+    `state_dict` is what last.pt keeps of it.
+    """
 
-    def epoch(
-        self, epoch: int, options: Options, display: progress.Display
-    ) -> Generator[None, None, runs.Epoch]:
+    def __init__(
+        self,
+        options: Options,
+        dataset: data.Dataset,
+        split: tuple[np.ndarray, np.ndarray],
+        spec: runs.NetworkSpec,
+        parent: runs.Parent | None,
+        model: torch.nn.Module,
+        group: Group,
+    ):
+        device, dtype, (trains_on, validates_on) = (
+            torch.device(spec.device),
+            devices.DTYPES[spec.dtype],
+            split,
+        )
+        common = {"kind": options.loader, "device": device, "dtype": dtype, "compiled": spec.compiled}
+        self.loader = data.make_loader(
+            dataset,
+            "train",
+            batch_size=options.batch_size,
+            rng=functools.partial(models.stream, options.seed),
+            augmented=options.augment,
+            subset=trains_on,
+            share=(group.rank, group.count),
+            **common,
+        )
+
+        def evaluation(of: str, subset: np.ndarray | None = None) -> Evaluation:
+            batch_size = evaluation_batch_size(options.batch_size, dataset.image_size, device)
+            batches = data.make_loader(dataset, of, batch_size=batch_size, subset=subset, **common)
+            return Evaluation(model, batches, dtype, spec.compiled)
+
+        self.test = evaluation("test")
+        self.validation = evaluation("validation", validates_on) if len(validates_on) else None
+        settings = config.some(options, "optimizer momentum weight_decay label_smoothing sync_bn")
+        self.step = Step(model, dtype=dtype, compiled=spec.compiled, group=group, **settings)
+        names = "schedule lr epochs milestones gamma warmup_epochs min_lr patience early_stop"
+        self.schedule = Schedule(len(self.loader), **config.some(options, names))
+        self.options, self.model, self.group = options, model, group
+        # The shuffles and crops of parent runs are not drawn again
+        self.epochs_before = parent.epochs_done_in_all if parent else 0
+        self.startup_s, self.train_s, self.starting = 0.0, 0.0, True  # the last: in this process
+        self.lap_began, self.untimed_images = STARTED, 0
+
+        if options.schedule == "step" and min(options.milestones, default=0) >= options.epochs:
+            note(f"all of --milestones lie past the last epoch: the learning rate stays {options.lr:g}")
+        same_images = parent is not None and parent.fingerprint == spec.fingerprint and spec.val_images
+        if same_images and (parent.seed, parent.val_images) != (spec.seed, spec.val_images):
+            better = f"--seed {spec.seed} --val-split {spec.val_images}"
+            note(f"{parent.run} trained on images that validate here; better start from a run of {better}")
+
+    def epoch(self, epoch: int, display: progress.Display) -> Generator[None, None, runs.Epoch]:
         """One pass over the training images, yielding after each step, and its evaluation: its metrics.
 
         Raises FloatingPointError, naming epoch and step, at a loss that is not finite.
         """
         display.start_epoch(epoch)
-        self.clock.start_epoch()
+        if not self.starting:  # else the first lap is start-up
+            self.lap_s()
         first_step = (epoch - 1) * len(self.loader)
         lrs = [self.schedule.lr(first_step + i) for i in range(len(self.loader))]
         for i, _ in enumerate(self.step.epoch(self.loader, self.epochs_before + epoch - 1, lrs), start=1):
@@ -156,58 +194,70 @@ class Training:
             display.step(self.step)
             self.group.stop_together()
             yield
-        train_loss, train_acc = self.step.metrics()
-        row = {
-            "epoch": epoch,
-            "lr": float(f"{lrs[0]:.6g}"),
-            "train_loss": train_loss,
-            "train_acc": train_acc,
-            "images_per_s": self.clock.trained(self.step.seen),
-            "test_loss": None,
-            "test_acc": None,
-        }
+        train_loss, train_acc = self.step.metrics()  # which waits for the device, and so stops the clock
+        images, self.untimed_images = self.step.seen - self.untimed_images, 0
+        training_s = self.epoch_s = self.lap_s()
+        evaluated = {"test_loss": None, "test_acc": None}
         if self.validation:
-            scores = self.scores(self.validation)
-            if not math.isfinite(scores.loss):
-                raise FloatingPointError(
-                    f"the validation loss is not finite after epoch {epoch}; try a lower --lr"
-                )
-            row |= {"val_loss": scores.loss, "val_acc": self.group.agree(scores.acc)}
-            self.schedule.epoch_ended(row["val_acc"])
-        last = epoch == options.epochs or self.schedule.stopped
+            val_loss, val_acc, _ = self.scores(self.validation)
+            if not math.isfinite(val_loss):
+                what = f"the validation loss is not finite after epoch {epoch}"
+                raise FloatingPointError(f"{what}; try a lower --lr")
+            val_acc = self.group.agree(val_acc)
+            self.schedule.epoch_ended(val_acc)
+            evaluated |= {"val_loss": val_loss, "val_acc": val_acc}
+        last = epoch == self.options.epochs or self.schedule.stopped
         best = self.validation is not None and self.schedule.since_best == 0
-        if epoch % options.eval_every == 0 or last or best:
-            scores = self.scores(self.test)
-            row |= {"test_loss": scores.loss if math.isfinite(scores.loss) else None, "test_acc": scores.acc}
-            row |= {"test_top5_acc": scores.top5_acc} if scores.top5_acc is not None else {}
-        return runs.Epoch(**row, epoch_s=self.clock.end_epoch())
+        if epoch % self.options.eval_every == 0 or last or best:
+            loss, acc, top5_acc = self.scores(self.test)
+            evaluated |= {"test_loss": loss if math.isfinite(loss) else None, "test_acc": acc}
+            evaluated |= {"test_top5_acc": top5_acc} if top5_acc is not None else {}
+        self.train_s += self.epoch_s
+        return runs.Epoch(
+            epoch=epoch,
+            lr=float(f"{lrs[0]:.6g}"),
+            train_loss=train_loss,
+            train_acc=train_acc,
+            **evaluated,
+            epoch_s=self.epoch_s,
+            images_per_s=images / training_s if images else None,
+        )
 
     def look(self, epoch: int, steps: int) -> None:
         """After each of an epoch's steps: whether start-up is over, and whether the loss is still finite."""
         device, count = self.step.device, len(self.loader)
-        if self.clock.starting and steps == min(devices.EAGER_CALLS, count):
+        if self.starting and steps == min(devices.EAGER_CALLS, count):
             devices.reset_peak_memory(device)  # of trials; the graph's is counted as it is captured, next
-        started = self.clock.starting and steps == min(self.step.warm_up_steps, count)
+        started = self.starting and steps == min(self.step.warm_up_steps, count)
         if device.type == "cpu" or started or steps == count:  # on a GPU this waits for it
             bad = self.step.diverged_at()
             if bad is not None:
                 what = f"the loss is not finite at epoch {epoch}, step {bad + 1}"
                 raise FloatingPointError(f"{what}; try a lower --lr")
-        if started:
-            self.clock.started(self.step.seen)
+        if started:  # the first steps, which compile, are done: the epoch's time counts from here
+            self.startup_s += self.lap_s()
+            self.starting, self.untimed_images = False, self.step.seen
 
     def scores(self, evaluation: Evaluation) -> Scores:
-        with self.clock.evaluating(evaluation.compiles):
-            return evaluation()
+        """An evaluation, which counts as start-up where it compiles."""
+        compiles, scores = evaluation.compiles, evaluation()
+        if compiles:
+            self.startup_s += self.lap_s()
+        else:
+            self.epoch_s += self.lap_s()
+        return scores
+
+    def lap_s(self) -> float:
+        """Seconds since it was last asked for, or since the process began."""
+        began, self.lap_began = self.lap_began, time.perf_counter()
+        return self.lap_began - began
 
     def state_dict(self) -> dict:
         return {
             "model": freeze.trained_state(self.model),
             "step": self.step.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "epochs_before": self.epochs_before,
-            "startup_s": self.clock.startup_s,
-            "train_s": self.clock.train_s,
+            **config.some(self, "epochs_before startup_s train_s"),
         }
 
     def resume(self, run: runs.Run) -> bool:
@@ -224,7 +274,7 @@ class Training:
             self.step.load_state_dict(state["step"])
             self.schedule.load_state_dict(state["schedule"])
             self.epochs_before = int(state["epochs_before"])
-            self.clock.startup_s, self.clock.train_s = float(state["startup_s"]), float(state["train_s"])
+            self.startup_s, self.train_s = float(state["startup_s"]), float(state["train_s"])
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise run.unusable(error) from None
         return True
@@ -234,38 +284,29 @@ class Training:
         where there are validation images, what they chose."""
         rows, of, done = run.rows, run.described, status == "done"
         total, trained = freeze.count(self.model)
-        top5, chosen = {}, {}
+        reached = {"final_test_acc": rows[-1].test_acc if done else None}
         if done and rows[-1].test_top5_acc is not None:
-            top5 = {"final_test_top5_acc": rows[-1].test_top5_acc}
+            reached["final_test_top5_acc"] = rows[-1].test_top5_acc
         if rows and rows[0].val_acc is not None:
             best = max(rows, key=lambda row: row.val_acc)  # the first, of equals: it has been tested
-            chosen = {
-                "chosen_epoch": best.epoch,
-                "chosen_test_acc": best.test_acc,
-                "best_val_acc": best.val_acc,
-            }
+            reached |= {"chosen_epoch": best.epoch, "chosen_test_acc": best.test_acc}
+            reached["best_val_acc"] = best.val_acc
         return runs.Summary(
             status=status,
             why=why,
             data=of.spec.data,
-            data_title=of.data_title,
-            arch=of.options.arch,
-            mode=of.options.mode,
-            seed=of.options.seed,
+            **config.some(of.options, "arch mode seed"),
+            **config.some(of, "data_title frozen_sha256"),
             variant=dict(of.variant),
             params_total=total,
             params_trained=trained,
-            final_test_acc=rows[-1].test_acc if done else None,
             best_test_acc=max((row.test_acc for row in rows if row.test_acc is not None), default=None),
-            **top5,
-            **chosen,
+            **reached,
             epochs_done=len(rows),
-            train_s=self.clock.train_s,
-            startup_s=self.clock.startup_s,
+            **config.some(self, "train_s startup_s"),
             peak_memory_bytes=devices.peak_memory_bytes(self.step.device),
             checkpoint_bytes=checkpoint_bytes or None,
             full_bytes=freeze.full_bytes(self.model),
-            frozen_sha256=of.frozen_sha256,
         )
 
 
@@ -285,14 +326,12 @@ def network_spec(
     options: Options, dataset: data.Dataset, device: torch.device, split: tuple, group: Group
 ) -> runs.NetworkSpec:
     """What rebuilds the network. ModelError where it cannot train on such batches."""
-    models.check_batches(
-        options.arch, options.shortcut, options.batch_size // group.count, dataset.image_size
-    )
-    of_data = ("fingerprint", "image_size", "classes", "mean", "std")
+    batch_size = options.batch_size // group.count
+    models.check_batches(options.arch, options.shortcut, batch_size, dataset.image_size)
     return runs.NetworkSpec(
         **config.some(options, "arch mode shortcut conv_init bn_init seed per_channel reset_bn batch_size"),
-        **{name: getattr(dataset, name) for name in of_data},
-        init_from=runs.parent_path(options) if options.init_from else None,
+        **config.some(dataset, "fingerprint image_size classes mean std"),
+        init_from=runs.parent_path(options),
         data=dataset.name,
         train_images=len(split[0]),
         val_images=len(split[1]),
@@ -301,56 +340,6 @@ def network_spec(
         compiled=not options.no_compile,
         processes=group.count,
     )
-
-
-def make_training(
-    options: Options,
-    dataset: data.Dataset,
-    split: tuple[np.ndarray, np.ndarray],
-    spec: runs.NetworkSpec,
-    parent: runs.Parent | None,
-    model: torch.nn.Module,
-    group: Group,
-) -> Training:
-    """The batches, whose order and augmentation come from seed and epoch alone, and what works on them."""
-    device, dtype = torch.device(spec.device), devices.DTYPES[spec.dtype]
-    trains_on, validates_on = split
-    common = {"kind": options.loader, "device": device, "dtype": dtype, "compiled": spec.compiled}
-    loader = data.make_loader(
-        dataset,
-        "train",
-        batch_size=options.batch_size,
-        rng=functools.partial(models.stream, options.seed),
-        augmented=options.augment,
-        subset=trains_on,
-        share=(group.rank, group.count),
-        **common,
-    )
-
-    def evaluation(of: str, subset: np.ndarray | None = None) -> Evaluation:
-        batch_size = evaluation_batch_size(options.batch_size, dataset.image_size, device)
-        batches = data.make_loader(dataset, of, batch_size=batch_size, subset=subset, **common)
-        return Evaluation(model, batches, dtype, spec.compiled)
-
-    settings = config.some(options, "optimizer momentum weight_decay label_smoothing sync_bn")
-    step = Step(model, dtype=dtype, compiled=spec.compiled, group=group, **settings)
-    names = "schedule lr epochs milestones gamma warmup_epochs min_lr patience early_stop"
-    schedule = Schedule(len(loader), **config.some(options, names))
-    if options.schedule == "step" and min(options.milestones, default=0) >= options.epochs:
-        note(f"all of --milestones lie past the last epoch: the learning rate stays {options.lr:g}")
-    same_images = parent is not None and parent.fingerprint == spec.fingerprint and spec.val_images
-    if same_images and (parent.seed, parent.val_images) != (spec.seed, spec.val_images):
-        better = f"--seed {spec.seed} --val-split {spec.val_images}"
-        note(f"{parent.run} trained on images that validate here; better start from a run of {better}")
-    validation = evaluation("validation", validates_on) if len(validates_on) else None
-    epochs_before = parent.epochs_done_in_all if parent else 0
-    return Training(model, step, schedule, loader, evaluation("test"), validation, group, epochs_before)
-
-
-def may_differ(options: Options) -> set[str]:
-    """What may differ in a run that is resumed: what does not change its result, or is compared otherwise."""
-    processes = set() if options.sync_bn else {"processes"}
-    return config.names("logistics") | {"data", "compiled", "init_from", "processes"} - processes
 
 
 def how_it_ended(error: BaseException, options: Options, run: runs.Run) -> tuple[str, str]:
@@ -394,7 +383,7 @@ def train_side_by_side(each: list[Options], dataset: data.Dataset, group: Group)
                 raise KeyboardInterrupt from None
         return False
 
-    with bars.live:
+    with bars:
         try:
             turns = [turn for turn in turns if goes_on(*turn)]
             bars.runs = len(turns)  # without those that were done before
@@ -407,8 +396,7 @@ def train_side_by_side(each: list[Options], dataset: data.Dataset, group: Group)
             if not failed:
                 raise
     for run in done if group.leads else ():
-        options = run.config.options
-        progress.show_results(str(run.path), run.summary, options.epochs, options.quick)
+        progress.show_results(run)
     for error in failed[1:]:
         note(str(error))
     if failed:
@@ -417,16 +405,14 @@ def train_side_by_side(each: list[Options], dataset: data.Dataset, group: Group)
 
 def open_data(each: list[Options], given: set[str]) -> tuple[list[Options], data.Dataset]:
     """The data set; with --quick and no --data, the synthetic one where CIFAR-10 cannot be had."""
-    options = each[0]
+    options, size = each[0], each[0].image_size
     try:
-        return each, data.open_dataset(
-            options.data, options.data_dir, image_size=options.image_size, say=note
-        )
+        return each, data.open_dataset(options.data, options.data_dir, image_size=size, say=note)
     except data.DataError as error:
         if not options.quick or "data" in given:
             raise
         note(f"--quick takes synthetic images, for want of {options.data}: {str(error).splitlines()[0]}")
-    size = options.image_size if "image_size" in given else None
+    size = size if "image_size" in given else None  # not a preset's
     each = [dataclasses.replace(options, data="synthetic", image_size=size) for options in each]
     return each, data.open_dataset("synthetic", options.data_dir, image_size=size, say=note)
 
@@ -456,7 +442,7 @@ def main(argv: list[str] | None = None) -> None:
         each, given = config.parse_options(argv, __doc__)
         check_group(each, group)
         for options in each:  # what must be there before any download
-            _ = options.init_from and runs.parent_path(options)
+            runs.parent_path(options)
             _ = options.log and progress.import_tracker(options.log)
         train_side_by_side(*open_data(each, given), group)
 
