@@ -19,32 +19,15 @@ OPTIMIZERS = ("sgd", "adam")  # of torch.optim, in lower case
 # --preset: other defaults, all at once. `best` reached the most on validation images in the short runs of
 # results/. 000-1 to 000-3 are the experiments of a Keras study of ResNet-50, except that validation images
 # choose here what test images chose there.
-_KERAS_STUDY = {
-    "arch": "resnet50",
-    "optimizer": "adam",
-    "lr": 0.01,
-    "weight_decay": 0.0,
-    "bn_init": "he_normal",
-    "schedule": "plateau",
-    "min_lr": 1e-5,
-    "early_stop": 20,
-    "epochs": 500,
-    "batch_size": 1024,
-}
+_ADAM = {"optimizer": "adam", "lr": 0.01, "weight_decay": 0.0, "schedule": "plateau", "min_lr": 1e-5}
+_KERAS_STUDY = _ADAM | {"arch": "resnet50", "bn_init": "he_normal", "early_stop": 20, "epochs": 500}
 PRESETS = {
     "best": {"lr": 1.0},
-    "000-1": _KERAS_STUDY | {"augment": "none"},
-    "000-2": _KERAS_STUDY | {"augment": "flip+brightness+rotation"},
+    "000-1": _KERAS_STUDY | {"augment": "none", "batch_size": 1024},
+    "000-2": _KERAS_STUDY | {"augment": "flip+brightness+rotation", "batch_size": 1024},
     "000-3": _KERAS_STUDY | {"augment": "photo", "data": "imagenette", "image_size": 128, "batch_size": 128},
 }
-QUICK = {
-    "quick": True,
-    "train_subset": 3000,
-    "epochs": 8,
-    "milestones": (4, 6),
-    "batch_size": 64,
-    "eval_every": 2,
-}
+QUICK = {"train_subset": 3000, "epochs": 8, "milestones": (4, 6), "batch_size": 64, "eval_every": 2}
 
 
 class OptionError(ValueError):
@@ -179,7 +162,8 @@ def differing(options: Options, usual: Options, *roles: str) -> dict[str, Any]:
 
 def defaults(preset: str | None = None, quick: bool = False) -> Options:
     """The options of a run with --preset or --quick, and nothing else."""
-    return Options(**(PRESETS[preset] if preset else {}) | (QUICK if quick else {}) | {"preset": preset})
+    differing = (PRESETS[preset] if preset else {}) | (QUICK if quick else {})
+    return Options(**differing, preset=preset, quick=quick)
 
 
 def make_parser(description: str) -> progress.Parser:

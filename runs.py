@@ -451,8 +451,8 @@ def environment(device: torch.device, runs_on_it: int) -> dict[str, object]:
         commit = asked.stdout.strip() or None
     except OSError:  # there is no git
         commit = None
-    name = devices.device_name(device, runs_on_it)
-    return {"device_name": name, "versions": versions(), "git_commit": commit}
+    device_name = devices.device_name(device, runs_on_it)
+    return {"device_name": device_name, "versions": versions(), "git_commit": commit}
 
 
 # ---- the folder ----
@@ -482,7 +482,7 @@ def run_folders(given: Sequence[str | Path], say: Callable[[str], None]) -> Iter
         if not top.is_dir():
             raise RunError(f"{top}: there is no such folder; name run folders, or a folder that holds some")
         for path, folders, files in os.walk(
-            top, onerror=lambda error: say(f"left out {error.filename}: {error.strerror}")
+            top, onerror=lambda e: say(f"left out {e.filename}: {e.strerror}")
         ):
             here = Path(path)
             folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -510,7 +510,7 @@ class Run:
     """One run's folder, as `with open_run(...) as run:` gives it. With `writes` False it is only read."""
 
     def __init__(self, path: Path, writes: bool = True):
-        self.path, self.writes = path, writes
+        self.path, self.last, self.writes = path, path / "last.pt", writes
         self.rows: list[Epoch] = []
 
     @property
@@ -544,7 +544,7 @@ class Run:
         except RunError as error:
             raise RunError(f"{error};\n{again}") from None
         if before is None:
-            if ended or (self.path / "last.pt").exists():
+            if ended or self.last.exists():
                 raise RunError(f"{self.path} has no config.json; {again}")
             return
         was = vars(before.options) | vars(before.spec) | vars(before)
@@ -576,10 +576,9 @@ class Run:
         beside = self.path / f".last.pt.{os.getpid()}"
         try:
             torch.save(state, beside)
-            os.replace(beside, self.path / "last.pt")
+            os.replace(beside, self.last)
         except RuntimeError as error:  # what torch.save makes of a full disk
-            why = str(error).splitlines()[0]
-            raise OSError(f"{self.path / 'last.pt'} cannot be written: {why}") from None
+            raise OSError(f"{self.last} cannot be written: {str(error).splitlines()[0]}") from None
         finally:
             beside.unlink(missing_ok=True)
 
@@ -589,12 +588,11 @@ class Run:
 
     def load_last(self) -> dict | None:
         """What `end_epoch` last kept, or None; the metrics are set back to it. Runs no code from the file."""
-        path = self.path / "last.pt"
-        if not path.exists():
+        if not self.last.exists():
             return None
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            self.rows = [parse(Epoch, row, path) for row in state.pop("rows")]
+            state = torch.load(self.last, map_location="cpu", weights_only=True)
+            self.rows = [parse(Epoch, row, self.last) for row in state.pop("rows")]
         except Exception as error:  # unpickling rubbish fails in many ways
             raise self.unusable(error) from None
         self.write_metrics()
@@ -603,15 +601,13 @@ class Run:
     def unusable(self, error: Exception) -> RunError:
         """What to raise where last.pt turns out to be rubbish."""
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        return RunError(
-            f"{self.path / 'last.pt'} cannot be resumed from ({reason});\nstart again with --overwrite"
-        )
+        return RunError(f"{self.last} cannot be resumed from ({reason});\nstart again with --overwrite")
 
     def finish(self, summary: Summary) -> None:
         """Write the summary; a run that is done needs no `last.pt` any more."""
         self.write("summary.json", summary.to_json())
         if self.writes and summary.status == "done":
-            (self.path / "last.pt").unlink(missing_ok=True)
+            self.last.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -640,9 +636,7 @@ def open_run(
             for entry in entries if overwrite else ():
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         except Timeout:
-            raise RunError(
-                f"{path} is in use by another process; wait for it, or give another --out"
-            ) from None
+            raise RunError(f"{path} is in use by another process; wait, or choose another --out") from None
         except OSError as error:
             raise RunError(f"--out {root}: cannot use {path} ({error.strerror})") from None
         yield Run(path)

@@ -143,22 +143,16 @@ class Training:
             devices.DTYPES[spec.dtype],
             split,
         )
-        common = {"kind": options.loader, "device": device, "dtype": dtype, "compiled": spec.compiled}
-        self.loader = data.make_loader(
-            dataset,
-            "train",
-            batch_size=options.batch_size,
-            rng=functools.partial(models.stream, options.seed),
-            augmented=options.augment,
-            subset=trains_on,
-            share=(group.rank, group.count),
-            **common,
+        loader = functools.partial(
+            data.make_loader, dataset, kind=options.loader, device=device, dtype=dtype, compiled=spec.compiled
         )
+        drawn = {"rng": functools.partial(models.stream, options.seed), "augmented": options.augment}
+        share = group.rank, group.count
+        self.loader = loader("train", batch_size=options.batch_size, subset=trains_on, share=share, **drawn)
+        batch_size = evaluation_batch_size(options.batch_size, dataset.image_size, device)
 
         def evaluation(of: str, subset: np.ndarray | None = None) -> Evaluation:
-            batch_size = evaluation_batch_size(options.batch_size, dataset.image_size, device)
-            batches = data.make_loader(dataset, of, batch_size=batch_size, subset=subset, **common)
-            return Evaluation(model, batches, dtype, spec.compiled)
+            return Evaluation(model, loader(of, batch_size=batch_size, subset=subset), dtype, spec.compiled)
 
         self.test = evaluation("test")
         self.validation = evaluation("validation", validates_on) if len(validates_on) else None
@@ -196,32 +190,25 @@ class Training:
             yield
         train_loss, train_acc = self.step.metrics()  # which waits for the device, and so stops the clock
         images, self.untimed_images = self.step.seen - self.untimed_images, 0
-        training_s = self.epoch_s = self.lap_s()
-        evaluated = {"test_loss": None, "test_acc": None}
+        self.epoch_s = self.lap_s()
+        images_per_s = images / self.epoch_s if images else None
+        row = {"train_loss": train_loss, "train_acc": train_acc, "images_per_s": images_per_s}
         if self.validation:
-            val_loss, val_acc, _ = self.scores(self.validation)
-            if not math.isfinite(val_loss):
+            loss, acc, _ = self.scores(self.validation)
+            if not math.isfinite(loss):
                 what = f"the validation loss is not finite after epoch {epoch}"
                 raise FloatingPointError(f"{what}; try a lower --lr")
-            val_acc = self.group.agree(val_acc)
-            self.schedule.epoch_ended(val_acc)
-            evaluated |= {"val_loss": val_loss, "val_acc": val_acc}
+            row |= {"val_loss": loss, "val_acc": self.group.agree(acc)}
+            self.schedule.epoch_ended(row["val_acc"])
+        tested = {"test_loss": None, "test_acc": None}
         last = epoch == self.options.epochs or self.schedule.stopped
         best = self.validation is not None and self.schedule.since_best == 0
         if epoch % self.options.eval_every == 0 or last or best:
             loss, acc, top5_acc = self.scores(self.test)
-            evaluated |= {"test_loss": loss if math.isfinite(loss) else None, "test_acc": acc}
-            evaluated |= {"test_top5_acc": top5_acc} if top5_acc is not None else {}
+            tested = {"test_loss": loss if math.isfinite(loss) else None, "test_acc": acc}
+            tested |= {"test_top5_acc": top5_acc} if top5_acc is not None else {}
         self.train_s += self.epoch_s
-        return runs.Epoch(
-            epoch=epoch,
-            lr=float(f"{lrs[0]:.6g}"),
-            train_loss=train_loss,
-            train_acc=train_acc,
-            **evaluated,
-            epoch_s=self.epoch_s,
-            images_per_s=images / training_s if images else None,
-        )
+        return runs.Epoch(epoch=epoch, lr=float(f"{lrs[0]:.6g}"), **row, **tested, epoch_s=self.epoch_s)
 
     def look(self, epoch: int, steps: int) -> None:
         """After each of an epoch's steps: whether start-up is over, and whether the loss is still finite."""
@@ -284,6 +271,8 @@ class Training:
         where there are validation images, what they chose."""
         rows, of, done = run.rows, run.described, status == "done"
         total, trained = freeze.count(self.model)
+        ended = {"status": status, "why": why, "params_total": total, "params_trained": trained}
+        sizes = {"checkpoint_bytes": checkpoint_bytes or None, "full_bytes": freeze.full_bytes(self.model)}
         reached = {"final_test_acc": rows[-1].test_acc if done else None}
         if done and rows[-1].test_top5_acc is not None:
             reached["final_test_top5_acc"] = rows[-1].test_top5_acc
@@ -292,21 +281,17 @@ class Training:
             reached |= {"chosen_epoch": best.epoch, "chosen_test_acc": best.test_acc}
             reached["best_val_acc"] = best.val_acc
         return runs.Summary(
-            status=status,
-            why=why,
-            data=of.spec.data,
+            **ended,
+            **sizes,
+            **reached,
             **config.some(of.options, "arch mode seed"),
             **config.some(of, "data_title frozen_sha256"),
-            variant=dict(of.variant),
-            params_total=total,
-            params_trained=trained,
-            best_test_acc=max((row.test_acc for row in rows if row.test_acc is not None), default=None),
-            **reached,
-            epochs_done=len(rows),
             **config.some(self, "train_s startup_s"),
+            data=of.spec.data,
+            variant=dict(of.variant),
+            best_test_acc=max((row.test_acc for row in rows if row.test_acc is not None), default=None),
+            epochs_done=len(rows),
             peak_memory_bytes=devices.peak_memory_bytes(self.step.device),
-            checkpoint_bytes=checkpoint_bytes or None,
-            full_bytes=freeze.full_bytes(self.model),
         )
 
 
@@ -318,8 +303,9 @@ def share_out(options: Options, dataset: data.Dataset) -> tuple[np.ndarray, np.n
     labels, val_split = dataset.train.labels, options.val_split
     if val_split is None and (options.schedule == "plateau" or options.early_stop):
         val_split = data.tenth(labels)
-    rng = functools.partial(models.stream, options.seed)
-    return data.share_out(labels, rng, val_split, options.train_subset)
+    return data.share_out(
+        labels, functools.partial(models.stream, options.seed), val_split, options.train_subset
+    )
 
 
 def network_spec(
