@@ -22,7 +22,7 @@ import stat
 import statistics
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, TypeVar
 
@@ -434,12 +434,11 @@ def read_parent(init_from: str) -> Parent | None:
 
 def versions() -> dict[str, str | None]:
     """Versions of Python, CUDA and packages, on which a result may depend; None where there is none."""
-    found = {"python": platform.python_version(), "cuda": torch.version.cuda}
-    for package in ("torch", "triton", "ffcv", "numpy"):
-        try:
+    packages = ("torch", "triton", "ffcv", "numpy")
+    found = {"python": platform.python_version(), "cuda": torch.version.cuda} | dict.fromkeys(packages)
+    for package in packages:
+        with suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
     return found
 
 

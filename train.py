@@ -303,9 +303,8 @@ def share_out(options: Options, dataset: data.Dataset) -> tuple[np.ndarray, np.n
     labels, val_split = dataset.train.labels, options.val_split
     if val_split is None and (options.schedule == "plateau" or options.early_stop):
         val_split = data.tenth(labels)
-    return data.share_out(
-        labels, functools.partial(models.stream, options.seed), val_split, options.train_subset
-    )
+    rng = functools.partial(models.stream, options.seed)
+    return data.share_out(labels, rng, val_split, options.train_subset)
 
 
 def network_spec(
