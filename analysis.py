@@ -129,6 +129,7 @@ def relu_zeros(model: nn.Module, loader, dtype: torch.dtype) -> tuple[np.ndarray
 def analyse(model: nn.Module, loader, spec: runs.NetworkSpec) -> runs.Analysis:
     """The analysis of `model`, which is on the device of the test images' `loader`. AnalysisError."""
     gamma, dtype = gammas(model), devices.DTYPES[spec.dtype]
+    frozen_sha256 = freeze.frozen_sha256(model)  # before relu_zeros freezes everything
     if not np.isfinite(gamma).all():
         raise AnalysisError("its gammas are not all finite; train it again")
     kernels.configure(model, compiled=spec.compiled)
@@ -144,7 +145,7 @@ def analyse(model: nn.Module, loader, spec: runs.NetworkSpec) -> runs.Analysis:
         ),
         test_acc=pruned[0].test_acc,
         images=loader.num_images,
-        frozen_sha256=freeze.frozen_sha256(model),
+        frozen_sha256=frozen_sha256,
     )
 
 

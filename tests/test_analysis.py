@@ -15,7 +15,6 @@ import analysis
 import checkpoint
 import data
 import freeze
-import kernels
 import models
 import progress
 import runs
@@ -99,9 +98,8 @@ def test_accuracies_are_those_of_networks_without_their_small_gammas(run, tiny_f
     assert [row["threshold"] for row in rows] == list(analysis.THRESHOLDS)
     for row in rows:
         model = without_small_gammas(run, row["threshold"]).eval()
-        kernels.configure(model, memory="stock")
-        with torch.no_grad():
-            right = model(images.permute(0, 3, 1, 2)).argmax(1) == torch.from_numpy(dataset.test.labels)
+        logits = model(images.permute(0, 3, 1, 2))  # PyTorch's own modules, for gradients are enabled
+        right = logits.argmax(1) == torch.from_numpy(dataset.test.labels)
         assert row["test_acc"] == 100 * int(right.sum()) / 20
         gammas = torch.cat([bn.weight.detach() for bn in analysis.batchnorms(model)])
         assert row["zeroed"] == int((gammas == 0).sum()) / GAMMAS
@@ -169,9 +167,7 @@ def test_zeros_are_those_that_hooks_on_a_plain_network_see(arch, shortcut, mode)
         inside = isinstance(module, torch.nn.BatchNorm2d) and ".downsample." not in name
         if module in blocks or (inside and module not in before_shortcut):
             module.register_forward_hook(lambda _, __, y: seen.append(y))
-    kernels.configure(model, memory="stock")
-    with torch.no_grad():
-        model.eval()(images)
+    model.eval()(images)  # PyTorch's own modules, for gradients are enabled
     expected = torch.cat([(F.relu(y) == 0).sum((0, 2, 3)) for y in seen])
     positions = torch.cat([torch.full((y.shape[1],), 5 * y.shape[2] * y.shape[3]) for y in seen])
     assert np.array_equal(of, positions.numpy())
