@@ -5,14 +5,13 @@
 Also reads the weight files of others, for --init-from.
 """
 
-import contextlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import nn
 
 import freeze
@@ -65,25 +64,22 @@ def create(spec: NetworkSpec, say: Callable[[str], None] = lambda line: None) ->
 
     `say` is told which tensors --init-from did not bring. Raises ModelError, ModeError or CheckpointError.
     """
-    if spec.init_from is None:
-        settings = spec.shortcut, spec.conv_init, spec.bn_init, spec.per_channel
-        return freeze.network(spec.arch, spec.mode, spec.seed, len(spec.classes), *settings)
-    weights = read_initial(spec.init_from)
     model = freeze.empty(spec.arch, len(spec.classes), spec.shortcut)
     models.initialise(model, spec.seed, spec.conv_init, spec.bn_init)
-    for name in load_weights(model, weights, spec.init_from):
-        say(f"{name} is drawn anew: {spec.init_from} has another number of classes")
+    if spec.init_from is not None:
+        for name in load_weights(model, spec.init_from):
+            say(f"{name} is drawn anew: {spec.init_from} has another number of classes")
     if spec.reset_bn:
         models.initialise_batchnorm(model, spec.seed, spec.bn_init)
     freeze.freeze(model, spec.mode, spec.per_channel, spec.seed)
     return model
 
 
-def read_metadata(metadata: dict[str, str]) -> NetworkSpec:
-    """The spec in a checkpoint's metadata; KeyError or ValueError for what train.py never writes."""
-    if not 0 <= int(metadata["steps"]) < 2**63 or len(metadata["full_sha256"]) != 64:
-        raise ValueError("steps or full_sha256 are out of range")
-    return runs.parse(NetworkSpec, metadata["spec"], "its spec")
+def read_safetensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors by name, and metadata."""
+    with safe_open(file, "pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, not a dict
+        return tensors, opened.metadata() or {}
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str], NetworkSpec]:
@@ -94,10 +90,10 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str
         if not file.exists():
             raise CheckpointError(f"{path} has no {CHECKPOINT}; a run leaves one when it is done")
     try:
-        with safe_open(file, "pt") as opened:
-            metadata = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, not a dict
-        return tensors, metadata, read_metadata(metadata)
+        tensors, metadata = read_safetensors(file)
+        if not 0 <= int(metadata["steps"]) < 2**63 or len(metadata["full_sha256"]) != 64:
+            raise ValueError("steps or full_sha256 are out of range")
+        return tensors, metadata, runs.parse(NetworkSpec, metadata["spec"], "its spec")
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such run or file") from None
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
@@ -146,49 +142,42 @@ def _initial_path(path: str | Path, spec: NetworkSpec, init_from: str | None) ->
 
 def rebuild(run: str | Path, out: str | Path, init_from: str | None = None) -> None:
     """Write every weight of `run` to `out` (.safetensors), bit for bit as trained. CheckpointError."""
-    if Path(out).is_dir() or not Path(out).absolute().parent.is_dir():
-        raise CheckpointError(f"--out {out}: name a file in a folder that exists")
     model, _ = restore(run, init_from)
-    _, metadata, _ = read_checkpoint(run)
-    kept = {key: value for key, value in metadata.items() if key != "frozen_sha256"}
+    metadata = {key: text for key, text in read_checkpoint(run)[1].items() if key != "frozen_sha256"}
     try:
-        runs.write_atomically(Path(out), save(freeze.full_state(model), kept))
+        runs.write_atomically(Path(out), save(freeze.full_state(model), metadata))
     except OSError as error:
-        raise CheckpointError(f"--out {out}: cannot be written ({error.strerror})") from None
+        why = f"cannot be written ({error.strerror}); name a file in a folder that exists"
+        raise CheckpointError(f"--out {out}: {why}") from None
 
 
 # ---- weights to begin with ----
 
 
 def read_initial(path: str | Path) -> dict[str, torch.Tensor]:
-    """Every weight of a run folder, a seed checkpoint, or a file of weights. CheckpointError."""
-    metadata = {}
-    if Path(path).suffix == ".safetensors":
-        with contextlib.suppress(SafetensorError, OSError), safe_open(path, "pt") as opened:
-            metadata = opened.metadata() or {}
-    if not Path(path).is_dir() and "frozen_sha256" not in metadata:
-        return read_weights(path)
-    try:
-        return freeze.full_state(restore(path)[0])
-    except RecursionError:
-        raise CheckpointError(
-            f"--init-from {path}: this run goes on, by whatever others, from itself"
-        ) from None
+    """Every weight, by name, of a run folder or seed checkpoint, or what lies in another file of weights.
 
-
-def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors of a `.safetensors` file, or of a state dict saved by `torch.save`, by name.
-
-    Raises CheckpointError for a file that cannot be read without running code.
+    That is a `.safetensors` file, or a state dict saved by `torch.save`. Raises CheckpointError, also for a
+    file that cannot be read without running code, and what `restore` raises.
     """
     path = Path(path)
     try:
+        if path.is_dir():
+            return freeze.full_state(restore(path)[0])
         if path.suffix == ".safetensors":
-            tensors = load_file(path)
+            tensors, metadata = read_safetensors(path)
+            if "frozen_sha256" in metadata:
+                return freeze.full_state(restore(path)[0])
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (CheckpointError, freeze.ModeError, models.ModelError):
+        raise
     except FileNotFoundError:
         raise CheckpointError(f"--init-from {path}: there is no such file or run") from None
+    except RecursionError:
+        raise CheckpointError(
+            f"--init-from {path}: in the end, this run goes on from itself"
+        ) from None
     except Exception as error:  # the readers' own errors for rubbish are of many kinds
         reason = str(error).splitlines()[0]
         raise CheckpointError(
@@ -201,12 +190,13 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], path: str | Path) -> list[str]:
-    """Load `tensors`, which are from `path`, into `model`, by name.
+def load_weights(model: nn.Module, path: str | Path) -> list[str]:
+    """Load what `read_initial` finds at `path` into `model`, by name.
 
     The output layer keeps its draw where theirs has another number of classes; returns the names so left.
-    Raises CheckpointError where names or shapes do not fit.
+    Raises CheckpointError where names or shapes do not fit, and what `read_initial` raises.
     """
+    tensors = read_initial(path)
     own = {name: t for name, t in model.state_dict().items() if not name.endswith("num_batches_tracked")}
     given = {name: t for name, t in tensors.items() if not name.endswith("num_batches_tracked")}
     heads = [n for n in ("fc.weight", "fc.bias") if n in given and given[n].dim() == own[n].dim()]
@@ -233,11 +223,10 @@ def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], path: str |
 
 def main(argv: list[str] | None = None) -> None:
     parser = progress.Parser("checkpoint.py", __doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("rebuild", help="write every weight of a run to a file")
-    command.add_argument("run", help="a run folder, or its model.safetensors")
-    command.add_argument("--out", required=True, help="the .safetensors file to write")
-    command.add_argument("--init-from", help="where the file of the run's --init-from lies now")
+    parser.add_argument("command", choices=["rebuild"], help="write every weight of a run to a file")
+    parser.add_argument("run", help="a run folder, or its model.safetensors")
+    parser.add_argument("--out", required=True, help="the .safetensors file to write")
+    parser.add_argument("--init-from", help="where the file of the run's --init-from lies now")
     options = parser.parse_args(argv)
     rebuild(options.run, options.out, options.init_from)
     print(f"{options.out}: every weight of {options.run}, verified by its SHA-256")

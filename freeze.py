@@ -8,7 +8,7 @@ alone.
 
 import hashlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -17,15 +17,10 @@ from torch import nn
 import models
 import progress
 
-
-def _is_bn(module: nn.Module, in_shortcut: bool) -> bool:
-    return isinstance(module, nn.BatchNorm2d)
-
-
 # The parts of a mode: which modules' parameters each trains, given whether they lie in a block's shortcut.
 PARTS: dict[str, Callable[[nn.Module, bool], bool]] = {
-    "bn": _is_bn,
-    "bn_main": lambda module, in_shortcut: _is_bn(module, in_shortcut) and not in_shortcut,
+    "bn": lambda module, in_shortcut: isinstance(module, nn.BatchNorm2d),
+    "bn_main": lambda module, in_shortcut: isinstance(module, nn.BatchNorm2d) and not in_shortcut,
     "shortcut": lambda module, in_shortcut: isinstance(module, nn.Conv2d) and in_shortcut,
     "output": lambda module, in_shortcut: isinstance(module, nn.Linear),
     "conv": lambda module, in_shortcut: isinstance(module, nn.Conv2d),
@@ -93,12 +88,13 @@ def freeze(model: nn.Module, mode: str, per_channel: int = 2, seed: int = 0) -> 
     if mode == "random":
         choose_random_features(model, per_channel, seed)
     elif mode not in ("all", "none"):
-        wanted = {"bn" if part == "bn_only" else part for part in mode.split("+")}
         parts = parameter_parts(model)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(bool(parts[name] & wanted))
-        for part in wanted - set().union(*parts.values()):
-            raise ModeError(f"--mode {mode}: this network has no parameters in its {part}")
+        for part in mode.replace("bn_only", "bn").split("+"):
+            trained = [parameter for name, parameter in model.named_parameters() if part in parts[name]]
+            if not trained:
+                raise ModeError(f"--mode {mode}: this network has no parameters in its {part}")
+            for parameter in trained:
+                parameter.requires_grad_()
 
 
 def empty(arch: str, num_classes: int = 10, shortcut: str = "projection") -> nn.Module:
@@ -114,13 +110,11 @@ def network(
     seed: int = 0,
     num_classes: int = 10,
     shortcut: str = "projection",
-    conv_init: str = "kaiming_normal",
-    bn_init: str = "uniform",
     per_channel: int = 2,
 ) -> nn.Module:
     """A network at its seed's weights, frozen as `mode` says; on the CPU. ModelError or ModeError."""
     model = empty(arch, num_classes, shortcut)
-    models.initialise(model, seed, conv_init, bn_init)
+    models.initialise(model, seed)
     freeze(model, mode, per_channel, seed)
     return model
 
@@ -157,7 +151,7 @@ def full_sha256(model: nn.Module) -> str:
 
 
 def full_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every weight and BatchNorm statistic as the network applies it, under torchvision's names; on the CPU."""
+    """Every weight and BatchNorm statistic as the network applies it, by torchvision's names; on the CPU."""
     state = {name: t for name, t in model.state_dict().items() if not name.endswith(".values")}
     for name, module in model.named_modules():
         if isinstance(module, models.Conv2d):
@@ -167,9 +161,7 @@ def full_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def full_bytes(model: nn.Module) -> int:
     """The size in bytes of every weight and BatchNorm statistic, which a full checkpoint would hold."""
-    return sum(
-        t.numel() * t.element_size() for n, t in model.state_dict().items() if not n.endswith(".values")
-    )
+    return sum(t.nbytes for name, t in model.state_dict().items() if not name.endswith(".values"))
 
 
 def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -181,38 +173,31 @@ def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
 # ---- python freeze.py table ----
 
 
-def table(archs: list[str], num_classes: int = 10) -> list[list[str]]:
-    """Rows of counts: arch, shortcut, total, then what each part, and two random weights a filter, train."""
-    rows = []
+def table(archs: list[str], num_classes: int = 10) -> Iterator[list[str]]:
+    """Rows of text: arch, shortcut, total, then what each part, and two random weights a filter, train."""
+    yield ["arch", "shortcut", "total", "bn", "bn/total", *list(PARTS)[1:], "random (2)"]
     for arch in archs:
         for shortcut in models.SHORTCUTS if arch.startswith("resnet") else models.SHORTCUTS[:1]:
             with torch.device("meta"):
                 model = models.build(arch, num_classes, shortcut)
             parts, sizes = parameter_parts(model), {n: p.numel() for n, p in model.named_parameters()}
-            by_part = {part: sum(sizes[n] for n in sizes if part in parts[n]) for part in PARTS}
-            total, bn = sum(sizes.values()), by_part.pop("bn")
+            bn, *others = (sum(sizes[n] for n in sizes if part in parts[n]) for part in PARTS)
+            total = sum(sizes.values())
             filters = sum(len(m.weight) for m in model.modules() if isinstance(m, models.Conv2d))
-            counts = [f"{n:,}" for n in (*by_part.values(), 2 * filters)]
-            rows.append([arch, shortcut, f"{total:,}", f"{bn:,}", f"{100 * bn / total:.2f} %", *counts])
-    return rows
+            counts = [f"{n:,}" for n in (*others, 2 * filters)]
+            yield [arch, shortcut, f"{total:,}", f"{bn:,}", f"{100 * bn / total:.2f} %", *counts]
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = progress.Parser("freeze.py", __doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("table", help="parameter counts")
-    command.add_argument("--arch", nargs="+", default=TABLE_ARCHS, help="architectures [the paper's]")
-    command.add_argument("--num-classes", type=int, default=10, help="classes of the output layer [10]")
+    parser.add_argument("command", choices=["table"], help="parameter counts")
+    parser.add_argument("--arch", nargs="+", default=TABLE_ARCHS, help="architectures [the paper's]")
+    parser.add_argument("--num-classes", type=int, default=10, help="classes of the output layer [10]")
     options = parser.parse_args(argv)
     if options.num_classes < 1:
         raise ModeError(f"--num-classes {options.num_classes}: must be 1 or more")
-    header = ["arch", "shortcut", "total", "bn", "bn/total", *list(PARTS)[1:], "random (2)"]
-    rows = [header, *table(options.arch, options.num_classes)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        texts = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
-        numbers = [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
-        print("  ".join([*texts, *numbers]).rstrip())
+    for arch, shortcut, *counts in table(options.arch, options.num_classes):
+        print(f"{arch:12} {shortcut:14}", *(f"{count:>11}" for count in counts))
 
 
 if __name__ == "__main__":
