@@ -175,9 +175,7 @@ def read_initial(path: str | Path) -> dict[str, torch.Tensor]:
     except FileNotFoundError:
         raise CheckpointError(f"--init-from {path}: there is no such file or run") from None
     except RecursionError:
-        raise CheckpointError(
-            f"--init-from {path}: in the end, this run goes on from itself"
-        ) from None
+        raise CheckpointError(f"--init-from {path}: in the end, this run goes on from itself") from None
     except Exception as error:  # the readers' own errors for rubbish are of many kinds
         reason = str(error).splitlines()[0]
         raise CheckpointError(

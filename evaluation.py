@@ -6,7 +6,9 @@
 It is computed as the run did, on the run's images or on those that --data names.
 """
 
+import argparse
 import dataclasses
+import functools
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -23,22 +25,15 @@ import runs
 from kernels import device as devices
 from kernels.device import DTYPES, EAGER_CALLS, Captured
 
-
-class EvaluationError(ValueError):
-    """Images on which a network cannot be evaluated; the message says what would do."""
-
-    exit_status = 2
+note = functools.partial(progress.note, "evaluation.py")
 
 
 class Scores(NamedTuple):
-    """Mean cross-entropy, accuracy, and how often the class is among the five likeliest; both in percent.
+    """Of a network on a split."""
 
-    `top5_acc` is None for ten classes or fewer.
-    """
-
-    loss: float
-    acc: float
-    top5_acc: float | None
+    loss: float  # mean cross-entropy
+    acc: float  # percent
+    top5_acc: float | None  # how often the class is among the five likeliest; None for ten classes or fewer
 
 
 class Evaluation:
@@ -50,38 +45,37 @@ class Evaluation:
         self.has_top5 = model.fc.out_features > 10
         self.captured, self.compiles = None, self.device.type == "cuda"  # the first call does
         if compiled and self.device.type == "cuda" and loader.resident:
-            self.captured = Captured(self._batch_from_tensors, EAGER_CALLS)
-        zero = {"dtype": torch.int64, "device": self.device}
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        self.correct, self.among_five = torch.zeros((), **zero), torch.zeros((), **zero)
-        self.position = torch.zeros(1, **zero)
+            self.captured = Captured(self._next_batch, EAGER_CALLS)
+        self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        self.loss_sum, self.correct, self.among_five = self.sums  # views of it
+        self.position = torch.zeros(1, dtype=torch.int64, device=self.device)
 
     @torch.no_grad()
     def __call__(self) -> Scores:
         self.model.eval()
         self.compiles = False
-        for metric in (self.loss_sum, self.correct, self.among_five, self.position):
-            metric.zero_()
+        self.sums.zero_()
+        self.position.zero_()
         if self.captured:
             self.loader.start(0)
             for _ in range(len(self.loader)):
                 self.captured()
         else:
             for images, labels in self.loader.epoch(0):
-                self._batch(images, labels, torch.ones_like(labels, dtype=torch.bool))
-        count = self.loader.num_images
-        top5_acc = 100 * int(self.among_five) / count if self.has_top5 else None
-        return Scores(float(self.loss_sum) / count, 100 * int(self.correct) / count, top5_acc)
+                self._batch(images, labels)
+        count, (loss, correct, among_five) = self.loader.num_images, self.sums.tolist()
+        top5_acc = 100 * among_five / count if self.has_top5 else None
+        return Scores(loss / count, 100 * correct / count, top5_acc)
 
-    def _batch_from_tensors(self) -> None:
-        """A batch that lies on the device, where `position` says; the last one may be filled up."""
-        images, labels = self.loader.batch(self.position)
-        left = self.loader.num_images - self.position * self.loader.batch_size
-        self._batch(images, labels, torch.arange(len(labels), device=self.device) < left)
+    def _next_batch(self) -> None:
+        """The batch at `position`, which lies on the device."""
+        self._batch(*self.loader.batch(self.position))
 
-    def _batch(self, images: torch.Tensor, labels: torch.Tensor, counted: torch.Tensor) -> None:
+    def _batch(self, images: torch.Tensor, labels: torch.Tensor) -> None:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             logits = self.model(images).float()
+        left = self.loader.num_images - self.position * self.loader.batch_size
+        counted = torch.arange(len(labels), device=self.device) < left  # the last batch may be filled up
         losses = F.cross_entropy(logits, labels, reduction="none")
         self.loss_sum += torch.where(counted, losses, 0).double().sum()
         self.correct += (counted & (logits.argmax(1) == labels)).sum()
@@ -106,57 +100,44 @@ def image_place(path: str | Path, spec: runs.NetworkSpec, data_dir: str | None) 
 def test_loader(dataset: data.Dataset, spec: runs.NetworkSpec, device: torch.device):
     """The test images in batches, normalised as in the run that `spec` is of."""
     dataset = dataclasses.replace(dataset, mean=spec.mean, std=spec.std)
+    settings = {"device": device, "dtype": DTYPES[spec.dtype], "compiled": spec.compiled}
     batch_size = evaluation_batch_size(spec.batch_size, spec.image_size, device)
-    dtype = DTYPES[spec.dtype]
-    settings = {"batch_size": batch_size, "device": device, "dtype": dtype, "compiled": spec.compiled}
-    return data.make_loader(dataset, "test", **settings)
+    return data.make_loader(dataset, "test", batch_size=batch_size, **settings)
 
 
-def evaluate(
-    path: str | Path,
-    data_name: str | None = None,
-    data_dir: str | None = None,
-    device: str = "auto",
-    init_from: str | None = None,
-) -> str:
+def evaluate(options: argparse.Namespace) -> str:
     """Test accuracy and loss of a run or file, computed as the run did, as a line of text.
 
-    Without `data_name` the images are the run's, looked for where the run found them. Raises EvaluationError,
-    CheckpointError, DataError or DeviceError.
+    Raises CheckpointError, DataError, DeviceError, and what rebuilding the network raises.
     """
-    on = devices.choose(device)
-    model, spec = checkpoint.restore(path, init_from)
-    name, folder = image_place(path, spec, data_dir)
-    dataset = data.open_dataset(data_name or name, folder, image_size=spec.image_size, say=note)
+    device = devices.choose(options.device)
+    model, spec = checkpoint.restore(options.run, options.init_from)
+    name, folder = image_place(options.run, spec, options.data_dir)
+    dataset = data.open_dataset(options.data or name, folder, image_size=spec.image_size, say=note)
     if dataset.classes != spec.classes:
-        raise EvaluationError(f"--data {dataset.name}: its classes are not those of {path}")
+        raise data.DataError(f"--data {dataset.name}: its classes are not those of {options.run}")
     if dataset.fingerprint != spec.fingerprint:
         note(f"these are not the images of the run ({dataset.fingerprint}, not {spec.fingerprint})")
-    if on.type != spec.device:
-        note(f"the run was on {spec.device}, this is {on.type}: the last digits may differ")
-    model.to(on, memory_format=torch.channels_last)
+    if device.type != spec.device:
+        note(f"the run was on {spec.device}, this is {device.type}: the last digits may differ")
+    model.to(device, memory_format=torch.channels_last)
     kernels.configure(model, compiled=spec.compiled)
-    loader = test_loader(dataset, spec, on)
+    loader = test_loader(dataset, spec, device)
     scores = Evaluation(model, loader, DTYPES[spec.dtype], spec.compiled)()
     images = f"{loader.num_images:,} images of {dataset.title}"
     return f"{scores.acc:.2f} % test accuracy, loss {scores.loss:.4f}, {images}"
 
 
-def note(text: str) -> None:
-    progress.note("evaluation.py", text)
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = progress.Parser("evaluation.py", __doc__)
     parser.add_argument(
-        "run", help="a run folder, its model.safetensors, or a file that checkpoint.py rebuilt"
+        "run", help="a run folder, its model.safetensors, or what checkpoint.py rebuilt of it"
     )
     parser.add_argument("--data", help="a data set or folder; default: the run's")
     parser.add_argument("--data-dir", help="where the data set lies; default: where the run found it")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to evaluate")
     parser.add_argument("--init-from", help="where the file of the run's --init-from lies now")
-    options = parser.parse_args(argv)
-    print(evaluate(options.run, options.data, options.data_dir, options.device, options.init_from))
+    print(evaluate(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

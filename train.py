@@ -158,8 +158,7 @@ class Training:
         self.validation = evaluation("validation", validates_on) if len(validates_on) else None
         settings = config.some(options, "optimizer momentum weight_decay label_smoothing sync_bn")
         self.step = Step(model, dtype=dtype, compiled=spec.compiled, group=group, **settings)
-        names = "schedule lr epochs milestones gamma warmup_epochs min_lr patience early_stop"
-        self.schedule = Schedule(len(self.loader), **config.some(options, names))
+        self.schedule = Schedule(len(self.loader), options)
         self.options, self.model, self.group = options, model, group
         # The shuffles and crops of parent runs are not drawn again
         self.epochs_before = parent.epochs_done_in_all if parent else 0

@@ -53,7 +53,7 @@ def test_a_last_batch_that_is_filled_up_counts_what_is_in_it():
     """As on a GPU, where every batch has the same shape."""
     model, (images, labels) = network(classes=40), batch(20)
     evaluation = Evaluation(model, Twenty(images, labels))
-    evaluation.captured = Captured(evaluation._batch_from_tensors, eager_calls=3)
+    evaluation.captured = Captured(evaluation._next_batch, eager_calls=3)
     scores = evaluation()
     logits = model.eval()(images)
     assert scores.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)

@@ -213,16 +213,18 @@ def test_what_a_gpu_compiles_gives_the_same_loss_and_metrics():
 @pytest.mark.parametrize("mode", ["bn_only", "random", "none"])
 def test_a_step_that_fetches_its_own_batch_and_rate_equals_one_that_is_given_them(resident, mode):
     """What a GPU captures, here called anew each time instead of replayed."""
-    results = []
-    for captures in (False, True):
+    results, lrs = [], [0.1, 0.05, 0.2]
+    for given in (True, False):
         model = network()
         freeze.freeze(model, mode)
         step, loader = Step(model), Batches(resident)
-        step.captures = captures
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr("step.Captured", lambda function: function)
-            for epoch in range(2):
-                assert len(list(step.epoch(loader, epoch, [0.1, 0.05, 0.2]))) == 3
+        for epoch in range(2):
+            if given:
+                step.start_epoch()
+                for (images, labels), lr in zip(loader.epoch(epoch), lrs, strict=True):
+                    step(images, labels, lr)
+            else:
+                assert len(list(step.epoch(loader, epoch, lrs))) == 3
         results.append((step.metrics(), step.seen, model.bn1.weight.detach(), model.bn1.running_mean.clone()))
     (*first, gamma, mean), (*second, other_gamma, other_mean) = results
     assert first == second and torch.equal(gamma, other_gamma) and torch.equal(mean, other_mean)

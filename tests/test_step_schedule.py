@@ -2,27 +2,28 @@
 
 import pytest
 
+from config import Options
 from step import Schedule
 
 
 def test_lr_steps_at_80_and_120():
-    schedule = Schedule(steps_per_epoch=390)
+    schedule = Schedule(steps_per_epoch=390, options=Options())
     assert schedule.lr(0) == schedule.lr(80 * 390 - 1) == 0.1
     assert schedule.lr(80 * 390) == schedule.lr(120 * 390 - 1) == pytest.approx(0.01)
     assert schedule.lr(120 * 390) == schedule.lr(160 * 390 - 1) == pytest.approx(0.001)
 
 
 def test_cosine_ends_at_zero_and_warm_up_rises_linearly():
-    schedule = Schedule(10, "cosine", lr=1.0, epochs=5, warmup_epochs=1)
+    schedule = Schedule(10, Options(schedule="cosine", lr=1.0, epochs=5, warmup_epochs=1))
     assert [schedule.lr(i) for i in range(10)] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert schedule.lr(10) == 1.0 and schedule.lr(30) == pytest.approx(0.5)
     assert schedule.lr(50) == pytest.approx(0, abs=1e-12)
-    assert Schedule(10, "constant", lr=0.3, milestones=(1,)).lr(999) == 0.3
+    assert Schedule(10, Options(schedule="constant", lr=0.3, milestones=(1,))).lr(999) == 0.3
 
 
 def test_plateau_cuts_down_to_a_floor_and_survives_a_resume():
     def plateau() -> Schedule:
-        return Schedule(1, "plateau", lr=1.0, min_lr=0.05, patience=3)
+        return Schedule(1, Options(schedule="plateau", lr=1.0, min_lr=0.05, patience=3))
 
     schedule = plateau()
     for accuracy in (50.0, 50.0, 49.0):
@@ -41,11 +42,11 @@ def test_plateau_cuts_down_to_a_floor_and_survives_a_resume():
     assert third.lr(8) == 0.05 and not third.stopped
     with pytest.raises(KeyError):
         plateau().load_state_dict({"factor": 1.0, "best_loss": 2.0})
-    assert Schedule(1, "cosine", lr=1.0, min_lr=0.1, epochs=10).lr(10) == pytest.approx(0.1)
+    assert Schedule(1, Options(schedule="cosine", lr=1.0, min_lr=0.1, epochs=10)).lr(10) == pytest.approx(0.1)
 
 
 def test_early_stopping_counts_from_the_best_epoch_whatever_the_rate_does():
-    schedule = Schedule(1, "plateau", lr=1.0, patience=2, early_stop=4)
+    schedule = Schedule(1, Options(schedule="plateau", lr=1.0, patience=2, early_stop=4))
     ends = []
     for accuracy in (10.0, 20.0, 19.0, 20.0, 21.0, 21.0, 20.0, 21.0, 20.0):
         schedule.epoch_ended(accuracy)
