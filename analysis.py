@@ -34,8 +34,6 @@ from kernels import device as devices
 GAMMA_EDGES = [i / 20 for i in range(-60, 61)]
 SILENCE_EDGES = [i / 20 for i in range(21)]
 THRESHOLDS = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
-
-
 note = functools.partial(progress.note, "analysis.py")
 
 
@@ -63,7 +61,7 @@ def prune(model: nn.Module, evaluate: Callable[[], evaluation.Scores]) -> list[r
     """
     size, norms = np.abs(gammas(model)), batchnorms(model)
     learned = [bn.weight.clone() for bn in norms]
-    rows, accuracies = [], {}  # by the number of zeroed gammas: it is the same network again
+    rows, accuracies = [], {}  # by how many gammas are zeroed: as many again are the same network
     try:
         for threshold in THRESHOLDS:
             zeroed = int((size < threshold).sum())
@@ -112,8 +110,7 @@ def relu_zeros(model: nn.Module, loader, dtype: torch.dtype) -> tuple[np.ndarray
         with torch.enable_grad(), autocast, CountZeros() as counted:
             model.features(images)
         total = total + torch.cat(counted.counts, dim=1)
-    zeros, of = total.cpu().numpy()
-    return zeros, of
+    return tuple(total.cpu().numpy())
 
 
 def analyse(model: nn.Module, loader, spec: runs.NetworkSpec) -> runs.Analysis:
@@ -137,11 +134,11 @@ def analyse(model: nn.Module, loader, spec: runs.NetworkSpec) -> runs.Analysis:
     )
 
 
-def look_at(run: runs.Run, options: argparse.Namespace, device: torch.device, open_dataset: Callable) -> str:
+def look_at(run: runs.Run, options: argparse.Namespace, device: torch.device, opened: dict) -> str:
     """Write a run's analysis.json, if it is to be; what came of it, in a line.
 
-    The run's own files are only read. `open_dataset` is data.open_dataset, which remembers what it opened.
-    Raises DataError where the run's images are not at hand, and what `checkpoint.restore` and `analyse` do.
+    The run's own files are only read. Its images, and their loader, are kept in `opened` for other runs.
+    Raises DataError where the images are not at hand, and what `checkpoint.restore` and `analyse` do.
     """
     if (status := run.status) != "done":
         return f"skipped, {status or 'not finished'}"
@@ -151,12 +148,18 @@ def look_at(run: runs.Run, options: argparse.Namespace, device: torch.device, op
     name, folder = evaluation.image_place(run.path, spec, options.data_dir)
     if name not in sources.NAMES and not Path(name).is_dir():
         raise data.DataError(f"there is no folder {name}, its images; start this where the run was started")
-    dataset = open_dataset(name, folder, image_size=spec.image_size)
+    place = name, folder, spec.image_size
+    if place not in opened:
+        opened[place] = data.open_dataset(name, folder, image_size=spec.image_size, download=False, say=note)
+    dataset = opened[place]
     if (dataset.fingerprint, dataset.classes) != (spec.fingerprint, spec.classes):
         what = f"are not the run's ({dataset.fingerprint}, not {spec.fingerprint})"
         raise data.DataError(f"these images of {name} {what}; give the --data-dir of those")
+    batches = place, spec.mean, spec.std, spec.batch_size, spec.dtype, spec.compiled
+    if batches not in opened:  # on a GPU, each loader compiles its own code
+        opened[batches] = evaluation.test_loader(dataset, spec, device)
     model.to(device, memory_format=torch.channels_last)
-    found = analyse(model, evaluation.test_loader(dataset, spec, device), spec)
+    found = analyse(model, opened[batches], spec)
     run.write("analysis.json", found.to_json())
     before = run.summary.final_test_acc
     if found.test_acc != before:  # as on another device, where the last digits may differ
@@ -185,14 +188,13 @@ def main(argv: list[str] | None = None) -> int:
             failed = 1
     if not found:
         return 2
-    open_dataset = functools.cache(functools.partial(data.open_dataset, download=False, say=note))
-    bars = progress.Bars()
+    opened, bars = {}, progress.Bars()
     with bars:
         bar = bars.add_task("runs", total=len(found), text="")
         for path in found.values():
             bars.update(bar, text=path.name)
             try:
-                bars.console.say(f"{path}: {look_at(runs.Run(path), options, device, open_dataset)}")
+                bars.console.say(f"{path}: {look_at(runs.Run(path), options, device, opened)}")
             except (ValueError, OSError, RuntimeError) as error:
                 why = " ".join(str(error).split())
                 if progress.out_of_memory(error):

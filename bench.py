@@ -136,7 +136,9 @@ def batches(impl: str, dataset: data.Dataset, options: Namespace) -> Iterator[tu
 
 def network(impl: str, arch: str, mode: str, num_classes: int, device: torch.device) -> nn.Module:
     """The network as `impl` trains it: drawn from seed 0 and frozen as `mode` says, on the device."""
-    model = freeze.network(arch, mode, num_classes=num_classes).train()
+    model = freeze.empty(arch, num_classes).train()
+    models.initialise(model, seed=0)
+    freeze.freeze(model, mode)
     model.to(device, memory_format=torch.contiguous_format if impl in WORKERS else torch.channels_last)
     own_kernels = impl in ("lean", "recompute")
     kernels.configure(model, memory=impl if own_kernels else "stock", compiled=own_kernels)

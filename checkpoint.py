@@ -64,10 +64,11 @@ def create(spec: NetworkSpec, say: Callable[[str], None] = lambda line: None) ->
 
     `say` is told which tensors --init-from did not bring. Raises ModelError, ModeError or CheckpointError.
     """
+    given = spec.init_from and read_initial(spec.init_from)  # before anything is drawn
     model = freeze.empty(spec.arch, len(spec.classes), spec.shortcut)
     models.initialise(model, spec.seed, spec.conv_init, spec.bn_init)
-    if spec.init_from is not None:
-        for name in load_weights(model, spec.init_from):
+    if spec.init_from:
+        for name in load_weights(model, given, spec.init_from):
             say(f"{name} is drawn anew: {spec.init_from} has another number of classes")
     if spec.reset_bn:
         models.initialise_batchnorm(model, spec.seed, spec.bn_init)
@@ -123,9 +124,7 @@ def restore(path: str | Path, init_from: str | None = None) -> tuple[nn.Module, 
         raise CheckpointError(f"{path} does not match its spec: {why}") from None
     set_steps(model, int(metadata["steps"]))
     if unexpected or freeze.full_sha256(model) != metadata["full_sha256"]:
-        raise CheckpointError(
-            f"{path} does not match: its tensors are not those that were trained; it was altered"
-        )
+        raise CheckpointError(f"{path} does not match: its tensors are not the trained ones; it was altered")
     return model, spec
 
 
@@ -188,13 +187,12 @@ def read_initial(path: str | Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def load_weights(model: nn.Module, path: str | Path) -> list[str]:
-    """Load what `read_initial` finds at `path` into `model`, by name.
+def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], path: str | Path) -> list[str]:
+    """Load `tensors`, which are from `path`, into `model`, by name.
 
     The output layer keeps its draw where theirs has another number of classes; returns the names so left.
-    Raises CheckpointError where names or shapes do not fit, and what `read_initial` raises.
+    Raises CheckpointError where names or shapes do not fit.
     """
-    tensors = read_initial(path)
     own = {name: t for name, t in model.state_dict().items() if not name.endswith("num_batches_tracked")}
     given = {name: t for name, t in tensors.items() if not name.endswith("num_batches_tracked")}
     heads = [n for n in ("fc.weight", "fc.bias") if n in given and given[n].dim() == own[n].dim()]
@@ -203,11 +201,8 @@ def load_weights(model: nn.Module, path: str | Path) -> list[str]:
         given[name] = own[name]
     wrong = [f"{n} (missing)" for n in own if n not in given]
     wrong += [f"{n} (not in this network)" for n in given if n not in own]
-    wrong += [
-        f"{n} ({list(given[n].shape)}, needs {list(own[n].shape)})"
-        for n in own
-        if n in given and given[n].shape != own[n].shape
-    ]
+    shapes = {n: (list(given[n].shape), list(own[n].shape)) for n in own if n in given}
+    wrong += [f"{n} ({found}, needs {needed})" for n, (found, needed) in shapes.items() if found != needed]
     if wrong:
         more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
         raise CheckpointError(f"--init-from {path} does not fit the network: {', '.join(wrong[:4])}{more}")

@@ -65,8 +65,7 @@ def parameter_parts(model: nn.Module) -> dict[str, set[str]]:
 def choose_random_features(model: nn.Module, per_channel: int, seed: int) -> None:
     """Set apart `per_channel` weights, at random places, in every filter of every convolution of `model`.
 
-    Two per channel are as many as BatchNorm has: Frankle et al. 2020's control. ModeError where a filter has
-    fewer.
+    Two are as many as BatchNorm has: Frankle et al. 2020's control. ModeError where a filter has fewer.
     """
     for name, module in model.named_modules():
         if isinstance(module, models.Conv2d):
@@ -102,21 +101,6 @@ def empty(arch: str, num_classes: int = 10, shortcut: str = "projection") -> nn.
     with torch.device("meta"):  # torch draws nothing that would be replaced
         model = models.build(arch, num_classes, shortcut)
     return model.to_empty(device="cpu")
-
-
-def network(
-    arch: str,
-    mode: str,
-    seed: int = 0,
-    num_classes: int = 10,
-    shortcut: str = "projection",
-    per_channel: int = 2,
-) -> nn.Module:
-    """A network at its seed's weights, frozen as `mode` says; on the CPU. ModelError or ModeError."""
-    model = empty(arch, num_classes, shortcut)
-    models.initialise(model, seed)
-    freeze(model, mode, per_channel, seed)
-    return model
 
 
 def count(model: nn.Module) -> tuple[int, int]:

@@ -83,34 +83,30 @@ def in_memory_order(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Step:
-    """One step of an optimiser of torch.optim on the trainable parameters of `model` alone.
+    """One step of the optimiser that `options` say, on the trainable parameters of `model` alone.
 
-    `model` is configured already (kernels.configure). `dtype` is that of activations. `momentum` and
-    `weight_decay` are for optimisers that have them. `compiled` captures the step on a GPU. The trainable
-    parameters become views of one vector.
+    These become views of one vector. `model` is configured already (kernels.configure). `dtype` is that of
+    activations. `compiled` captures the step on a GPU.
 
     `group`: the processes that train the model together, each on its part of a batch. Gradients are averaged,
     and metrics are those of the whole batch. BatchNorm normalises with the statistics of the part, as under
     torch's DistributedDataParallel; its running statistics are averaged after every epoch, which is as good
-    as after every step because they move linearly. With `sync_bn` the model is configured to normalise over
-    the whole batch.
+    as after every step because they move linearly. With `options.sync_bn` the model is configured to
+    normalise over the whole batch.
     """
 
     def __init__(
         self,
         model: nn.Module,
+        options: Options | None = None,
         *,
-        optimizer: str = "sgd",
-        momentum: float = 0.9,
-        weight_decay: float = 1e-4,
-        label_smoothing: float = 0.0,
         dtype: torch.dtype = torch.float32,
         compiled: bool = True,
         group: Group = ALONE,
-        sync_bn: bool = False,
     ):
-        self.model, self.dtype, self.label_smoothing = model, dtype, label_smoothing
-        self.group, self.averages_statistics = group, group.connected and not sync_bn
+        options = options or Options()
+        self.model, self.dtype, self.label_smoothing = model, dtype, options.label_smoothing
+        self.group, self.averages_statistics = group, group.connected and not options.sync_bn
         self.device = next(model.parameters()).device
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -118,7 +114,7 @@ class Step:
         self.lr = torch.zeros((), device=self.device)
         if self.trained:  # else, in mode `none`, only BatchNorm's running statistics follow the data
             self.flat = flatten(self.trained)
-            self.optimizer = self._optimizer(optimizer, momentum=momentum, weight_decay=weight_decay)
+            self.optimizer = self._make_optimizer(options)
         # fp16 gradients underflow without it; with other dtypes it does nothing
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         zero = {"dtype": torch.int64, "device": self.device}
@@ -134,13 +130,20 @@ class Step:
         self.warm_up_steps = EAGER_CALLS + 1 if self.captures else 1
         self.start_epoch()
 
-    def _optimizer(self, name: str, **options: float) -> torch.optim.Optimizer:
-        """The optimiser of torch.optim of this lower-case name; of `options` it gets those that it takes."""
-        maker = {known.lower(): getattr(torch.optim, known) for known in torch.optim.__all__}[name]
-        options |= {"lr": self.lr, "fused": True, "capturable": self.flat.is_cuda}
-        taken = inspect.signature(maker).parameters.keys() & options.keys()
-        optimizer = maker([self.flat], **{name: options[name] for name in taken})
-        if name == "sgd" and optimizer.defaults["momentum"]:  # unwritten where fp16's first step is skipped
+    def _make_optimizer(self, options: Options) -> torch.optim.Optimizer:
+        """The one of torch.optim whose lower-case name they say, with those of the options that it takes."""
+        names = {name.lower(): name for name in torch.optim.__all__}
+        maker = getattr(torch.optim, names[options.optimizer])
+        given = {
+            "lr": self.lr,
+            "momentum": options.momentum,
+            "weight_decay": options.weight_decay,
+            "fused": True,
+            "capturable": self.flat.is_cuda,
+        }
+        taken = inspect.signature(maker).parameters.keys() & given.keys()
+        optimizer = maker([self.flat], **{name: given[name] for name in taken})
+        if maker is torch.optim.SGD and options.momentum:  # unwritten where fp16's first step is skipped
             optimizer.state[self.flat]["momentum_buffer"] = torch.zeros_like(self.flat.detach())
         return optimizer
 
@@ -202,7 +205,7 @@ class Step:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         metrics = self.loss_sum, self.correct, self.first_bad_step, self.position
-        self.record(loss, correct, len(labels) * count, *metrics)
+        self.record(loss, correct, len(labels) * count, metrics)
 
     def _loss(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean cross-entropy, and how many are right."""
@@ -232,17 +235,10 @@ class Step:
         self.scaler.load_state_dict(state["scaler"])
 
 
-@torch.no_grad()
-def _record(  # never compiled on a CPU: torch 2.13 drops the sum of a float64 without dimensions there
-    loss: torch.Tensor,
-    correct: torch.Tensor,
-    count: int,
-    loss_sum: torch.Tensor,
-    correct_sum: torch.Tensor,
-    first_bad_step: torch.Tensor,
-    position: torch.Tensor,
-) -> None:
+@torch.no_grad()  # never compiled on a CPU: torch 2.13 drops the sum of a float64 without dimensions there
+def _record(loss: torch.Tensor, correct: torch.Tensor, count: int, metrics: tuple[torch.Tensor, ...]) -> None:
     """Add a step of `count` images to the epoch's metrics, all of them on the device, and count the step."""
+    loss_sum, correct_sum, first_bad_step, position = metrics
     bad = ~torch.isfinite(loss) & (first_bad_step < 0)
     first_bad_step.copy_(torch.where(bad, position[0], first_bad_step))
     loss_sum += loss.double() * count

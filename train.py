@@ -156,8 +156,7 @@ class Training:
 
         self.test = evaluation("test")
         self.validation = evaluation("validation", validates_on) if len(validates_on) else None
-        settings = config.some(options, "optimizer momentum weight_decay label_smoothing sync_bn")
-        self.step = Step(model, dtype=dtype, compiled=spec.compiled, group=group, **settings)
+        self.step = Step(model, options, dtype=dtype, compiled=spec.compiled, group=group)
         self.schedule = Schedule(len(self.loader), options)
         self.options, self.model, self.group = options, model, group
         # The shuffles and crops of parent runs are not drawn again

@@ -5,6 +5,7 @@ import torch
 import checkpoint
 import models
 import runs
+from config import Options
 from step import Step
 
 SPEC = runs.NetworkSpec(
@@ -41,6 +42,11 @@ def network(seed: int = 0, classes: int = 10) -> torch.nn.Module:
     return model.to(memory_format=torch.channels_last)
 
 
+def frozen(mode: str, arch: str = "resnet8", **changes) -> torch.nn.Module:
+    """A network at its seed's weights, of which `mode` trains; `changes` are those to SPEC, of seed 3."""
+    return checkpoint.create(SPEC.model_copy(update={"arch": arch, "mode": mode, **changes}))
+
+
 def batch(n: int = 8, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Noise as `[n, 3, 16, 16]` images, and labels of ten classes."""
     generator = torch.Generator().manual_seed(seed)
@@ -55,7 +61,7 @@ def trained_for(steps: int, **changes) -> tuple[torch.nn.Module, runs.NetworkSpe
     """
     spec = SPEC.model_copy(update=changes)
     model = checkpoint.create(spec).to(memory_format=torch.channels_last)
-    step, generator = Step(model, weight_decay=0.1), torch.Generator().manual_seed(0)
+    step, generator = Step(model, Options(weight_decay=0.1)), torch.Generator().manual_seed(0)
     for _ in range(steps):
         images = torch.randn(8, 3, 16, 16, generator=generator).to(memory_format=torch.channels_last)
         step(images, torch.randint(10, (8,), generator=generator), lr=0.1)

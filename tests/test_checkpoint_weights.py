@@ -17,12 +17,16 @@ def torchvision_like(classes: int = 10) -> dict:
     }
 
 
+def load(model, path) -> list[str]:
+    return checkpoint.load_weights(model, checkpoint.read_initial(path), path)
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_weights_load_by_torchvisions_names(tmp_path, suffix):
     state, path = torchvision_like(), tmp_path / f"weights{suffix}"
     save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
     model = models.build("resnet18")
-    assert checkpoint.load_weights(model, path) == []
+    assert load(model, path) == []
     assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
 
 
@@ -31,7 +35,7 @@ def test_the_output_layer_keeps_its_draw_where_the_classes_differ(tmp_path):
     model = models.build("resnet18")
     models.initialise(model, seed=0)
     before = model.fc.weight.clone()
-    assert checkpoint.load_weights(model, tmp_path / "w.pth") == ["fc.weight", "fc.bias"]
+    assert load(model, tmp_path / "w.pth") == ["fc.weight", "fc.bias"]
     assert torch.equal(model.fc.weight, before)
 
 
@@ -41,7 +45,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
     state["bn1.weight"] = torch.zeros(65)
     torch.save(state, tmp_path / "w.pth")
     with pytest.raises(checkpoint.CheckpointError) as refusal:
-        checkpoint.load_weights(models.build("resnet18"), tmp_path / "w.pth")
+        load(models.build("resnet18"), tmp_path / "w.pth")
     for text in (
         "layer1.0.conv1.weight (missing)",
         "layer1.0.conv9.weight (not in",
@@ -67,5 +71,5 @@ def test_a_file_that_is_no_state_dict_is_refused_and_runs_no_code(tmp_path, cont
     elif content == "tensor":
         torch.save(torch.zeros(3), path)
     with pytest.raises(checkpoint.CheckpointError, match=r"w\.pt"):
-        checkpoint.load_weights(models.build("resnet8"), path)
+        load(models.build("resnet8"), path)
     assert not Trap.sprung

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from networks import MODES, trained_for
+from networks import MODES, frozen, trained_for
 
 import freeze
 import models
@@ -37,7 +37,7 @@ def test_an_unknown_mode_is_refused(mode):
 )
 def test_bn_only_and_random_train_equally_many_parameters(shortcut, trained):
     for mode in ("bn_only", "random"):
-        model = freeze.network("resnet14", mode, shortcut=shortcut)
+        model = frozen(mode, "resnet14", shortcut=shortcut)
         assert freeze.count(model) == (
             sum(p.numel() for p in models.build("resnet14", 10, shortcut).parameters()),
             trained,
@@ -46,7 +46,7 @@ def test_bn_only_and_random_train_equally_many_parameters(shortcut, trained):
 
 def test_modes_train_the_parameters_they_name():
     def trained(mode: str) -> set[str]:
-        model = freeze.network("resnet8", mode)
+        model = frozen(mode)
         return {name for name, p in model.named_parameters() if p.requires_grad}
 
     every = trained("all")
@@ -63,25 +63,25 @@ def test_modes_train_the_parameters_they_name():
 
 def test_a_part_that_the_network_lacks_is_refused():
     with pytest.raises(freeze.ModeError, match="no parameters in its shortcut"):
-        freeze.network("resnet8", "shortcut", shortcut="pad")
+        frozen("shortcut", shortcut="pad")
 
 
 def test_random_features_are_k_different_places_in_every_filter():
-    model = freeze.network("resnet8", "random", seed=3, per_channel=3)
+    model = frozen("random", seed=3, per_channel=3)
     for module in model.modules():
         if isinstance(module, models.Conv2d):
             assert module.places.shape == (len(module.weight), 3)
             assert all(len(set(row)) == 3 for row in module.places.tolist())
             assert module.places.max() < module.weight[0].numel()
-    other = freeze.network("resnet8", "random", seed=4, per_channel=3)
+    other = frozen("random", seed=4, per_channel=3)
     assert not torch.equal(other.conv1.places, model.conv1.places)
     with pytest.raises(freeze.ModeError, match="filters of 1 to 16 weights"):
-        freeze.network("resnet8", "random", per_channel=17)
+        frozen("random", per_channel=17)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_frozen_weights_are_bitwise_the_same_after_training(mode):
-    before, (after, _) = freeze.network("resnet8", mode, seed=3), trained_for(3, mode=mode)
+    before, (after, _) = frozen(mode, seed=3), trained_for(3, mode=mode)
     assert freeze.frozen_sha256(after) == freeze.frozen_sha256(before)
     for (name, was), now in zip(before.named_parameters(), after.parameters(), strict=True):
         assert torch.equal(was, now) != was.requires_grad, name
@@ -91,7 +91,7 @@ def test_frozen_weights_are_bitwise_the_same_after_training(mode):
 
 
 def test_random_mode_changes_the_chosen_places_alone():
-    before, after = freeze.network("resnet8", "random", seed=3), trained_for(3, mode="random")[0]
+    before, after = frozen("random", seed=3), trained_for(3, mode="random")[0]
     for was, now in zip(before.modules(), after.modules(), strict=True):
         if isinstance(was, models.Conv2d):
             same = (was.effective_weight() == now.effective_weight()).flatten(1)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import freeze
 import kernels
 import step as steps
+from config import Options
 from step import Step
 
 
@@ -18,7 +19,7 @@ def test_a_step_is_sgd_with_momentum_and_weight_decay():
     model = network()
     model.requires_grad_(False)
     gamma = model.bn1.weight.requires_grad_()
-    step, (images, labels) = Step(model, momentum=0.9, weight_decay=0.01), batch()
+    step, (images, labels) = Step(model, Options(momentum=0.9, weight_decay=0.01)), batch()
     expected, velocity = gamma.detach().clone(), 0
     for _ in range(3):
         reference = network().train()
@@ -67,8 +68,8 @@ def test_a_step_that_fp16_skips_leaves_momentum_as_it_was():
 
 def test_a_state_from_another_device_keeps_this_ones_settings():
     """Adam's step is captured on a GPU, which it refuses with the settings of a CPU."""
-    saved = Step(network(), optimizer="adam").state_dict()
-    step = Step(network(), optimizer="adam")
+    saved = Step(network(), Options(optimizer="adam")).state_dict()
+    step = Step(network(), Options(optimizer="adam"))
     step.optimizer.param_groups[0]["capturable"] = True
     step.load_state_dict(saved)
     assert step.optimizer.param_groups[0]["capturable"] and step.optimizer.param_groups[0]["lr"] is step.lr
@@ -88,7 +89,7 @@ TAKEN = {  # by each optimiser, of a momentum and a weight decay
 @pytest.mark.parametrize("optimizer", TAKEN)
 def test_an_optimiser_of_torch_gets_the_options_it_takes_and_trains(optimizer):
     model, given = network(), {"momentum": 0.5, "weight_decay": 0.25}
-    step, before = Step(model, optimizer=optimizer, **given), model.bn1.weight.detach().clone()
+    step, before = Step(model, Options(optimizer=optimizer, **given)), model.bn1.weight.detach().clone()
     taken = {name: step.optimizer.defaults[name] for name in given.keys() & step.optimizer.defaults.keys()}
     assert taken == {name: given[name] for name in TAKEN[optimizer]}
     assert type(step.optimizer).__name__.lower() == optimizer
@@ -97,7 +98,7 @@ def test_an_optimiser_of_torch_gets_the_options_it_takes_and_trains(optimizer):
         step(*batch(seed=seed), lr=0.01)
     assert step.diverged_at() is None and not torch.equal(model.bn1.weight, before)
 
-    again = Step(network(), optimizer=optimizer, **given)  # goes on from what last.pt keeps
+    again = Step(network(), Options(optimizer=optimizer, **given))  # goes on from what last.pt keeps
     again.load_state_dict(copy.deepcopy(step.state_dict()))
     again.flat.data.copy_(step.flat)
     for one in (step, again):
@@ -108,7 +109,7 @@ def test_an_optimiser_of_torch_gets_the_options_it_takes_and_trains(optimizer):
 @pytest.mark.parametrize("optimizer", ["sgd", "rmsprop", "adamw"])
 def test_an_optimiser_does_what_torchs_own_does_on_each_parameter(optimizer):
     model, reference = network(), network()
-    step = Step(model, optimizer=optimizer, momentum=0.5, weight_decay=0.01)
+    step = Step(model, Options(optimizer=optimizer, momentum=0.5, weight_decay=0.01))
     known = {"sgd": torch.optim.SGD, "rmsprop": torch.optim.RMSprop, "adamw": torch.optim.AdamW}[optimizer]
     momentum = {} if optimizer == "adamw" else {"momentum": 0.5}
     of_torch = known(reference.parameters(), lr=0.01, weight_decay=0.01, **momentum)
@@ -137,7 +138,7 @@ def test_on_a_cpu_nothing_is_compiled(monkeypatch):
 def test_label_smoothing_reaches_the_loss():
     model, (images, labels) = network().requires_grad_(False), batch()
     expected = F.cross_entropy(model.train()(images), labels, label_smoothing=0.3).item()
-    step = Step(model, label_smoothing=0.3)
+    step = Step(model, Options(label_smoothing=0.3))
     step(images, labels, lr=0.1)
     assert step.metrics()[0] == pytest.approx(expected, rel=1e-5)
 

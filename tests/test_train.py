@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from layouts import change_set, write_images
+from networks import frozen
 from PIL import Image
 from small_runs import ROOT, cli, config, exit_status, metrics, only_run, summary
 
@@ -28,7 +29,7 @@ MODES = ("all", "none", "random", "bn_only", "bn_main", "shortcut", "output", "c
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_runs(small, mode, capsys):
     (options,), _ = parse_options([*small, "--mode", mode], "")
-    before = freeze.network("resnet8", mode, num_classes=4)
+    before = frozen(mode, seed=0, classes=tuple("abcd"))
     if mode == "bn_only":  # from the command line
         ended = cli([*small, "--mode", mode])
         status, said = ended.returncode, ended.stdout

@@ -36,10 +36,10 @@ import kernels
 import models
 import runs
 import train
-from config import OptionError, parse_options
+from config import OptionError, Options, parse_options
 from evaluation import Evaluation
 from kernels import distributed
-from kernels.distributed import Group
+from kernels.distributed import ALONE, Group
 from step import Step
 
 SYNCED = {
@@ -263,7 +263,9 @@ def test_alone_nothing_is_sent():
     with distributed.joined() as group:
         assert group is distributed.ALONE and group.leads and not torch.distributed.is_initialized()
         for sync_bn in (False, True):
-            assert not Step(models.build("resnet8"), group=group, sync_bn=sync_bn).averages_statistics
+            assert not Step(
+                models.build("resnet8"), Options(sync_bn=sync_bn), group=group
+            ).averages_statistics
         group.stop_together()
 
 
@@ -283,12 +285,12 @@ def test_a_group_over_nccl_takes_the_step_that_is_taken_without(tmp_path):
     try:
         group, results = Group(), []
         group.connected = True
-        for settings in ({}, {"group": group}, {"group": group, "sync_bn": True}):
+        for own, sync_bn in ((None, False), (group, False), (group, True)):
             model = models.build("resnet14")
             models.initialise(model, 0)
             model.to("cuda", memory_format=torch.channels_last)
-            kernels.configure(model, group=group if "sync_bn" in settings else None)
-            step = Step(model, **settings)
+            kernels.configure(model, group=group if sync_bn else None)
+            step = Step(model, Options(sync_bn=sync_bn), group=own or ALONE)
             generator = torch.Generator().manual_seed(0)
             images = torch.randn(32, 3, 32, 32, generator=generator).to(
                 "cuda", memory_format=torch.channels_last
