@@ -21,7 +21,7 @@ from reporting.tables import Table
 from runs import variant_text
 
 INHERITED = ("init_from", "reset_bn", "warmup_epochs")  # by the first part, from the plain run's options
-CHANGE = [("change", "points"), ("interval", "points")]
+CHANGE = ["change (points)", "interval (points)"]
 
 
 class Answer(NamedTuple):
@@ -122,8 +122,8 @@ def warm_starts(series: Sequence[Series]) -> Answer:
                 f"In the time of the shortest ({common.min(axis=1).mean():,.0f} s of training; everything "
                 f"from the start takes {common[0].mean():,.0f} s), {sooner} it."
             )
-    times = ("training", "s"), ("in the shortest time", "%")
-    columns = ["architecture", "epochs of BatchNorm first", ("test accuracy", "%"), *CHANGE, *times]
+    times = "training (s)", "in the shortest time (%)"
+    columns = ["architecture", "epochs of BatchNorm first", "test accuracy (%)", *CHANGE, *times]
     table = Table("warmstart", columns, rows, says_n=True)
     labels = "first epochs, of BatchNorm alone", ACCURACY
     return Answer(table, lines(panels, used, labels, size=(3.4, 2.6)), " ".join(sentences))
@@ -192,7 +192,7 @@ def retraining(series: Sequence[Series]) -> Answer:
         )
         if 3 in told:
             sentences.append(f"After as many more of everything it ends {told[3].rstrip(',')}.")
-    columns = ["architecture", "trained on", "learning rate", ("before", "%"), ("after", "%"), *CHANGE]
+    columns = ["architecture", "trained on", "learning rate", "before (%)", "after (%)", *CHANGE]
     table = Table("retrain", columns, rows, says_n=True)
     ticks = {i: text.replace(", ", ",\n") for i, text in enumerate(WAYS)}
     drawn = lines(panels, used, ("what was trained on", ACCURACY), ticks, size=(4.6, 2.8))
@@ -227,7 +227,7 @@ def tuning(series: Sequence[Series]) -> Answer:
             text = f": in test {found[i]} the setting as it comes" if group[i] is not base else ""
             best_of = f"of {len(rivals)} settings, the best on validation images is {told[i]}"
             sentences.append(f"{label}, {mode}: {best_of}{text}.")
-    columns = ["architecture", "mode", "other options", ("best on validation", "%"), ("test accuracy", "%")]
-    columns += [("change in test", "points"), ("interval", "points")]
+    columns = ["architecture", "mode", "other options", "best on validation (%)", "test accuracy (%)"]
+    columns += ["change in test (points)", "interval (points)"]
     table = Table("tuning", columns, rows, says_n=True)
     return Answer(table, accuracy_bars(used, names, validation=True), " ".join(sentences))

@@ -41,7 +41,7 @@ def read_runs(given: Sequence[str], say: Say) -> list[Run]:
 
     RunError where nothing is left, or where there is no such folder or file.
     """
-    kept: dict[tuple, tuple[Run, str]] = {}
+    kept: dict[tuple, list[tuple[str, Run]]] = {}
     edges = None
     for place, read in _places(given, say):
         try:
@@ -62,16 +62,13 @@ def read_runs(given: Sequence[str], say: Say) -> list[Run]:
                 say(f"without its analysis, {place}: it {wrong}; make it anew")
                 run = run.model_copy(update={"analysis": None})
         key = config.setting, options.arch, options.mode, config.variant, options.seed, config.machine
-        before, where = kept.get(key, (None, ""))
-        better = before is None or (run.done and not before.done)
-        if before:
-            out, stays = (where, place) if better else (place, where)
-            say(f"left out {out}: {stays} is the same run, seed and all")
-        if better:
-            kept[key] = run, place
+        twins = sorted([*kept.get(key, ()), (place, run)], key=lambda at: not at[1].done)  # stable
+        kept[key] = twins[:1]
+        for twin, _ in twins[1:]:
+            say(f"left out {twin}: {twins[0][0]} is the same run, seed and all")
     if not kept:
         raise RunError(f"no usable run in {' '.join(given)}; name folders that train.py wrote, such as runs")
-    return [run for run, _ in kept.values()]
+    return [run for [(_, run)] in kept.values()]
 
 
 def _places(given: Sequence[str], say: Say) -> Iterator[tuple[str, Callable[[], Run]]]:
@@ -111,9 +108,9 @@ def _wrong(run: Run) -> str | None:
     config, summary, options = run.config, run.summary, run.config.options
     if config.parent and not options.init_from:
         return "config.json has a parent run, and no option init_from"
-    owners = {"data": config.spec, "arch": options, "mode": options, "seed": options}
-    owners |= dict.fromkeys(("data_title", "frozen_sha256"), config)
-    found = {name: getattr(of, name) for name, of in owners.items()} | {"variant": dict(config.variant)}
+    owners = {"data": config.spec, "data_title": config, "arch": options, "mode": options, "seed": options}
+    found = {name: getattr(of, name) for name, of in owners.items()}
+    found |= {"variant": dict(config.variant), "frozen_sha256": config.frozen_sha256}
     for name, value in found.items() if summary else ():
         if getattr(summary, name) != value:
             return f"config.json and summary.json are of different runs: their {name} differs"
@@ -125,6 +122,5 @@ def _wrong(run: Run) -> str | None:
     done, asked = summary.epochs_done, options.epochs
     if done != asked and not (options.early_stop and done < asked):
         return f"summary.json says that it is done after {done} of {asked} epochs"
-    return (
-        f"metrics.jsonl has {len(run.epochs)} of {done} epochs" if len(run.epochs) not in (0, done) else None
-    )
+    there = len(run.epochs)
+    return f"metrics.jsonl has {there} of {done} epochs" if there not in (0, done) else None

@@ -75,8 +75,9 @@ class Series(NamedTuple):
         """A column of results, of the seeds that have it."""
         return self.results[name].dropna()
 
-    def mean(self, name: str) -> Mean | None:
-        return mean_of(self.by_seed(name))
+    def mean(self, name: str, unit: float = 1) -> Mean | None:
+        """Of a column of results, in this unit."""
+        return mean_of(self.by_seed(name) / unit)
 
     def curves(self, name: str) -> pd.DataFrame:
         """A column of epochs: a row per epoch, a column per seed."""
@@ -140,44 +141,40 @@ def _rank(run: Run) -> tuple:
 
 def series_of(members: list[Run], by_machine: bool = False) -> list[Series]:
     """The runs of one setting gathered over seeds: what is done, and how many diverged."""
-    ended = [run for run in members if run.status in ("done", "diverged")]
 
     def key(run: Run) -> tuple:
         of = run.config
         return of.options.arch, of.options.mode, of.variant, of.machine if by_machine else ("", "", "")
 
     gathered = []
-    for names, group in grouped(ended, key).items():
-        by_seed: dict[int, Run] = {}
-        for run in group:  # a seed counts once, on however many machines
-            before = by_seed.get(run.config.options.seed)
-            by_seed[run.config.options.seed] = before if before and before.done else run
-        done = [run for run in by_seed.values() if run.done]
+    for names, group in grouped((r for r in members if r.status in ("done", "diverged")), key).items():
+        # a seed counts once, on however many machines
+        by_seed = {run.config.options.seed: run for run in reversed(group) if run.done}
+        diverged = len({run.config.options.seed for run in group}) - len(by_seed)
+        done = [by_seed[seed] for seed in sorted(by_seed)]
         analyses = [run.analysis for run in done if run.analysis]
-        frames = len(by_seed) - len(done), *_frames(done)
-        gathered.append(Series(*names, group[0].config.origin, *frames, analyses))
+        gathered.append(Series(*names, group[0].config.origin, diverged, *_frames(done), analyses))
     return gathered
 
 
 def _frames(done: list[Run]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The results and the epochs of runs, see Series."""
-    results, epochs, keys = [], [], []
+    rows, epoch_rows = [], []
     for run in done:
         of, parent, before, seconds = run.config, run.config.parent if run.config.origin else None, 0, 0.0
         if parent:
             known = parent.device_name == of.device_name and parent.seconds_in_all is not None
             before, seconds = parent.epochs_done_in_all, parent.seconds_in_all if known else math.nan
-        results.append(
-            vars(run.summary) | {"parent_test_acc": parent and parent.test_acc, "machine": of.machine}
-        )
+        more = {"parent_test_acc": parent and parent.test_acc, "machine": of.machine}
+        rows.append(vars(run.summary) | more)
         typical = statistics.median(row.epoch_s for row in run.epochs) if run.epochs else math.nan
-        epochs += [vars(row) | {"seconds": seconds + row.epoch * typical} for row in run.epochs]
-        keys += [(before + row.epoch, of.options.seed) for row in run.epochs]
-    seeds = pd.Index([run.config.options.seed for run in done], name="seed", dtype=object)
+        for row in run.epochs:
+            at = {"epoch": before + row.epoch, "seconds": seconds + row.epoch * typical}
+            epoch_rows.append(vars(row) | at | {"seed": of.options.seed})
     columns = [*runs.Summary.model_fields, "parent_test_acc", "machine"]
-    of_runs = pd.DataFrame(results, seeds, columns, dtype=object)
-    index = pd.MultiIndex.from_tuples(keys, names=["epoch", "seed"])
-    of_epochs = pd.DataFrame(epochs, index, [*runs.Epoch.model_fields, "seconds"])
+    results = pd.DataFrame(rows, columns=columns, dtype=object).set_index("seed")
+    columns = [*runs.Epoch.model_fields, "seconds", "seed"]
+    epochs = pd.DataFrame(epoch_rows, columns=columns).set_index(["epoch", "seed"])
     for name in ("epoch_s", "images_per_s"):  # of a typical epoch: the first ones may wait or compile
-        of_runs[name] = of_epochs[name].astype(float).groupby("seed").median()
-    return of_runs, of_epochs
+        results[name] = epochs[name].astype(float).groupby("seed").median()
+    return results, epochs

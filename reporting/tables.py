@@ -1,5 +1,6 @@
 """The report's tables: their rows, and as texts, CSV, Markdown and LaTeX."""
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ import pandas as pd
 
 import runs
 from reporting.reading import Run
-from reporting.series import Mean, Series, mean_of
+from reporting.series import Mean, Series
 
 # Test accuracy on CIFAR-10 in percent, as shown and as a number, and trained parameters: of the paper (arXiv
 # 2003.00152; about, where everything trains), of the TensorFlow community port, and of a Keras study (Adam,
@@ -28,7 +29,7 @@ class Table(NamedTuple):
     """Rows under named columns. A cell is a text, a number, a Mean or None; `digits` come after the point."""
 
     name: str
-    columns: list[str | tuple[str, str]]  # a name, or a name and the unit of its numbers
+    columns: list[str]  # a unit stands in parentheses at the end
     rows: list[list]
     digits: int = 2
     says_n: bool = False  # beside each mean, where no column does
@@ -42,7 +43,7 @@ class Table(NamedTuple):
     def texts(self, form: Callable[[str], str] = str) -> pd.DataFrame:
         """The cells as people read them, in which `form` escapes what must be."""
         cells = [[form(self._text(cell)) for cell in row] for row in self.rows]
-        return pd.DataFrame(cells, columns=[form(_head(column)) for column in self.columns])
+        return pd.DataFrame(cells, columns=list(map(form, self.columns)))
 
     def _text(self, cell: object) -> str:
         if isinstance(cell, Mean):
@@ -57,29 +58,24 @@ class Table(NamedTuple):
         """By the ends of their names: the table in full precision as CSV, in which a column of means becomes
         three; as Markdown; and as a tabular of LaTeX's package booktabs.
         """
-        full: dict[str, list] = {}
+        full = {}
         for column, *cells in zip(self.columns, *self.rows, strict=True):
             if any(isinstance(cell, Mean) for cell in cells):
-                for i, field in enumerate(Mean._fields):
-                    full[_head(column, field)] = [(cell or Mean(None, None, 0))[i] for cell in cells]
+                name, *unit = re.split(r"(?= \()", column)
+                heads = "".join([name, " mean", *unit]), "".join([name, " std", *unit]), f"{name} n"
+                means = [cell or Mean(None, None, 0) for cell in cells]
+                full |= zip(heads, zip(*means, strict=True), strict=True)
             else:
-                full[_head(column)] = cells
-        right = self.numeric
+                full[column] = cells
         latex = self.texts(lambda text: text.translate(LATEX)).style.hide(axis="index")
         markdown = self.texts(lambda text: text.translate(MARKDOWN))
-        sides = ["right" if numbers else "left" for numbers in right]
-        form = "".join("r" if numbers else "l" for numbers in right)
+        sides = ["right" if numbers else "left" for numbers in self.numeric]
+        form = "".join(side[0] for side in sides)
         return {
             "csv": pd.DataFrame(full, dtype=object).to_csv(index=False, lineterminator="\n"),
             "md": markdown.to_markdown(index=False, disable_numparse=True, colalign=sides) + "\n",
             "tex": "% \\usepackage{booktabs}\n" + latex.to_latex(hrules=True, column_format=form),
         }
-
-
-def _head(column: str | tuple[str, str], field: str = "") -> str:
-    name, unit = (column, "") if isinstance(column, str) else column
-    unit = f"({unit})" if unit and field != "n" else ""  # a number of runs has none
-    return " ".join(filter(None, [name, field, unit]))
 
 
 def accuracy(series: list[Series], cifar10: bool, epochs: int) -> Table:
@@ -88,37 +84,39 @@ def accuracy(series: list[Series], cifar10: bool, epochs: int) -> Table:
     """
     others = REPORTED if cifar10 else REPORTED[:0]
     sources, shown = others["source"].unique(), others.set_index(["mode", "architecture", "source"])["shown"]
-    more = {
-        "final_test_top5_acc": "top 5",
-        "best_val_acc": "best on validation",
-        "chosen_test_acc": "test, at validation's best epoch",
+    some = {
+        "final_test_top5_acc": "top 5 (%)",
+        "best_val_acc": "best on validation (%)",
+        "chosen_test_acc": "test, at validation's best epoch (%)",
     }
-    more = {name: column for name, column in more.items() if any(len(s.by_seed(name)) for s in series)}
-    percent = [(name, "%") for name in ("test accuracy", *more.values(), "best epoch")]
-    rows, ours = [], {(s.mode, s.arch) for s in series if not s.variant}
+    some = {name: column for name, column in some.items() if any(len(s.by_seed(name)) for s in series)}
+    means = {"final_test_acc": "test accuracy (%)", **some, "best_test_acc": "best epoch (%)"}
+
+    def beside(mode: str, arch: str) -> list[str]:
+        return [shown.get((mode, arch, source), "") for source in sources]
+
+    rows = []
     for s in series:
         diverged = f"{s.diverged} of {s.done + s.diverged} diverged" if s.diverged else ""
-        means = map(s.mean, ("final_test_acc", *more, "best_test_acc"))
-        theirs = ["" if s.variant else shown.get((s.mode, s.arch, source), "") for source in sources]
-        rows.append([s.arch, s.mode, s.variant_text, *means, diverged, *theirs])
-    named = {key[:2] for key in shown.index} - ours if epochs == 160 else ()
+        theirs = [""] * len(sources) if s.variant else beside(s.mode, s.arch)
+        rows.append([s.arch, s.mode, s.variant_text, *map(s.mean, means), diverged, *theirs])
+    named = {key[:2] for key in shown.index} - {(s.mode, s.arch) for s in series if not s.variant}
     for mode, arch in sorted(named, key=lambda key: (key[0] == "all", int(key[1].removeprefix("resnet")))):
-        theirs = [shown.get((mode, arch, source), "") for source in sources]
-        rows.append([arch, mode, "", *[None] * len(percent), "", *theirs])
-    columns = [*CELL, *percent, "diverged", *((source, "%") for source in sources)]
+        if epochs == 160:
+            rows.append([arch, mode, "", *[None] * len(means), "", *beside(mode, arch)])
+    columns = [*CELL, *means.values(), "diverged", *(f"{source} (%)" for source in sources)]
     return Table("accuracy", columns, rows, says_n=True)
 
 
 def parameters(found: list[Run]) -> Table:
     """All parameters, those of BatchNorm that train, and their share."""
-    rows = {}
+    rows = {}  # each once
     for of, summary in ((run.config.options, run.summary) for run in found if run.summary):
         if of.mode in ("bn_only", "bn_main"):
             total, trained = summary.params_total, summary.params_trained
-            row = [of.arch, of.shortcut, of.mode, total, trained, 100 * trained / total]
-            rows[tuple(row)] = row
-    columns = ["architecture", "shortcut", "mode", "parameters", "BatchNorm, trained", ("trained", "%")]
-    return Table("parameters", columns, list(rows.values()))
+            rows[of.arch, of.shortcut, of.mode, total, trained, 100 * trained / total] = None
+    columns = ["architecture", "shortcut", "mode", "parameters", "BatchNorm, trained", "trained (%)"]
+    return Table("parameters", columns, list(rows))
 
 
 def time(series: list[Series]) -> Table:
@@ -126,12 +124,12 @@ def time(series: list[Series]) -> Table:
     rows = []
     for s in (s for s in series if s.done):
         means = [s.mean(name) for name in ("train_s", "startup_s", "images_per_s", "epoch_s")]
-        peak = mean_of(size / 2**20 for size in s.by_seed("peak_memory_bytes"))
+        means.append(s.mean("peak_memory_bytes", unit=2**20))
         sizes = [round(s.mean(name).mean) for name in ("checkpoint_bytes", "full_bytes")]
-        rows.append([s.arch, s.mode, s.variant_text, s.done, *means, peak, *sizes, *s.machine])
-    times = ("training", "s"), ("start-up", "s"), "images/s", ("epoch", "s"), ("peak memory", "MiB")
-    sizes = ("checkpoint", "bytes"), ("all weights", "bytes")
-    return Table("time", [*CELL, "n", *times, *sizes, "device", "computed in", "torch"], rows, digits=1)
+        rows.append([s.arch, s.mode, s.variant_text, s.done, *means, *sizes, *s.machine])
+    columns = [*CELL, "n", "training (s)", "start-up (s)", "images/s", "epoch (s)", "peak memory (MiB)"]
+    columns += ["checkpoint (bytes)", "all weights (bytes)", "device", "computed in", "torch"]
+    return Table("time", columns, rows, digits=1)
 
 
 def every_run(found: list[Run]) -> Table:
@@ -141,7 +139,7 @@ def every_run(found: list[Run]) -> Table:
         accs = [summary.final_test_acc, summary.best_test_acc] if summary else [None, None]
         rows.append([run.name, of.arch, of.mode, str(of.seed), more, run.status, run.epochs_done, *accs])
     columns = ["run", "architecture", "mode", "seed", "other options", "status", "epochs done"]
-    return Table("runs", [*columns, ("test accuracy", "%"), ("best epoch", "%")], rows)
+    return Table("runs", [*columns, "test accuracy (%)", "best epoch (%)"], rows)
 
 
 def not_finished(found: list[Run]) -> Table:
@@ -156,6 +154,6 @@ def machines(found: list[Run]) -> Table:
     made: Counter = Counter()
     for of in (run.config for run in found):
         versions = [of.versions.get(name) or "" for name in ("python", "torch", "cuda")]
-        made[(of.device_name, *versions, of.git_commit or "")] += 1
+        made[of.device_name, *versions, of.git_commit or ""] += 1
     columns = ["device", "Python", "torch", "CUDA", "git commit", "runs"]
-    return Table("machines", columns, [[*key, made[key]] for key in sorted(made)])
+    return Table("machines", columns, [[*key, count] for key, count in sorted(made.items())])
