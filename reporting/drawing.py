@@ -51,13 +51,14 @@ Ticks = dict[float, str] | None  # of the axis x, and what stands there
 
 
 class Column(NamedTuple):
-    """What `bars` draws side by side: a number per bar, its text, and an outlined number behind it."""
+    """What `bars` draws side by side: a number per bar, its text, and, on a logarithmic axis, an outlined
+    number behind it.
+    """
 
     label: str
     values: list[Mean | None]
     texts: list[str]
     outlines: list[float] | None = None
-    log: bool = False
 
 
 def short(number: float, _: object = None) -> str:
@@ -122,23 +123,16 @@ def lines(
     """A panel per (title, lines), three abreast on common axes, with one legend below; size in inches."""
     if not panels:
         return None
-    count, panels = len(panels), panels[:MAX_PANELS]
+    figure, count, panels, handles = Figure(layout="constrained"), len(panels), panels[:MAX_PANELS], {}
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    curves = any(line.look == "train" for _, each in panels for line in each)
-    names = dict.fromkeys(line.label for _, each in panels for line in each if line.label)
-    names |= dict.fromkeys(("test", "train") if curves else ())
-    width = max(columns * size[0] + 0.4, 5.2)
-    abreast = max(1, min(len(names), int(width * 12.5 / (min(60, max(map(len, names))) + 7))))
-    title_lines = max(title.count("\n") for title, _ in panels)
-    height = rows * (size[1] + 0.17 * title_lines) + 0.5 + 0.19 * -(-len(names) // abreast)
-    figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
     for i, (ax, (title, each)) in enumerate(zip(axes, panels, strict=False)):
         ax.set_title(title)
         for line in each:
             handle = draw_line(ax, line)
-            names[line.label] = names.get(line.label) or handle
+            if line.label:
+                handles.setdefault(line.label, handle)
         if i % columns == 0:
             ax.set_ylabel(labels[1])
         if i + columns >= len(panels):  # the lowest of its column
@@ -146,6 +140,9 @@ def lines(
             ax.tick_params(labelbottom=True)
     for ax in axes[len(panels) :]:
         ax.set_axis_off()
+    curves = any(line.look == "train" for _, each in panels for line in each)
+    for name, dashes in {"test": "-", "train": TRAIN}.items() if curves else ():
+        handles[name] = Line2D([], [], color="#666666", linewidth=1.2, linestyle=dashes)
     if log:
         axes[0].set_xscale("log")
         axes[0].xaxis.set(major_formatter=short, minor_formatter=NullFormatter())
@@ -154,13 +151,16 @@ def lines(
         axes[0].set_xticks(list(ticks), list(ticks.values()))
     elif not log:
         axes[0].xaxis.set_major_locator(MaxNLocator(5, integer=curves))
-    for name, dashes in {"test": "-", "train": TRAIN}.items() if curves else ():
-        names[name] = Line2D([], [], color="#666666", linewidth=1.2, linestyle=dashes)
     if count > len(panels):
         figure.suptitle(f"the first {len(panels)} of {count}", fontsize=9)
-    names.pop("", None)
-    texts = [wrap(name, 60) for name in names]
-    figure.legend(names.values(), texts, loc="outside lower center", ncols=abreast)
+    width = max(columns * size[0] + 0.4, 5.2)
+    abreast = max(1, min(len(handles), int(width * 12.5 / (min(60, max(map(len, handles))) + 7))))
+    figure.legend(
+        handles.values(), [wrap(name, 60) for name in handles], loc="outside lower center", ncols=abreast
+    )
+    title_lines = max(title.count("\n") for title, _ in panels)
+    height = rows * (size[1] + 0.17 * title_lines) + 0.5 + 0.19 * -(-len(handles) // abreast)
+    figure.set_size_inches(width, height)
     return figure, used
 
 
@@ -170,36 +170,36 @@ def bars(used: list[Series], names: list[str], columns: list[Column], title: str
         return None
     if len(used) > MAX_BARS:
         title = f"{title}, the first {MAX_BARS} of {len(used)}".removeprefix(", ")
-    shown = slice(MAX_BARS)
-    labels = [wrap(name, 46) for name in names[shown]]
+    labels = [wrap(name, 46) for name in names[:MAX_BARS]]
+    colours = [look_of(s.mode)[0] for s in used[:MAX_BARS]]
     heights = np.array([1 + 0.3 * label.count("\n") for label in labels])
     at = np.cumsum(heights) - heights / 2
     left = 0.07 * max(len(line) for label in labels for line in label.split("\n"))
     size = (left + 3.6 * len(columns) + (1.2 if len(columns) == 1 else 0), 0.26 * heights.sum() + 0.9)
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
-    colours = [look_of(s.mode)[0] for s in used[shown]]
-    for ax, column in zip(axes, columns, strict=True):
-        means = np.array([value.mean if value else np.nan for value in column.values[shown]])
-        stds = np.array([(value and value.std) or np.nan for value in column.values[shown]])
-        ends = np.fmax(np.fmax(means, means + stds), (column.outlines or [0.0] * len(labels))[shown])
-        if column.outlines:
-            ax.barh(at, column.outlines[shown], 0.72, color="none", edgecolor="#888888", linewidth=0.8)
+    for ax, (label, values, texts, outlines) in zip(axes, columns, strict=True):
+        means = np.array([value.mean if value else np.nan for value in values[:MAX_BARS]])
+        stds = np.array([(value and value.std) or np.nan for value in values[:MAX_BARS]])
+        behind = (outlines or [0.0] * len(used))[:MAX_BARS]
+        ends = np.fmax(np.fmax(means, means + stds), behind)
+        top = max(ends.max(), 1e-9)
+        if outlines:
+            ax.barh(at, behind, 0.72, color="none", edgecolor="#888888", linewidth=0.8)
         ax.barh(at, means, 0.72, color=colours, edgecolor="#333333", linewidth=0.5)
         ax.errorbar(means, at, xerr=stds, fmt="none", ecolor="#333333", capsize=2.5, elinewidth=0.9)
-        top = max(ends.max(), 1e-9)
-        if column.log:
+        if outlines:
             ax.set_xscale("log")
             low = 10 ** np.floor(np.log10(max(np.nanmin(means), 1)) - 0.3)
             ax.set_xlim(low, top * (top / low) ** 0.6)
         else:
-            ax.set_xlim(0, top * (1.18 + 0.022 * max(map(len, column.texts))))
+            ax.set_xlim(0, top * (1.18 + 0.022 * max(map(len, texts))))
         ax.xaxis.set(major_formatter=short, minor_formatter=NullFormatter())
-        if column.label.endswith("(%)"):
+        if label.endswith("(%)"):
             ax.set_xticks([tick for tick in ax.get_xticks() if 0 <= tick <= 100])
-        for x, y, text in zip(np.fmax(ends, ax.get_xlim()[0]), at, column.texts[shown], strict=True):
+        for x, y, text in zip(np.fmax(ends, ax.get_xlim()[0]), at, texts, strict=False):
             ax.annotate(text, (x, y), (4, 0), textcoords="offset points", va="center", fontsize=8)
-        ax.set_xlabel(column.label)
+        ax.set_xlabel(label)
         ax.grid(False, axis="y")
     axes[0].set_yticks(at, labels)
     axes[0].set_ylim(heights.sum(), 0)

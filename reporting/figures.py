@@ -185,7 +185,7 @@ def checkpoints(series: list[Series]) -> Drawn:
     each = [(m.mean, f) for m, f in zip(sizes, full, strict=True)]
     texts = [f"{short(mean)} of {short(f)}, {100 * mean / f:.3g} %" for mean, f in each]
     names = [f"{arch_of(s.arch).label}, {s.mode}" for s in used]
-    return bars(used, names, [Column("bytes; outlined: every weight", sizes, texts, full, log=True)])
+    return bars(used, names, [Column("bytes; outlined: every weight", sizes, texts, full)])
 
 
 def costs(series: list[Series]) -> Drawn:
