@@ -60,27 +60,27 @@ def write_report(found: list[Run], out: Path) -> None:
 def write_section(setting: Setting, out: Path) -> dict[str, Any]:
     """What the page says of one setting, whose figures and tables are written on the way."""
     members, folder = setting.runs, out / setting.folder
-    folder.mkdir(parents=True, exist_ok=True)
     of, machines = series.series_of(members), series.series_of(members, by_machine=True)
-    title, epochs, quick, subset, held_out, *_ = members[0].config.setting
-    others = title in series.CIFAR10 and not (quick or subset or held_out)  # report of such runs
+    title, epochs, *apart = members[0].config.setting
+    others = title in series.CIFAR10 and not any(apart[:3])  # report of all of its training images
     answered = [ask(of) for ask in (answers.warm_starts, answers.retraining, answers.tuning)]
-    drawn = figures.figures_of(of, machines, others) | {a.table.name: a.drawn for a in answered}
     made = [tables.accuracy(of, others, epochs), *(answer.table for answer in answered)]
     made += [tables.parameters(members), tables.time(machines), tables.not_finished(members)]
     made = [table for table in (*made, tables.every_run(members)) if table.rows]
-    shown = {}
+    files = {f"{table.name}.{end}": text for table in made for end, text in table.files().items()}
+    drawn, shown = figures.figures_of(of, machines, others) | {a.table.name: a.drawn for a in answered}, {}
     for name, (figure, used) in ((name, one) for name, one in drawn.items() if one):
-        files, counts = render(figure), [figures.counted(name, s) for s in used]
+        pictures, counts = render(figure), [figures.counted(name, s) for s in used]
         shown[name] = {
-            "webp": base64.b64encode(files.pop("webp")).decode(),
+            "webp": base64.b64encode(pictures.pop("webp")).decode(),
             "width": figure.get_figwidth(),
             "n": (min(counts), max(counts)),
             "diverged": sum(s.diverged for s in used),
         }
-        write(folder, name, files)
-    for table in made:
-        write(folder, table.name, table.files())
+        files |= {f"{name}.{end}": content for end, content in pictures.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        runs.write_atomically(folder / name, content)
     return {
         "label": setting.label,
         "folder": setting.folder,
@@ -91,11 +91,6 @@ def write_section(setting: Setting, out: Path) -> dict[str, Any]:
         "figures": shown,
         "answers": {answer.table.name: answer.text for answer in answered},
     }
-
-
-def write(folder: Path, name: str, files: dict[str, str | bytes]) -> None:
-    for end, content in files.items():
-        runs.write_atomically(folder / f"{name}.{end}", content)
 
 
 if __name__ == "__main__":

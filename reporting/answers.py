@@ -8,7 +8,7 @@ time of those on the same machine; one is beyond chance where it exceeds its con
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 from scipy import stats
@@ -99,42 +99,44 @@ def warm_starts(series: Sequence[Series]) -> Answer:
     rows, panels, used, sentences = [], [], [], []
     for name, after in first_parts(series):
         epochs, tried = sorted(after), len(after) - 1
-        times = {k: seconds_by_seed(after[k]) for k in epochs}
+        times = pd.DataFrame({k: seconds_by_seed(after[k]) for k in epochs})
         machines = pd.DataFrame({k: after[k].results["machine"] for k in epochs})
-        common = pd.DataFrame(times).dropna()
+        common = times.dropna()
         common = common[machines.loc[common.index].nunique(axis=1) == 1]
         timed = {k: at_time(after[k], common.min(axis=1)) for k in epochs}
         accs = {k: after[k].by_seed("final_test_acc") for k in epochs}
-        changes = {0: Change(None, None)} | {k: change(accs[k], accs[0], tried) for k in epochs[1:]}
         finals, in_time = ({k: mean_of(of[k]) for k in epochs} for of in (accs, timed))
-        rows += [[name, k, finals[k], *changes[k], mean_of(times[k]), in_time[k]] for k in epochs]
+        changes, sooner = ({k: change(of[k], of[0], tried) for k in epochs[1:]} for of in (accs, timed))
+        best, soonest = (
+            "no seed is in common with" if k is None else f"the best, with {k}, ends {of[k]}"
+            for k, of in ((most(changes), changes), (most(sooner), sooner))
+        )
+        for k in epochs:
+            changed = changes.get(k, Change(None, None))
+            rows.append([name, k, finals[k], *changed, mean_of(times[k].dropna()), in_time[k]])
         in_time = {k: mean for k, mean in in_time.items() if mean}
         equal = ("at equal epochs", "all", finals), ("at equal time", "bn_only", in_time)
         panels.append((name, [points(*of, list(means), list(means.values())) for *of, means in equal]))
         used += [after[k] for k in epochs]
         sentences.append(
             f"{name}, {after[0].last_epoch} epochs in all: with BatchNorm alone for the first "
-            f"{', '.join(map(str, epochs[1:]))} of them, {best(changes)} everything from the start."
+            f"{', '.join(map(str, epochs[1:]))} of them, {best} everything from the start."
         )
         if len(common):
-            sooner = best({k: change(timed[k], timed[0], tried) for k in epochs[1:]})
             sentences.append(
                 f"In the time of the shortest ({common.min(axis=1).mean():,.0f} s of training; everything "
-                f"from the start takes {common[0].mean():,.0f} s), {sooner} it."
+                f"from the start takes {common[0].mean():,.0f} s), {soonest} it."
             )
-    times = "training (s)", "in the shortest time (%)"
-    columns = ["architecture", "epochs of BatchNorm first", "test accuracy (%)", *CHANGE, *times]
-    table = Table("warmstart", columns, rows, says_n=True)
+    columns = ["architecture", "epochs of BatchNorm first", "test accuracy (%)", *CHANGE, "training (s)"]
+    table = Table("warmstart", [*columns, "in the shortest time (%)"], rows, says_n=True)
     labels = "first epochs, of BatchNorm alone", ACCURACY
     return Answer(table, lines(panels, used, labels, size=(3.4, 2.6)), " ".join(sentences))
 
 
-def best(changes: dict[int, Change]) -> str:
-    """`the best, with 5, is 0.12 points above ...`, of changes by epochs of BatchNorm first."""
-    known = {k: found for k, found in changes.items() if found.mean}
-    most = max((found.mean.n for found in known.values()), default=0)
-    k = max((k for k in known if known[k].mean.n == most), key=lambda k: known[k].mean.mean, default=None)
-    return "no seed is in common with" if k is None else f"the best, with {k}, ends {known[k]}"
+def most(changes: dict[Any, Change]) -> Any:
+    """The key of the largest change of those of the most seeds; None where no seed is in common."""
+    known = [key for key in changes if changes[key].mean]
+    return max(known, key=lambda key: (changes[key].mean.n, changes[key].mean.mean), default=None)
 
 
 # ---- everything first, BatchNorm after ----
@@ -165,30 +167,28 @@ def retraining(series: Sequence[Series]) -> Answer:
         rates = sorted({rate_of(s) for s in group}, reverse=True)
         others = dict(group[0].variant) | dict(group[0].origin.variant)
         more = [(k, v) for k, v in sorted(others.items()) if k not in ("init_from", "milestones", *varied)]
-        name = ", ".join([arch_of(group[0].arch).label, *([variant_text(more)] if more else [])])
+        name = ", ".join(filter(None, [arch_of(group[0].arch).label, variant_text(more)]))
         longest = max(group, key=lambda s: s.done)
         before = longest.mean("parent_test_acc")
-        each, changes = [points("", "all", [0], [before])], {}
-        for s in group:
-            way, rate, number = way_of(s), rate_of(s), rates.index(rate_of(s))
-            x, final = way + 0.12 * (number - (len(rates) - 1) / 2), s.mean("final_test_acc")
-            each.append(points(f"learning rate {rate:g}", s.mode, [x], [final], number))
-            tried = sum(way_of(other) == way for other in group)
-            found = change(s.by_seed("final_test_acc"), s.by_seed("parent_test_acc"), tried)
-            rows.append([name, WAYS[way], f"{rate:g}", s.mean("parent_test_acc"), final, *found])
-            changes.setdefault(way, {})[rate] = found
+        each, told = [points("", "all", [0], [before])], {}
+        for way, tried in grouped(group, way_of).items():
+            changes = {}
+            for s in tried:
+                rate, final = rate_of(s), s.mean("final_test_acc")
+                x = way + 0.12 * (rates.index(rate) - (len(rates) - 1) / 2)
+                each.append(points(f"learning rate {rate:g}", s.mode, [x], [final], rates.index(rate)))
+                changes[rate] = change(s.by_seed("final_test_acc"), s.by_seed("parent_test_acc"), len(tried))
+                rows.append([name, WAYS[way], f"{rate:g}", s.mean("parent_test_acc"), final, *changes[rate]])
+            rate = most(changes)
+            better = f", the better of {len(changes)}," if len(changes) > 1 else ""
+            told[way] = f"{changes[rate]} at learning rate {rate:g}{better}"
         panels.append((name, each))
         used += group
-        told = {}
-        for way, found in changes.items():
-            rate = max(found, key=lambda rate: (found[rate].mean.n, found[rate].mean.mean))
-            tried = f", the better of {len(found)}," if len(found) > 1 else ""
-            told[way] = f"{found[rate]} at learning rate {rate:g}{tried}"
-        hows, more = {1: "kept", 2: "drawn anew"}, longest.mean("epochs_done").mean
+        hows, epochs = {1: "kept", 2: "drawn anew"}, longest.mean("epochs_done").mean
         kept = [f"{told[way]} with gamma and beta {how}" for way, how in hows.items() if way in told]
         sentences.append(
-            f"{name}: after {more:g} more epochs, of BatchNorm alone, a network of {before.mean:.2f} % after "
-            f"{longest.origin.epochs} epochs of everything ends {', and '.join(kept)}."
+            f"{name}: after {epochs:g} more epochs, of BatchNorm alone, a network of {before.mean:.2f} % "
+            f"after {longest.origin.epochs} epochs of everything ends {', and '.join(kept)}."
         )
         if 3 in told:
             sentences.append(f"After as many more of everything it ends {told[3].rstrip(',')}.")
@@ -211,23 +211,24 @@ def tuning(series: Sequence[Series]) -> Answer:
         base = next((s for s in group if set(s.variant) == common), None)
         if not base or len(group) == 1:
             continue
-        group, label = sorted(group, key=lambda s: -s.mean("best_val_acc").mean), arch_of(arch).label
-        told = [variant_text(o for o in s.variant if o not in common) or "as it comes" for s in group]
-        tests, test = [s.by_seed("final_test_acc") for s in group], base.by_seed("final_test_acc")
-        found = [change(of, test if s is not base else test[:0]) for s, of in zip(group, tests, strict=True)]
-        for s, text, changed in zip(group, told, found, strict=True):
-            rows.append([arch, mode, text, s.mean("best_val_acc"), s.mean("final_test_acc"), *changed])
-        used += group
-        names += [f"{label}, {mode}, {text}" for text in told]
+        name, tried = f"{arch_of(arch).label}, {mode}", {}
         shared = [s.results.index.intersection(base.results.index) for s in group if s is not base]
         seeds = max(shared, key=len)
-        rivals = [i for i, s in enumerate(group) if len(seeds) and seeds.isin(s.results.index).all()]
-        if rivals:
-            i = max(rivals, key=lambda i: group[i].results["best_val_acc"][seeds].sum())
-            text = f": in test {found[i]} the setting as it comes" if group[i] is not base else ""
-            best_of = f"of {len(rivals)} settings, the best on validation images is {told[i]}"
-            sentences.append(f"{label}, {mode}: {best_of}{text}.")
+        for s in sorted(group, key=lambda s: -s.mean("best_val_acc").mean):
+            told = variant_text(o for o in s.variant if o not in common) or "as it comes"
+            test, found = s.by_seed("final_test_acc"), Change(None, None)
+            if s is not base:
+                found = change(test, base.by_seed("final_test_acc"))
+            rows.append([arch, mode, told, s.mean("best_val_acc"), mean_of(test), *found])
+            names.append(f"{name}, {told}")
+            used.append(s)
+            if len(seeds) and seeds.isin(s.results.index).all():
+                told += f": in test {found} the setting as it comes" if s is not base else ""
+                tried[told] = s.results["best_val_acc"][seeds].sum()
+        if tried:
+            best_of = f"of {len(tried)} settings, the best on validation images is"
+            sentences.append(f"{name}: {best_of} {max(tried, key=tried.get)}.")
     columns = ["architecture", "mode", "other options", "best on validation (%)", "test accuracy (%)"]
-    columns += ["change in test (points)", "interval (points)"]
-    table = Table("tuning", columns, rows, says_n=True)
-    return Answer(table, accuracy_bars(used, names, validation=True), " ".join(sentences))
+    table = Table("tuning", [*columns, "change in test (points)", "interval (points)"], rows, says_n=True)
+    drawn = accuracy_bars(used, names, best_val_acc="best on validation (%)")
+    return Answer(table, drawn, " ".join(sentences))

@@ -4,12 +4,13 @@ import itertools
 import re
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
 from reporting.drawing import Column, Drawn, Labels, Line, Ticks, bars, lines, points, short, wrap
-from reporting.series import Mean, Series, grouped, mean_of
+from reporting.series import Series, grouped, mean_of
 from reporting.tables import REPORTED
 
 IMAGENET_DEPTHS = {18, 34, 50, 101, 152, 200}
@@ -17,52 +18,53 @@ MAX_MODES = 6  # in a panel
 INITIALISATIONS = {"conv_init", "bn_init"}
 MODES_COMPARED = {"bn_only", "bn_main", "all", "random"}  # every other mode trains other parts
 ACCURACY = "test accuracy (%)"
-LinesOf, TitleOf = Callable[[Series], list[Line]], Callable[[list[Series]], str]
-ANALYSED, PER_EPOCH = {"gamma", "pruned", "relu"}, {"loss", "accuracy"}  # figures
 
 
 class Arch(NamedTuple):
     """An architecture: its name as people write it, the depth of a CIFAR ResNet, the width of a ResNet-14."""
 
     label: str
-    depth: int | None
-    width: int | None
+    depth: int | None = None
+    width: int | None = None
 
 
 def arch_of(name: str) -> Arch:
     """`resnet14_w2` is ResNet-14 ×2."""
     match = re.fullmatch(r"(resnet|vgg)([0-9]{1,6})(?:_w([0-9]{1,6}))?", name)
     if not match:
-        return Arch(name, None, None)
-    family, depth, width = match[1], int(match[2]), int(match[3] or 1)
-    label = f"{'ResNet' if family == 'resnet' else 'VGG'}-{depth}" + (f" ×{width}" if match[3] else "")
-    cifar = family == "resnet" and depth not in IMAGENET_DEPTHS
-    return Arch(label, depth if cifar and not match[3] else None, width if cifar and depth == 14 else None)
+        return Arch(name)
+    depth, width = int(match[2]), int(match[3] or 1)
+    label = f"{'ResNet' if match[1] == 'resnet' else 'VGG'}-{depth}" + (f" ×{width}" if match[3] else "")
+    if match[1] == "vgg" or depth in IMAGENET_DEPTHS:
+        return Arch(label)
+    return Arch(label, None if match[3] else depth, width if depth == 14 else None)
+
+
+def name_of(s: Series) -> str:
+    return f"{arch_of(s.arch).label}, {s.label}"
 
 
 def figures_of(series: list[Series], machines: list[Series], others: bool) -> dict[str, Drawn]:
     """Every figure of a setting but the answers', by name. `machines`: the series by machine; `others`: what
     others report of CIFAR-10 is drawn beside.
     """
-    done = [s for s in series if s.done]
-    depths = {s.arch: arch_of(s.arch).depth for s in done}
-    deep = [s for s in done if depths[s.arch]]
+    done, analysed = [s for s in series if s.done], [s for s in series if s.analyses]
+    deep, begun = [s for s in done if arch_of(s.arch).depth], [s for s in series if len(s.epochs)]
+    learned = [s for s in analysed if s.mode == "all" or s.mode.startswith("bn")]  # else gamma is as drawn
     at_depth, at_trained = ("depth", "trained") if others else ("", "")
 
     def trained(s: Series) -> int:
         return s.results["params_trained"].iloc[0]
 
-    gammas = ("gamma", "share_near_zero", "|γ| < 0.01", "learned γ", "share of γ per bin (%)")
-    relus = ("relu", "silent", "always silent", "(image, position) pairs silent (%)", "channels (%)")
     return {
-        "depth": against(deep, lambda s: depths[s.arch], "depth (layers)", "{:g}", at_depth),
+        "depth": against(deep, lambda s: arch_of(s.arch).depth, "depth (layers)", "{:g}", at_depth),
         "trained": against(deep, trained, "trained parameters", "", at_trained),
-        "loss": curves(series, "loss", "loss (cross-entropy)"),
-        "accuracy": curves(series, "acc", "accuracy (%)"),
+        "loss": panelled(begun, partial(curves, "loss"), ("epoch", "loss (cross-entropy)")),
+        "accuracy": panelled(begun, partial(curves, "acc"), ("epoch", "accuracy (%)")),
         "width": against(done, lambda s: arch_of(s.arch).width, "width of ResNet-14", "×{}"),
-        "gamma": histograms(series, *gammas),
-        "pruned": pruned(series),
-        "relu": histograms(series, *relus),
+        "gamma": histograms(learned, "gamma", "learned γ", "share of γ per bin (%)"),
+        "pruned": pruned(analysed),
+        "relu": histograms(analysed, "relu", "(image, position) pairs silent (%)", "channels (%)"),
         "checkpoint": checkpoints(done),
         "cost": costs([s for s in machines if s.done]),
         "parts": parts(done),
@@ -72,9 +74,9 @@ def figures_of(series: list[Series], machines: list[Series], others: bool) -> di
 
 def counted(figure: str, s: Series) -> int:
     """How many runs are in a mean of this series in a figure."""
-    if figure in ANALYSED:
+    if figure in ("gamma", "pruned", "relu"):
         return len(s.analyses)
-    return s.curves("train_loss").shape[1] if figure in PER_EPOCH else s.done
+    return s.curves("train_loss").shape[1] if figure in ("loss", "accuracy") else s.done
 
 
 def against(
@@ -84,19 +86,20 @@ def against(
     report, at the column `others` of REPORTED. None where there is a single place.
     """
     placed = [(x, s) for s in series if (x := x_of(s))]
-    spans = {text: {x for x, _ in of} for text, of in grouped(placed, lambda at: at[1].variant_text).items()}
-    if "" in spans:  # other initialisations than the published have a figure of their own
-        for s in (s for _, s in placed if s.variant and not s.variant_but(*INITIALISATIONS)):
-            spans.pop(s.variant_text, None)
-    longest = sorted(spans, key=lambda variant: (-len(spans[variant]), variant))
-    kept = [v for v in longest if not v or len(spans[v]) > 1][:4] or longest[:4]
+    if any(not s.variant for _, s in placed):  # initialisations have a figure of their own
+        placed = [(x, s) for x, s in placed if not s.variant or s.variant_but(*INITIALISATIONS)]
+    spans = grouped(placed, lambda at: at[1].variant_text)
+    spans = {variant: len({x for x, _ in of}) for variant, of in spans.items()}
+    longest = sorted(spans, key=lambda variant: (-spans[variant], variant))
+    kept = [v for v in longest if not v or spans[v] > 1][:4] or longest[:4]
     drawn, used, modes = [], [], dict.fromkeys(s.mode for s in series)
+    each = grouped(placed, lambda at: (at[1].variant_text, at[1].mode))
     for variant, mode in itertools.product(kept, modes):
-        found = [(x, s) for x, s in placed if (s.variant_text, s.mode) == (variant, mode)]
-        if found := sorted(found, key=lambda at: at[0]):
-            xs, means = zip(*((x, s.mean("final_test_acc")) for x, s in found), strict=True)
-            drawn.append(points(found[0][1].label, mode, xs, means, kept.index(variant)))
-            used += [s for _, s in found]
+        if found := sorted(each.get((variant, mode), ()), key=lambda at: at[0]):
+            xs, of = zip(*found, strict=True)
+            means = [s.mean("final_test_acc") for s in of]
+            drawn.append(points(of[0].label, mode, xs, means, kept.index(variant)))
+            used += of
     reported = REPORTED[REPORTED["depth"].notna() & REPORTED["mode"].isin(modes)]
     for (source, mode), of in reported.groupby(["source", "mode"], sort=False) if drawn and others else ():
         look = "paper" if source == "paper" else "port"
@@ -109,7 +112,11 @@ def against(
 
 
 def panelled(
-    series: list[Series], lines_of: LinesOf, labels: Labels, ticks: Ticks = None, more: TitleOf | None = None
+    series: list[Series],
+    lines_of: Callable[[Series], list[Line]],
+    labels: Labels,
+    ticks: Ticks = None,
+    more: Callable[[list[Series]], str] = lambda shown: "",
 ) -> Drawn:
     """The lines of each series, in a panel per architecture and variant, split evenly where there are too
     many modes; `more` ends the panels' titles.
@@ -120,60 +127,55 @@ def panelled(
         title = arch_of(arch).label + ("\n" + wrap(variant, 34) if variant else "")
         for split in np.array_split(np.arange(len(members)), -(-len(members) // MAX_MODES)):
             shown = [members[i] for i in split]
-            each = [line for s in shown for line in lines_of(s)]
-            panels.append((title + (more(shown) if more else ""), each))
+            panels.append((title + more(shown), [line for s in shown for line in lines_of(s)]))
     return lines(panels, ordered, labels, ticks)
 
 
-def curves(series: list[Series], what: str, ylabel: str) -> Drawn:
+def curves(what: str, s: Series) -> list[Line]:
     """`what` (loss or acc) in training and test per epoch, mean ± deviation."""
-
-    def line(s: Series, look: str) -> Line:
+    drawn = []
+    for look in ("train", "test"):
         values = s.curves(f"{look}_{what}").dropna()  # of epochs at which every seed has a value
         std = values.std(axis=1, ddof=1).to_numpy() if values.shape[1] > 1 else None
         label, epochs = s.mode if look == "test" else "", values.index.to_numpy()
-        return Line(label, s.mode, epochs, values.mean(axis=1).to_numpy(), std, look)
-
-    having = [s for s in series if len(s.epochs)]
-    return panelled(having, lambda s: [line(s, "train"), line(s, "test")], ("epoch", ylabel))
+        drawn.append(Line(label, s.mode, epochs, values.mean(axis=1).to_numpy(), std, look))
+    return drawn
 
 
-def histograms(series: list[Series], part: str, share: str, told: str, *labels: str) -> Drawn:
-    """`part` (gamma or relu) of the analyses; `share` per mode is in the titles."""
-    scale = 100 if part == "relu" else 1
+def histograms(series: list[Series], part: str, *labels: str) -> Drawn:
+    """`part` (gamma or relu) of the analyses; how much of it is next to nothing is in the titles."""
+    scale, share, told = {
+        "gamma": (1, "share_near_zero", "|γ| < 0.01"),
+        "relu": (100, "silent", "always silent"),
+    }[part]
 
     def steps(s: Series) -> list[Line]:
         found = [getattr(analysis, part) for analysis in s.analyses]
         counts = np.mean([np.array(one.counts) / one.count for one in found], axis=0)
-        edges = [scale * edge for edge in found[0].edges]
-        return [Line(s.mode, s.mode, edges, 100 * counts, look="steps")]
+        return [Line(s.mode, s.mode, scale * np.array(found[0].edges), 100 * counts, look="steps")]
 
     def shares(members: list[Series]) -> str:
-        means = {
-            s.mode: statistics.fmean(getattr(getattr(a, part), share) for a in s.analyses) for s in members
-        }
-        each = [f"{mode}\N{NO-BREAK SPACE}{100 * m:.1f}\N{NO-BREAK SPACE}%" for mode, m in means.items()]
+        each = []
+        for s in members:
+            mean = statistics.fmean(getattr(getattr(analysis, part), share) for analysis in s.analyses)
+            each.append(f"{s.mode}\N{NO-BREAK SPACE}{100 * mean:.1f}\N{NO-BREAK SPACE}%")
         return "\n" + wrap(f"{told}: {', '.join(each)}", 36, max_lines=4)
 
-    having = [s for s in series if s.analyses]
-    if part == "gamma":  # in other modes it is as it was drawn
-        having = [s for s in having if s.mode == "all" or s.mode.startswith("bn")]
-    return panelled(having, steps, labels, more=shares)
+    return panelled(series, steps, labels, more=shares)
 
 
 def pruned(series: list[Series]) -> Drawn:
     """Test accuracy after gammas under a threshold are set to zero."""
-    having = [s for s in series if s.analyses]
 
     def line(s: Series) -> list[Line]:
         accs = zip(*([row.test_acc for row in analysis.pruned] for analysis in s.analyses), strict=True)
         means = [mean_of(each) for each in accs]
         return [points(s.mode, s.mode, range(len(means)), means)]
 
-    thresholds = [row.threshold for row in having[0].analyses[0].pruned] if having else []
-    every = -(-len(thresholds) // (6 if len({(s.arch, s.variant) for s in having}) > 1 else 12))
+    thresholds = [row.threshold for row in series[0].analyses[0].pruned] if series else []
+    every = -(-len(thresholds) // (6 if len({(s.arch, s.variant) for s in series}) > 1 else 12))
     ticks = {i: f"{t:g}" if i % every == 0 else "" for i, t in enumerate(thresholds)}
-    return panelled(having, line, ("threshold for |γ| (steps not to scale)", ACCURACY), ticks)
+    return panelled(series, line, ("threshold for |γ| (steps not to scale)", ACCURACY), ticks)
 
 
 def checkpoints(series: list[Series]) -> Drawn:
@@ -192,34 +194,26 @@ def costs(series: list[Series]) -> Drawn:
     """Training time and peak memory; a bar per architecture, mode, machine and number format."""
     longest = max((s.mean("train_s").mean for s in series), default=0)
     unit, seconds = ("s", 1) if longest < 300 else ("min", 60) if longest < 10800 else ("h", 3600)
-    scales = (
+    columns = []
+    for label, name, size in (
         (f"training time ({unit})", "train_s", seconds),
         ("peak memory (MiB)", "peak_memory_bytes", 2**20),
-    )
-    columns = []
-    for label, name, by in scales:
-        means = [s.mean(name) for s in series]
-        means = [m and Mean(m.mean / by, m.std and m.std / by, m.n) for m in means]
+    ):
+        means = [s.mean(name, size) for s in series]
         texts = ["" if m is None else f"{m.mean:,.4g}" if m.mean < 1000 else f"{m.mean:,.0f}" for m in means]
         columns.append(Column(label, means, texts))
     on = [f"{', '.join(s.machine[:2])}, torch {s.machine[2]}" for s in series]
     several = len(set(on)) > 1
-    names = [f"{name}; {of}" if several else name for name, of in zip(_names(series), on, strict=True)]
+    names = [f"{name_of(s)}; {of}" if several else name_of(s) for s, of in zip(series, on, strict=True)]
     return bars(series, names, columns, "" if several else "".join(on[:1]))
 
 
-def _names(series: list[Series]) -> list[str]:
-    return [", ".join(filter(None, (arch_of(s.arch).label, s.label))) for s in series]
-
-
-def accuracy_bars(used: list[Series], names: list[str], validation: bool = False) -> Drawn:
-    """A named bar per series, of test accuracy, and beside it of the best on validation images."""
-    columns = [("best on validation (%)", "best_val_acc")] if validation else []
+def accuracy_bars(used: list[Series], names: list[str], **columns: str) -> Drawn:
+    """A named bar per series, of test accuracy, behind the labelled `columns` of its results."""
     drawn = []
-    for label, name in (*columns, (ACCURACY, "final_test_acc")):
+    for name, label in (columns | {"final_test_acc": ACCURACY}).items():
         means = [s.mean(name) for s in used]
-        texts = [f"{m.mean:.2f}" + ("" if m.std is None else f" ± {m.std:.2f}") for m in means]
-        drawn.append(Column(label, means, texts))
+        drawn.append(Column(label, means, [mean.text() for mean in means]))
     return bars(used, names, drawn)
 
 
@@ -227,12 +221,11 @@ def parts(series: list[Series]) -> Drawn:
     """Test accuracy by what trains, of the architectures that were trained in parts."""
     grids = {(s.arch, s.variant) for s in series if s.mode not in MODES_COMPARED}
     used = [s for s in series if (s.arch, s.variant) in grids]
-    return accuracy_bars(used, _names(used)) if used[1:] else None
+    return accuracy_bars(used, list(map(name_of, used))) if used[1:] else None
 
 
 def initialisations(series: list[Series]) -> Drawn:
     """Test accuracy by how convolutions and BatchNorm are drawn, where more than one way was tried."""
     groups = grouped(series, lambda s: (s.arch, s.mode, s.variant_but(*INITIALISATIONS)))
     used = [s for group in groups.values() if group[1:] for s in group]
-    each = zip(used, _names(used), strict=True)
-    return accuracy_bars(used, [name if s.variant else f"{name}, as published" for s, name in each])
+    return accuracy_bars(used, [name_of(s) + ("" if s.variant else ", as published") for s in used])

@@ -24,6 +24,9 @@ class Mean(NamedTuple):
     std: float | None
     n: int
 
+    def text(self, digits: int = 2) -> str:
+        return f"{self.mean:,.{digits}f}" + ("" if self.std is None else f" ± {self.std:,.{digits}f}")
+
 
 class Setting(NamedTuple):
     """Runs that may be compared, in the order in which they are shown."""
@@ -119,6 +122,14 @@ def setting_names(setting: tuple) -> tuple[str, str]:
 
 def by_setting(found: list[Run]) -> list[Setting]:
     """The runs of each setting, the longest training first; no two have a label or a folder in common."""
+
+    def rank(run: Run) -> tuple:  # depths and widths as numbers, the modes most compared first
+        first, of, variant = ("all", "bn_only", "bn_main", "random"), run.config.options, run.config.variant
+        arch = re.split("([0-9]{1,9})", of.arch)
+        arch[1::2] = map(int, arch[1::2])
+        at = first.index(of.mode) if of.mode in first else len(first)
+        return arch, at, of.mode, len(variant), str(variant), of.seed, run.name
+
     settings, made, places = grouped(found, lambda run: run.config.setting), [], Counter()
     labels = Counter(setting_names(setting)[0] for setting in settings)
     for of in sorted(settings, key=lambda of: (of[2], -of[1], -len(settings[of]), setting_names(of), of[-1])):
@@ -126,17 +137,8 @@ def by_setting(found: list[Run]) -> list[Setting]:
         places[folder] += 1
         folder += f"-{places[folder]}" if places[folder] > 1 else ""
         label += f", data {of[-1]}" if labels[label] > 1 else ""
-        made.append(Setting(label, folder, sorted(settings[of], key=_rank)))
+        made.append(Setting(label, folder, sorted(settings[of], key=rank)))
     return made
-
-
-def _rank(run: Run) -> tuple:
-    """Where a run stands among others: depths and widths as numbers, the modes most compared first."""
-    first, of, variant = ("all", "bn_only", "bn_main", "random"), run.config.options, run.config.variant
-    rank = first.index(of.mode) if of.mode in first else len(first)
-    arch = re.split("([0-9]{1,9})", of.arch)
-    arch[1::2] = map(int, arch[1::2])
-    return arch, rank, of.mode, len(variant), str(variant), of.seed, run.name
 
 
 def series_of(members: list[Run], by_machine: bool = False) -> list[Series]:

@@ -47,9 +47,7 @@ class Table(NamedTuple):
 
     def _text(self, cell: object) -> str:
         if isinstance(cell, Mean):
-            text = f"{cell.mean:,.{self.digits}f}"
-            text += "" if cell.std is None else f" ± {cell.std:,.{self.digits}f}"
-            return f"{text} (n = {cell.n})" if self.says_n else text
+            return cell.text(self.digits) + (f" (n = {cell.n})" if self.says_n else "")
         if isinstance(cell, (int, float)):
             return f"{cell:,}" if isinstance(cell, int) else f"{cell:,.{self.digits}f}"
         return cell or ""
