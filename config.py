@@ -3,6 +3,8 @@
 import argparse
 import dataclasses
 import functools
+import tomllib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,17 +18,7 @@ from kernels import device
 
 OPTIMIZERS = ("sgd", "adam")  # of torch.optim, in lower case
 
-# --preset: other defaults, all at once. `best` reached the most on validation images in the short runs of
-# results/. 000-1 to 000-3 are the experiments of a Keras study of ResNet-50, except that validation images
-# choose here what test images chose there.
-_ADAM = {"optimizer": "adam", "lr": 0.01, "weight_decay": 0.0, "schedule": "plateau", "min_lr": 1e-5}
-_KERAS_STUDY = _ADAM | {"arch": "resnet50", "bn_init": "he_normal", "early_stop": 20, "epochs": 500}
-PRESETS = {
-    "best": {"lr": 1.0},
-    "000-1": _KERAS_STUDY | {"augment": "none", "batch_size": 1024},
-    "000-2": _KERAS_STUDY | {"augment": "flip+brightness+rotation", "batch_size": 1024},
-    "000-3": _KERAS_STUDY | {"augment": "photo", "data": "imagenette", "image_size": 128, "batch_size": 128},
-}
+PRESETS = tomllib.loads(Path(__file__).with_name("presets.toml").read_text())
 QUICK = {"train_subset": 3000, "epochs": 8, "milestones": (4, 6), "batch_size": 64, "eval_every": 2}
 
 

@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+import tomllib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
@@ -36,27 +37,8 @@ from datasets import sources
 
 HERE = Path(__file__).parent
 LOOK_AGAIN_S = 1.0  # between two looks at what the cells' processes have done
-INITIALISATIONS = """, --bn-init ones, --bn-init one_one, --bn-init signed_uniform, --bn-init he_normal,
---conv-init kaiming_uniform, --conv-init orthogonal, --conv-init binary"""
-CHANGES = """, --lr 0.03, --lr 0.3, --lr 1, --weight-decay 0, --weight-decay 0.001, --batch-size 32,
---batch-size 64, --batch-size 256, --label-smoothing 0.1, --schedule cosine, --bn-init ones,
---bn-init signed_uniform, --bn-init he_normal, --conv-init orthogonal,
---optimizer adam --lr 0.01 --weight-decay 0, --optimizer adam --lr 0.001 --weight-decay 0,
---optimizer adam --lr 0.03 --weight-decay 0, --lr 3, --lr 1 --schedule cosine, --lr 1 --weight-decay 0,
---lr 1 --batch-size 64, --lr 0.3 --batch-size 32, --lr 1 --bn-init he_normal
-"""  # none, one at a time, and then pairs of those that brought most
-TUNING = [f"--val-split 5000 {change}" for change in CHANGES.split(",")]
-DEFAULT = {"ARCHS": "resnet32 resnet56 resnet110", "MODES": "all bn_only random", "SEEDS": "0 1 2"}
-GRIDS = {  # what differs from the default; VARIANTS are further options of train.py
-    "depth": {"ARCHS": "resnet14 resnet32 resnet56 resnet110 resnet218 resnet434 resnet866"},
-    "width": {"ARCHS": "resnet14 resnet14_w2 resnet14_w4 resnet14_w8 resnet14_w16 resnet14_w32"},
-    "vgg": {"ARCHS": "vgg11 vgg13 vgg16 vgg19"},
-    "parts": {"MODES": "output shortcut bn+output bn+shortcut bn+output+shortcut none"},
-    "init": {"MODES": "bn_only", "VARIANTS": INITIALISATIONS.split(",")},
-    "tuning": {"ARCHS": "resnet14", "MODES": "bn_only", "SEEDS": "0", "VARIANTS": TUNING},
-    "warmstart": {"ARCHS": "resnet32", "MODES": "all"},
-    "retrain": {"ARCHS": "resnet32", "MODES": "all"},
-}
+GRIDS = tomllib.loads((HERE / "grids.toml").read_text())
+DEFAULT = GRIDS.pop("default")  # which the others change
 
 
 class Cell(NamedTuple):
@@ -81,7 +63,7 @@ def make_grid(environment: Mapping[str, str], argv: Sequence[str]) -> list[Cell]
     if name and name not in GRIDS:
         raise OptionError(f"GRID={name}: choose from {', '.join(GRIDS)}")
     grid = DEFAULT | GRIDS.get(name, {})
-    chosen = {key: environment.get(key, grid[key]).split() for key in DEFAULT}
+    chosen = {key: environment.get(key, grid[key]).split() for key in ("ARCHS", "MODES", "SEEDS")}
     for key, values in chosen.items():
         if not values:
             raise OptionError(f'{key}="": name at least one, or leave it out for "{grid[key]}"')
@@ -96,8 +78,8 @@ def make_grid(environment: Mapping[str, str], argv: Sequence[str]) -> list[Cell]
         argv = [*argv, "--data", options.data if found else "synthetic"]
     further = {"warmstart": warm_starts, "retrain": retraining}.get(name, lambda *_: ())
     cells: dict[Path, Cell] = {}
-    for variant, arch, mode in product(grid.get("VARIANTS", [""]), chosen["ARCHS"], chosen["MODES"]):
-        usual = ("--arch", arch, "--mode", mode, *variant.split(), *argv)
+    for variant, arch, mode in product(grid["VARIANTS"], chosen["ARCHS"], chosen["MODES"]):
+        usual = ("--arch", arch, "--mode", mode, *grid["OPTIONS"].split(), *variant.split(), *argv)
         for arguments in (usual, *further(usual, options)):
             for each in config.parse_options([*arguments, "--seed", *chosen["SEEDS"]], __doc__)[0]:
                 cells.setdefault(folder(each), Cell(arguments, each, folder(each)))
