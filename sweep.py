@@ -77,10 +77,9 @@ class Cell:
             return
         try:
             summary, found = runs.Run(self.path).summary, runs.Run(self.path).config
+            self.status, self.why = (summary.status, summary.why) if summary else ("to do", None)
         except runs.RunError as error:
             self.status, self.why = "failed", str(error)
-            return
-        self.status, self.why = (summary.status, summary.why) if summary else ("to do", None)
         if self.status == "done":
             differing = found and config.differing(found.options, self.options, "variant", "setting")
             if not found or differing.keys() - {"data", "init_from"}:  # these two have several spellings
@@ -244,17 +243,15 @@ class Sweep:
         """Show what runs: a bar for each process of this sweep, and for each cell of another."""
         for bar in self.bars.task_ids:
             self.bars.remove_task(bar)
-        total, unsettled = len(self.cells), len(self.unsettled())
-        self.bars.add_task("cells", total=total, completed=total - unsettled, text=self.count())
+        settled = len(self.cells) - len(self.unsettled())
+        self.bars.add_task("cells", total=len(self.cells), completed=settled, text=self.count())
         rows = [(job.log.stem, job.cells) for job in self.jobs]
         rows += [(f"{cell.path.name}, by another sweep", [cell]) for cell in self.not_ours(trained=True)]
         for title, cells in rows:
             cell = max(cells, key=lambda cell: cell.seconds or 0)  # the last to end
-            test_acc, rate = (
-                (cell.epochs[-1].test_acc, cell.epochs[-1].images_per_s) if cell.epochs else (None, None)
-            )
-            told = [f"test {test_acc:.2f} %"] if test_acc is not None else []
-            told += [f"{rate * len(cells):,.0f} images/s"] if rate else []
+            last = cell.epochs[-1] if cell.epochs else None
+            told = [f"test {last.test_acc:.2f} %"] if last and last.test_acc is not None else []
+            told += [f"{last.images_per_s * len(cells):,.0f} images/s"] if last and last.images_per_s else []
             text = "  ".join([*told, cell.left])
             self.bars.add_task(title, total=cell.options.epochs, completed=len(cell.epochs), text=text)
         self.bars.refresh()
