@@ -37,7 +37,6 @@ from config import OptionError, Options
 from datasets import sources
 
 HERE = Path(__file__).parent
-LOOK_AGAIN_S = 1.0  # between two looks at what the cells' processes have done
 GRIDS = tomllib.loads((HERE / "grids.toml").read_text())
 DEFAULT = GRIDS.pop("default")  # which the others change
 
@@ -237,7 +236,7 @@ class Sweep:
                     self.say(f"waiting for {len(elsewhere)} cells that other processes train")
                     told = True
                 self.show()
-                time.sleep(LOOK_AGAIN_S)
+                time.sleep(1)
 
     def show(self) -> None:
         """Show what runs: a bar for each process of this sweep, and for each cell of another."""
