@@ -17,7 +17,7 @@ from progress import OptionError, Parser
 
 OPTIMIZERS = ("sgd", "adam")  # of torch.optim, in lower case
 
-PRESETS = tomllib.loads(Path(__file__).with_name("presets.toml").read_text())
+PRESETS = tomllib.loads(Path(__file__).with_name("presets.toml").read_text("utf-8"))
 QUICK = {"train_subset": 3000, "epochs": 8, "milestones": (4, 6), "batch_size": 64, "eval_every": 2}
 
 

@@ -37,7 +37,7 @@ from config import OptionError, Options
 from datasets import sources
 
 HERE = Path(__file__).parent
-GRIDS = tomllib.loads((HERE / "grids.toml").read_text())
+GRIDS = tomllib.loads((HERE / "grids.toml").read_text("utf-8"))
 DEFAULT = GRIDS.pop("default")  # which the others change
 
 
@@ -169,8 +169,7 @@ def prepare(options: Options) -> bool:
 
 def places(device: str, jobs: int) -> list[dict[str, str]]:
     """For each process at once, the environment that says where: a GPU `jobs` times, or the CPUs."""
-    count = torch.cuda.device_count() if device != "cpu" else 0
-    if count:
+    if device != "cpu" and (count := torch.cuda.device_count()):
         gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))).split(",")
         gpus = gpus if gpus[0].startswith("MIG-") else gpus[:count]  # CUDA counts one MIG instance at most
         return [{"CUDA_VISIBLE_DEVICES": gpu} for _ in range(jobs) for gpu in gpus]
@@ -256,17 +255,13 @@ class Sweep:
         self.bars.refresh()
 
     def look(self) -> None:
-        """Look again at what is neither done nor given up, and give up what goes on from what is.
-
-        The time that a cell still takes is told by the epochs of cells with the same arguments, else with the
-        same architecture.
-        """
+        """Look again at what is neither done nor given up, and give up what goes on from what is."""
         logs = {cell.path: cell.log for cell in self.cells if cell.log}
         for cell in self.unsettled():
             cell.look()
             if log := logs.get(cell.parent):
                 cell.status, cell.why, cell.log = "failed", f"its parent run failed: {cell.parent}", log
-        epoch_s = defaultdict(list)
+        epoch_s = defaultdict(list)  # of cells with the same arguments, and with the same architecture
         for cell in self.cells:
             for key in (cell.arguments, cell.options.arch):
                 epoch_s[key] += [epoch.epoch_s for epoch in cell.epochs]
@@ -340,9 +335,6 @@ class Sweep:
         left = duration(max(sum(needed) / (len(self.free) + len(self.jobs)), *needed))
         unknown = len(self.unsettled()) - len(known)
         return f"; about {left} left" + (f" and {unknown} cells of unknown length" if unknown else "")
-
-
-# ---- what a person sees ----
 
 
 def duration(seconds: float) -> str:
