@@ -220,8 +220,7 @@ class Sweep:
     def train_all(self) -> None:
         """Until every cell is done or has failed. A cell that another sweep trains is waited for."""
         told = False
-        with self.bars.live, contextlib.ExitStack() as at_end:
-            at_end.callback(self.stop)
+        with self.bars.live, contextlib.closing(self):
             self.say(f"{self.count()}; logs in {self.cells[0].path.parent / 'logs'}")
             while self.jobs or self.unsettled():
                 ended = [job for job in self.jobs if job.process.poll() is not None]
@@ -308,7 +307,7 @@ class Sweep:
                     cell.status, cell.why = "failed", job.why_ended()
                 self.say(f"{cell.status} {cell.path.name}: {cell.why}")
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """Ask every process to stop, and wait until it has; it keeps its last epoch."""
         if self.jobs:
             progress.note("sweep.py", f"stopping {len(self.jobs)} processes; the next sweep resumes them")
