@@ -57,7 +57,7 @@ import runs
 from datasets import augment
 from kernels import roofline
 from kernels.device import DTYPES, synchronize
-from progress import UsageError
+from progress import OptionError
 from step import Step
 
 STEPS = ("stock", "stock_workers", "amp", "compiled", "plain", "lean", "recompute")
@@ -351,7 +351,7 @@ def startup(options: Namespace, dataset: data.Dataset) -> Measured:
 
 # ---- options and table ----
 def parse_options(argv: list[str] | None) -> Namespace:
-    """The options, with each part's defaults. Raises UsageError for the first that cannot be used."""
+    """The options, with each part's defaults. Raises OptionError for the first that cannot be used."""
     parser = progress.Parser("bench.py", __doc__)
     parser.add_argument("part", choices=tuple(IMPLS), help="what to measure")
     add = parser.add_argument_group("what is compared").add_argument
@@ -387,15 +387,15 @@ def parse_options(argv: list[str] | None) -> Namespace:
     vars(options).update({name: value for name, value in defaults.items() if getattr(options, name) is None})
     for name in ("batch_size", "repeats", "steps", "warm_up"):
         if (value := getattr(options, name)) is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
+            raise OptionError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
     options.mode = list(dict.fromkeys(map(freeze.canonical_mode, options.mode)))
     options.impl, options.arch = (list(dict.fromkeys(given)) for given in (options.impl, options.arch))
     if unknown := [impl for impl in options.impl if impl not in IMPLS[part]]:
-        raise UsageError(f"--impl {unknown[0]}: {part} has {', '.join(IMPLS[part])}")
+        raise OptionError(f"--impl {unknown[0]}: {part} has {', '.join(IMPLS[part])}")
     if "none" in options.mode:
-        raise UsageError("--mode none: nothing trains, so there is no backward pass to measure")
+        raise OptionError("--mode none: nothing trains, so there is no backward pass to measure")
     if options.json and (Path(options.json).is_dir() or not Path(options.json).absolute().parent.is_dir()):
-        raise UsageError(f"--json {options.json}: name a file in a folder that exists")
+        raise OptionError(f"--json {options.json}: name a file in a folder that exists")
     for arch, mode in itertools.product(options.arch, options.mode):
         freeze.freeze(freeze.empty(arch), mode)  # before minutes of measuring: do both exist?
     return options
@@ -437,7 +437,7 @@ def main(argv: list[str] | None = None) -> None:
     dataset = data.open_dataset(options.data, options.data_dir, say=note)
     images = len(dataset.train.labels)
     if options.batch_size > images:
-        raise UsageError(f"--batch-size {options.batch_size}: there are {images:,} training images")
+        raise OptionError(f"--batch-size {options.batch_size}: there are {images:,} training images")
     for arch in options.arch:
         models.check_batches(arch, "projection", options.batch_size, dataset.image_size)
     options.steps = options.steps or images // options.batch_size

@@ -3,37 +3,22 @@
 import argparse
 import dataclasses
 import functools
+import tomllib
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import freeze
-import kernels
+import kernels.device
 import models
-import progress
 from datasets import augment
-from kernels import device
+from progress import OptionError, Parser
 
 OPTIMIZERS = ("sgd", "adam")  # of torch.optim, in lower case
 
-# --preset: other defaults, all at once. `best` reached the most on validation images in the short runs of
-# results/. 000-1 to 000-3 are the experiments of a Keras study of ResNet-50, except that validation images
-# choose here what test images chose there.
-_ADAM = {"optimizer": "adam", "lr": 0.01, "weight_decay": 0.0, "schedule": "plateau", "min_lr": 1e-5}
-_KERAS_STUDY = _ADAM | {"arch": "resnet50", "bn_init": "he_normal", "early_stop": 20, "epochs": 500}
-PRESETS = {
-    "best": {"lr": 1.0},
-    "000-1": _KERAS_STUDY | {"augment": "none", "batch_size": 1024},
-    "000-2": _KERAS_STUDY | {"augment": "flip+brightness+rotation", "batch_size": 1024},
-    "000-3": _KERAS_STUDY | {"augment": "photo", "data": "imagenette", "image_size": 128, "batch_size": 128},
-}
+PRESETS = tomllib.loads(Path(__file__).with_name("presets.toml").read_text("utf-8"))
 QUICK = {"train_subset": 3000, "epochs": 8, "milestones": (4, 6), "batch_size": 64, "eval_every": 2}
-
-
-class OptionError(ValueError):
-    """An option's value that cannot be used; the message says what can."""
-
-    exit_status = 2
 
 
 def option(default: Any, help: str, role: str = "variant", limits: tuple | None = None, **told: Any) -> Any:
@@ -50,7 +35,6 @@ def option(default: Any, help: str, role: str = "variant", limits: tuple | None 
 setting, logistics = (functools.partial(option, role=role) for role in ("setting", "logistics"))
 COUNT, SIZE, EPOCHS, RATE = (0, 2**31), (1, 2**31), (1, 1_000_000), (0.0, 1e30)
 IMAGE_PARTS, MODE_PARTS = ", ".join(augment.PARTS), ", ".join(freeze.PARTS)
-DTYPES = tuple(device.DTYPES)
 # fmt: off
 
 
@@ -104,7 +88,7 @@ class Options:
     device: str = logistics("auto", "where to train", choices=("auto", "cuda", "cpu"))
     dtype: str | None = setting(
         None, "number format of activations; default: bf16 where the hardware computes in it, else fp16 on a "
-        "GPU and fp32 on a CPU", choices=DTYPES)
+        "GPU and fp32 on a CPU", choices=tuple(kernels.device.DTYPES))
     loader: str | None = logistics(
         None, "batches of images resident on the device, or streamed by FFCV; default: resident if they fit",
         choices=("resident", "ffcv"))
@@ -131,6 +115,9 @@ class Options:
     overwrite: bool = logistics(False, "discard what the run's folder holds, and begin again")
 
     __pydantic_config__ = {"extra": "forbid", "strict": True}  # noqa: RUF012, for whoever reads config.json
+
+    def __post_init__(self):
+        object.__setattr__(self, "milestones", tuple(self.milestones))  # command lines and TOML have lists
 
 
 # fmt: on
@@ -166,9 +153,9 @@ def defaults(preset: str | None = None, quick: bool = False) -> Options:
     return Options(**differing, preset=preset, quick=quick)
 
 
-def make_parser(description: str) -> progress.Parser:
+def make_parser(description: str) -> Parser:
     """The command line of train.py: every option once, in sections; those not given are left out."""
-    parser = group = progress.Parser("train.py", description)
+    parser = group = Parser("train.py", description)
     for name, field in FIELDS.items():
         group = parser.add_argument_group(SECTIONS[name]) if name in SECTIONS else group
         told = dict(field.metadata["argparse"])
@@ -189,13 +176,12 @@ def parse_options(argv: list[str] | None, description: str) -> tuple[list[Option
     given = vars(make_parser(description).parse_args(argv))
     options = dataclasses.replace(defaults(given.get("preset"), "quick" in given), **given)
     spelt = {"mode": freeze.canonical_mode(options.mode), "augment": augment.canonical(options.augment)}
-    options = dataclasses.replace(options, milestones=tuple(options.milestones), **spelt)
     seeds = given.get("seed", [options.seed])
     if len(set(seeds)) < len(seeds):
         raise OptionError(f"--seed {' '.join(map(str, seeds))}: give each seed once")
     if options.log and len(seeds) > 1:
         raise OptionError(f"--log {options.log}: a tracker follows one run; give one seed")
-    each = [dataclasses.replace(options, seed=seed) for seed in seeds]
+    each = [dataclasses.replace(options, seed=seed, **spelt) for seed in seeds]
     for options in each:
         check(options)
     return each, set(given)
@@ -222,7 +208,7 @@ def check(options: Options) -> None:
     need(options.min_lr <= options.lr, "min_lr", f"from 0 to --lr, {options.lr:g}")
     increasing = sorted({milestone for milestone in options.milestones if milestone > 0})
     need(increasing == list(options.milestones), "milestones", "increasing numbers of epochs")
-    device.choose(options.device)
+    kernels.device.choose(options.device)
     check_arch(options.arch, options.shortcut)  # before any download
     chooses = [f"--early-stop {options.early_stop}"] if options.early_stop else []
     chooses += ["--schedule plateau"] if options.schedule == "plateau" else []

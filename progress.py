@@ -12,14 +12,14 @@ from typing import NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 # ---- notes, command lines and exit statuses, the same for every script ----
 
 
-class UsageError(ValueError):
-    """A command line that cannot be read."""
+class OptionError(ValueError):
+    """A command line that cannot be used; the message says what can."""
 
     exit_status = 2
 
@@ -32,7 +32,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog, description=description, formatter_class=as_it_is, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; python {self.prog} --help lists the options")
+        raise OptionError(f"{message}; python {self.prog} --help lists the options")
 
 
 def speaks() -> bool:
@@ -101,15 +101,9 @@ class Bars(Progress):
 
     def __init__(self, runs: int = 1):
         self.runs, console = runs, Terminal(quiet=not speaks())
-        super().__init__(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}", markup=False),
-            console=console,
-            disable=not (speaks() and console.is_terminal),
-        )
+        columns = [TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()]
+        columns += [TimeRemainingColumn(), TextColumn("{task.fields[text]}", markup=False)]
+        super().__init__(*columns, console=console, disable=not (speaks() and console.is_terminal))
 
 
 class Display:
@@ -169,11 +163,11 @@ class Display:
 
 
 def import_tracker(name: str):
-    """The module that --log names. UsageError where it is not installed."""
+    """The module that --log names. OptionError where it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise UsageError(f"--log {name}: it is not installed; pip install {name}, or leave it out") from None
+        raise OptionError(f"--log {name}: it is not installed; pip install {name}, or leave it out") from None
 
 
 def show_results(run) -> None:
@@ -188,9 +182,8 @@ def show_results(run) -> None:
         accuracy += f"; where validation was best: {chosen}"
     if result.final_test_top5_acc is not None:
         accuracy += f"; top 5 {result.final_test_top5_acc:.2f} %"
-    table = Table(title=f"{result.arch}, {result.mode}, seed {result.seed}", show_header=False)
-    table.add_column()
-    table.add_column(overflow="fold")
+    title = f"{result.arch}, {result.mode}, seed {result.seed}"
+    table = Table(Column(), Column(overflow="fold"), title=title, show_header=False)
     for name, value in {
         "data": f"{data}, --quick" if options.quick else data,
         "test accuracy": accuracy,

@@ -18,15 +18,17 @@ import statistics
 import subprocess
 import sys
 import time
+import tomllib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
+from tabulate import tabulate
 
 import config
 import progress
@@ -35,42 +37,54 @@ from config import OptionError, Options
 from datasets import sources
 
 HERE = Path(__file__).parent
-LOOK_AGAIN_S = 1.0  # between two looks at what the cells' processes have done
-INITIALISATIONS = """, --bn-init ones, --bn-init one_one, --bn-init signed_uniform, --bn-init he_normal,
---conv-init kaiming_uniform, --conv-init orthogonal, --conv-init binary"""
-CHANGES = """, --lr 0.03, --lr 0.3, --lr 1, --weight-decay 0, --weight-decay 0.001, --batch-size 32,
---batch-size 64, --batch-size 256, --label-smoothing 0.1, --schedule cosine, --bn-init ones,
---bn-init signed_uniform, --bn-init he_normal, --conv-init orthogonal,
---optimizer adam --lr 0.01 --weight-decay 0, --optimizer adam --lr 0.001 --weight-decay 0,
---optimizer adam --lr 0.03 --weight-decay 0, --lr 3, --lr 1 --schedule cosine, --lr 1 --weight-decay 0,
---lr 1 --batch-size 64, --lr 0.3 --batch-size 32, --lr 1 --bn-init he_normal
-"""  # none, one at a time, and then pairs of those that brought most
-TUNING = [f"--val-split 5000 {change}" for change in CHANGES.split(",")]
-DEFAULT = {"ARCHS": "resnet32 resnet56 resnet110", "MODES": "all bn_only random", "SEEDS": "0 1 2"}
-GRIDS = {  # what differs from the default; VARIANTS are further options of train.py
-    "depth": {"ARCHS": "resnet14 resnet32 resnet56 resnet110 resnet218 resnet434 resnet866"},
-    "width": {"ARCHS": "resnet14 resnet14_w2 resnet14_w4 resnet14_w8 resnet14_w16 resnet14_w32"},
-    "vgg": {"ARCHS": "vgg11 vgg13 vgg16 vgg19"},
-    "parts": {"MODES": "output shortcut bn+output bn+shortcut bn+output+shortcut none"},
-    "init": {"MODES": "bn_only", "VARIANTS": INITIALISATIONS.split(",")},
-    "tuning": {"ARCHS": "resnet14", "MODES": "bn_only", "SEEDS": "0", "VARIANTS": TUNING},
-    "warmstart": {"ARCHS": "resnet32", "MODES": "all"},
-    "retrain": {"ARCHS": "resnet32", "MODES": "all"},
-}
+GRIDS = tomllib.loads((HERE / "grids.toml").read_text("utf-8"))
+DEFAULT = GRIDS.pop("default")  # which the others change
 
 
-class Cell(NamedTuple):
-    """One run of train.py: its arguments but for the seed, its options, its folder."""
+@dataclass(eq=False)
+class Cell:
+    """One run of train.py: its arguments but for the seed, its options, its folder, and how far it is."""
 
     arguments: tuple[str, ...]
     options: Options
     path: Path
+    status: str = "to do"  # or "running", or its summary's
+    why: str | None = None  # it ended early
+    epochs: Sequence[runs.Epoch] = ()
+    reached: str = ""  # how many epochs, or the test accuracy once it is done
+    seconds: float | None = None  # that it still takes, where that is known
+    log: Path | None = None  # which tells why this sweep has given it up
 
     @property
     def parent(self) -> Path | None:
         """What it goes on from: the folder of another cell, or whatever the user's --init-from names."""
         init_from = self.options.init_from
         return Path(init_from.replace("{seed}", str(self.options.seed))) if init_from else None
+
+    @property
+    def left(self) -> str:
+        return "" if self.seconds is None else f"{duration(self.seconds)} left"
+
+    def look(self) -> None:
+        """See by its folder how far it is. A summary that cannot be read counts as failed."""
+        self.epochs, self.status, self.why, self.seconds = [], "running", None, None
+        with contextlib.suppress(runs.RunError):  # at the first damaged line: last.pt has the epochs too
+            for line in (runs.read_text(self.path / "metrics.jsonl") or "").splitlines():
+                self.epochs.append(runs.parse(runs.Epoch, line, self.path))
+        self.reached = f"{len(self.epochs)} of {self.options.epochs} epochs" if self.epochs else ""
+        if runs.in_use(self.path):
+            return
+        try:
+            summary, found = runs.Run(self.path).summary, runs.Run(self.path).config
+            self.status, self.why = (summary.status, summary.why) if summary else ("to do", None)
+        except runs.RunError as error:
+            self.status, self.why = "failed", str(error)
+        if self.status == "done":
+            differing = found and config.differing(found.options, self.options, "variant", "setting")
+            if not found or differing.keys() - {"data", "init_from"}:  # these two have several spellings
+                self.status, self.why = "failed", None  # another run, which train.py refuses
+            else:
+                self.reached = f"{summary.final_test_acc:.2f} %"
 
 
 def make_grid(environment: Mapping[str, str], argv: Sequence[str]) -> list[Cell]:
@@ -81,7 +95,7 @@ def make_grid(environment: Mapping[str, str], argv: Sequence[str]) -> list[Cell]
     if name and name not in GRIDS:
         raise OptionError(f"GRID={name}: choose from {', '.join(GRIDS)}")
     grid = DEFAULT | GRIDS.get(name, {})
-    chosen = {key: environment.get(key, grid[key]).split() for key in DEFAULT}
+    chosen = {key: environment.get(key, grid[key]).split() for key in ("ARCHS", "MODES", "SEEDS")}
     for key, values in chosen.items():
         if not values:
             raise OptionError(f'{key}="": name at least one, or leave it out for "{grid[key]}"')
@@ -96,8 +110,8 @@ def make_grid(environment: Mapping[str, str], argv: Sequence[str]) -> list[Cell]
         argv = [*argv, "--data", options.data if found else "synthetic"]
     further = {"warmstart": warm_starts, "retrain": retraining}.get(name, lambda *_: ())
     cells: dict[Path, Cell] = {}
-    for variant, arch, mode in product(grid.get("VARIANTS", [""]), chosen["ARCHS"], chosen["MODES"]):
-        usual = ("--arch", arch, "--mode", mode, *variant.split(), *argv)
+    for variant, arch, mode in product(grid["VARIANTS"], chosen["ARCHS"], chosen["MODES"]):
+        usual = ("--arch", arch, "--mode", mode, *grid["OPTIONS"].split(), *variant.split(), *argv)
         for arguments in (usual, *further(usual, options)):
             for each in config.parse_options([*arguments, "--seed", *chosen["SEEDS"]], __doc__)[0]:
                 cells.setdefault(folder(each), Cell(arguments, each, folder(each)))
@@ -110,16 +124,15 @@ def warm_starts(usual: tuple[str, ...], options: Options) -> Iterator[tuple[str,
     """
     milestones = options.milestones if options.schedule == "step" else ()
     # Validation images set both parts apart in the same way. With so much patience they change nothing.
-    patience = str(options.epochs)
-    schedule = ["plateau", "--patience", patience] if options.schedule == "plateau" else ["constant"]
-    schedule += ["--early-stop", patience] if options.early_stop else []
+    schedule = f"plateau --patience {options.epochs}" if options.schedule == "plateau" else "constant"
+    schedule += f" --early-stop {options.epochs}" if options.early_stop else ""
     for epochs in sorted({max(1, round(of_160 * options.epochs / 160)) for of_160 in (5, 10, 20, 40)}):
         if epochs >= min([options.epochs, *milestones]):
             break
-        parent = (*usual, "--mode", "bn_only", "--epochs", str(epochs), "--schedule", *schedule)
+        parent = (*usual, *f"--mode bn_only --epochs {epochs} --schedule {schedule}".split())
         yield parent
-        left = ["--epochs", str(options.epochs - epochs), "--warmup-epochs", "0"]
-        left += ["--milestones", *(str(milestone - epochs) for milestone in milestones)] if milestones else []
+        left = f"--epochs {options.epochs - epochs} --warmup-epochs 0"
+        left += f" --milestones {config.show([m - epochs for m in milestones])}" if milestones else ""
         yield going_on(usual, left, parent)
 
 
@@ -128,18 +141,18 @@ def retraining(usual: tuple[str, ...], options: Options) -> Iterator[tuple[str, 
     anew, and of everything, to compare; each at the initial learning rate and at a tenth of it.
     """
     epochs = max(2, options.epochs // 8)
-    schedule = ["--epochs", str(epochs), "--milestones", *map(str, sorted({epochs // 2, 3 * epochs // 4}))]
+    schedule = f"--epochs {epochs} --milestones {config.show(sorted({epochs // 2, 3 * epochs // 4}))}"
     for lr in (options.lr, options.lr / 10):
-        schedule += ["--min-lr", f"{lr:g}"] if options.min_lr > lr else []
-        for what in (["--mode", "bn_only"], ["--mode", "bn_only", "--reset-bn"], []):
-            yield going_on(usual, [*schedule, "--lr", f"{lr:g}", *what], parent=usual)
+        schedule += f" --min-lr {lr:g}" if options.min_lr > lr else ""
+        for what in ("--mode bn_only", "--mode bn_only --reset-bn", ""):
+            yield going_on(usual, f"{schedule} --lr {lr:g} {what}", parent=usual)
 
 
-def going_on(usual: tuple[str, ...], more: list[str], parent: tuple[str, ...]) -> tuple[str, ...]:
+def going_on(usual: tuple[str, ...], more: str, parent: tuple[str, ...]) -> tuple[str, ...]:
     """The arguments of a run with `usual` and `more` that goes on from the run with arguments `parent`."""
     own = [argument for argument in usual if argument != "--reset-bn"]  # which is about the parent's parent
     path = folder(config.parse_options([*parent], __doc__)[0][0], seed="{seed}")
-    return (*own, *more, "--init-from", str(path))
+    return (*own, *more.split(), "--init-from", str(path))
 
 
 def folder(options: Options, seed: str | None = None) -> Path:
@@ -154,55 +167,9 @@ def prepare(options: Options) -> bool:
     return subprocess.run(command).returncode == 0
 
 
-class State(NamedTuple):
-    """How far a cell is."""
-
-    status: str  # its summary's, or "running", or "to do"
-    epochs: list[runs.Epoch]
-    why: str | None = None  # it ended early
-    accuracy: str = ""  # on the test images, once it is done
-    log: Path | None = None  # which tells why this sweep has given it up
-
-
-def look(cell: Cell) -> State:
-    """How far a cell is, by its folder. A summary that cannot be read counts as failed."""
-    epochs = []
-    with contextlib.suppress(runs.RunError):  # at the first damaged line: last.pt has the epochs too
-        for line in (runs.read_text(cell.path / "metrics.jsonl") or "").splitlines():
-            epochs.append(runs.parse(runs.Epoch, line, cell.path))
-    if runs.in_use(cell.path):
-        return State("running", epochs)
-    try:
-        summary, found = runs.Run(cell.path).summary, runs.Run(cell.path).config
-    except runs.RunError as error:
-        return State("failed", epochs, str(error))
-    if summary is None or summary.status != "done":
-        return State(summary.status, epochs, summary.why) if summary else State("to do", epochs)
-    told = config.names("variant", "setting") - {"data", "init_from"}  # these two have several spellings
-    if not found or any(getattr(found.options, n) != getattr(cell.options, n) for n in told):
-        return State("failed", epochs)  # another run, although its name does not tell: train.py refuses it
-    return State("done", epochs, summary.why, f"{summary.final_test_acc:.2f} %")
-
-
-def forecast(states: Mapping[Cell, State]) -> dict[Cell, float]:
-    """The seconds that cells still take, by the epochs of cells with the same arguments, else with the same
-    architecture. Cells that are done, or of which no such epoch is known, are left out.
-    """
-    epoch_s = defaultdict(list)
-    for cell, state in states.items():
-        for key in (cell.arguments, cell.options.arch):
-            epoch_s[key] += [epoch.epoch_s for epoch in state.epochs]
-    return {
-        cell: statistics.fmean(alike) * (cell.options.epochs - len(state.epochs))
-        for cell, state in states.items()
-        if state.status != "done" and (alike := epoch_s[cell.arguments] or epoch_s[cell.options.arch])
-    }
-
-
 def places(device: str, jobs: int) -> list[dict[str, str]]:
     """For each process at once, the environment that says where: a GPU `jobs` times, or the CPUs."""
-    count = torch.cuda.device_count() if device != "cpu" else 0
-    if count:
+    if device != "cpu" and (count := torch.cuda.device_count()):
         gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))).split(",")
         gpus = gpus if gpus[0].startswith("MIG-") else gpus[:count]  # CUDA counts one MIG instance at most
         return [{"CUDA_VISIBLE_DEVICES": gpu} for _ in range(jobs) for gpu in gpus]
@@ -241,25 +208,25 @@ class Sweep:
     """Cells at work: those that nobody trains are launched wherever a place is free."""
 
     def __init__(self, cells: Sequence[Cell], places: list[dict[str, str]], replicas: int):
-        self.free, self.replicas = list(places), replicas
-        self.states = {cell: look(cell) for cell in cells}
+        self.cells, self.free, self.replicas = cells, list(places), replicas
         self.jobs: list[Job] = []
         self.alone: set[Cell] = set()  # these failed beside other seeds, and may not by themselves
         name = TextColumn("{task.description}", table_column=Column(overflow="fold"))
         columns = name, BarColumn(20), MofNCompleteColumn(), "{task.fields[text]}"
         self.bars = Progress(*columns, console=progress.Terminal(), auto_refresh=False, transient=True)
         self.say = self.bars.console.say
+        self.look()
 
     def train_all(self) -> None:
         """Until every cell is done or has failed. A cell that another sweep trains is waited for."""
         told = False
-        with self.bars.live, contextlib.ExitStack() as at_end:
-            at_end.callback(self.stop)
-            self.say(f"{self.count()}; logs in {next(iter(self.states)).path.parent / 'logs'}")
+        with self.bars.live, contextlib.closing(self):
+            self.say(f"{self.count()}; logs in {self.cells[0].path.parent / 'logs'}")
             while self.jobs or self.unsettled():
-                for job in [job for job in self.jobs if job.process.poll() is not None]:
-                    self.settle(job)
+                ended = [job for job in self.jobs if job.process.poll() is not None]
                 self.look()
+                for job in ended:
+                    self.settle(job)
                 while self.free and (cells := self.next()):
                     self.jobs.append(Job(cells, self.free.pop(0)))
                     self.say(f"started {self.jobs[-1].log.stem}")
@@ -267,48 +234,53 @@ class Sweep:
                     self.say(f"waiting for {len(elsewhere)} cells that other processes train")
                     told = True
                 self.show()
-                time.sleep(LOOK_AGAIN_S)
+                time.sleep(1)
 
     def show(self) -> None:
         """Show what runs: a bar for each process of this sweep, and for each cell of another."""
-        seconds = forecast(self.states)
-        rows = [(job.log.stem, job.cells) for job in self.jobs]
-        rows += [(f"{cell.path.name}, by another sweep", [cell]) for cell in self.not_ours(trained=True)]
         for bar in self.bars.task_ids:
             self.bars.remove_task(bar)
-        total, unsettled = len(self.states), len(self.unsettled())
-        self.bars.add_task("cells", total=total, completed=total - unsettled, text=self.count())
+        settled = len(self.cells) - len(self.unsettled())
+        self.bars.add_task("cells", total=len(self.cells), completed=settled, text=self.count())
+        rows = [(job.log.stem, job.cells) for job in self.jobs]
+        rows += [(f"{cell.path.name}, by another sweep", [cell]) for cell in self.not_ours(trained=True)]
         for title, cells in rows:
-            cell = max(cells, key=lambda cell: seconds.get(cell, 0))  # the last to end
-            epochs = self.states[cell].epochs
-            test_acc, rate = (epochs[-1].test_acc, epochs[-1].images_per_s) if epochs else (None, None)
-            told = [f"test {test_acc:.2f} %"] if test_acc is not None else []
-            told += [f"{rate * len(cells):,.0f} images/s"] if rate else []
-            told += [f"{duration(seconds[cell])} left"] if cell in seconds else []
-            self.bars.add_task(title, total=cell.options.epochs, completed=len(epochs), text="  ".join(told))
+            cell = max(cells, key=lambda cell: cell.seconds or 0)  # the last to end
+            last = cell.epochs[-1] if cell.epochs else None
+            told = [f"test {last.test_acc:.2f} %"] if last and last.test_acc is not None else []
+            told += [f"{last.images_per_s * len(cells):,.0f} images/s"] if last and last.images_per_s else []
+            text = "  ".join([*told, cell.left])
+            self.bars.add_task(title, total=cell.options.epochs, completed=len(cell.epochs), text=text)
         self.bars.refresh()
 
     def look(self) -> None:
         """Look again at what is neither done nor given up, and give up what goes on from what is."""
-        logs = {cell.path: state.log for cell, state in self.states.items() if state.log}
+        logs = {cell.path: cell.log for cell in self.cells if cell.log}
         for cell in self.unsettled():
-            self.states[cell] = look(cell)
+            cell.look()
             if log := logs.get(cell.parent):
-                self.states[cell] = State("failed", [], f"its parent run failed: {cell.parent}", log=log)
+                cell.status, cell.why, cell.log = "failed", f"its parent run failed: {cell.parent}", log
+        epoch_s = defaultdict(list)  # of cells with the same arguments, and with the same architecture
+        for cell in self.cells:
+            for key in (cell.arguments, cell.options.arch):
+                epoch_s[key] += [epoch.epoch_s for epoch in cell.epochs]
+        for cell in self.unsettled():
+            if alike := epoch_s[cell.arguments] or epoch_s[cell.options.arch]:
+                cell.seconds = statistics.fmean(alike) * (cell.options.epochs - len(cell.epochs))
 
     def unsettled(self) -> list[Cell]:
         """Cells that are neither done nor given up."""
-        return [cell for cell, state in self.states.items() if state.status != "done" and not state.log]
+        return [cell for cell in self.cells if cell.status != "done" and not cell.log]
 
     def not_ours(self, trained: bool) -> list[Cell]:
         """Unsettled cells that this sweep does not train, but another does (or nobody: not `trained`)."""
         ours = {cell for job in self.jobs for cell in job.cells}
         others = [cell for cell in self.unsettled() if cell not in ours]
-        return [cell for cell in others if (self.states[cell].status == "running") is trained]
+        return [cell for cell in others if (cell.status == "running") is trained]
 
     def next(self) -> list[Cell]:
         """The first cell that nobody trains, and further seeds of it where every free place has enough."""
-        not_yet = {cell.path for cell, state in self.states.items() if state.status != "done"}
+        not_yet = {cell.path for cell in self.cells if cell.status != "done"}
         free = [cell for cell in self.not_ours(trained=False) if cell.parent not in not_yet]
         if not free or free[0] in self.alone:
             return free[:1]
@@ -319,25 +291,23 @@ class Sweep:
         """What became of the cells of a process that has ended; those to be tried again are left waiting."""
         self.jobs.remove(job)
         self.free.insert(0, job.place)
-        states = {cell: look(cell) for cell in job.cells}
-        self.states |= states
         refused = job.process.returncode == 2
-        taken = any(state.status == "running" for state in states.values())  # another sweep was quicker
-        for cell, state in states.items():
-            if state.status == "done":
-                took = duration(sum(epoch.epoch_s for epoch in state.epochs))
-                self.say(f"done {cell.path.name}: {state.accuracy} in {took}; {self.count()}")
-            elif state.status == "running" or (refused and taken):
+        taken = any(cell.status == "running" for cell in job.cells)  # another sweep was quicker
+        for cell in job.cells:
+            if cell.status == "done":
+                took = duration(sum(epoch.epoch_s for epoch in cell.epochs))
+                self.say(f"done {cell.path.name}: {cell.reached} in {took}; {self.count()}")
+            elif cell.status == "running" or (refused and taken):
                 continue
-            elif len(job.cells) > 1 and state.status not in ("diverged", "interrupted"):
+            elif len(job.cells) > 1 and cell.status not in ("diverged", "interrupted"):
                 self.alone.add(cell)
             else:
-                if refused or state.status == "to do":  # the summary, if any, is of an earlier attempt
-                    state = State("failed", state.epochs, job.why_ended())
-                self.states[cell] = state._replace(log=job.log)
-                self.say(f"{state.status} {cell.path.name}: {state.why}")
+                cell.log = job.log
+                if refused or cell.status == "to do":  # the summary, if any, is of an earlier attempt
+                    cell.status, cell.why = "failed", job.why_ended()
+                self.say(f"{cell.status} {cell.path.name}: {cell.why}")
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """Ask every process to stop, and wait until it has; it keeps its last epoch."""
         if self.jobs:
             progress.note("sweep.py", f"stopping {len(self.jobs)} processes; the next sweep resumes them")
@@ -350,23 +320,20 @@ class Sweep:
             job.process.kill()
 
     def count(self) -> str:
-        done = sum(state.status == "done" for state in self.states.values())
-        return f"{done} of {len(self.states)} cells done{self.time_left()}"
+        done = sum(cell.status == "done" for cell in self.cells)
+        return f"{done} of {len(self.cells)} cells done{self.time_left()}"
 
     def time_left(self) -> str:
         """`; about 5 min left` of all cells, where the seeds of one process take no longer than one alone."""
-        unsettled, seconds, groups = self.unsettled(), forecast(self.states), defaultdict(list)
-        for cell in seconds.keys() & unsettled:
-            groups[cell.arguments].append(seconds[cell])
+        known, groups = [cell for cell in self.unsettled() if cell.seconds is not None], defaultdict(list)
+        for cell in sorted(known, key=lambda cell: -cell.seconds):
+            groups[cell.arguments].append(cell.seconds)
         if not groups:
             return ""
-        known = [s for group in groups.values() for s in sorted(group, reverse=True)[:: self.replicas]]
-        left = duration(max(sum(known) / (len(self.free) + len(self.jobs)), *known))
-        unknown = len(unsettled) - sum(map(len, groups.values()))
+        needed = [s for group in groups.values() for s in group[:: self.replicas]]
+        left = duration(max(sum(needed) / (len(self.free) + len(self.jobs)), *needed))
+        unknown = len(self.unsettled()) - len(known)
         return f"; about {left} left" + (f" and {unknown} cells of unknown length" if unknown else "")
-
-
-# ---- what a person sees ----
 
 
 def duration(seconds: float) -> str:
@@ -378,15 +345,9 @@ def duration(seconds: float) -> str:
 
 def show_list(sweep: Sweep) -> None:
     """Every cell with its number, which is its Slurm task's, its state, and the time it still needs."""
-    seconds, rows, digits = forecast(sweep.states), [], len(str(len(sweep.states) - 1))
-    for number, (cell, state) in enumerate(sweep.states.items()):
-        epochs = f"{len(state.epochs)} of {cell.options.epochs} epochs" if state.epochs else ""
-        left = f"{duration(seconds[cell])} left" if cell in seconds else ""
-        rows.append([f"{number:{digits}}", cell.path.name, state.status, state.accuracy or epochs, left])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(map(str.ljust, row, widths)).rstrip())
-    counts = Counter(state.status for state in sweep.states.values())
+    rows = [(cell.path.name, cell.status, cell.reached, cell.left) for cell in sweep.cells]
+    print(tabulate(rows, tablefmt="plain", showindex=True))
+    counts = Counter(cell.status for cell in sweep.cells)
     text = ", ".join(f"{count} {status}" for status, count in counts.items())
     print(f"{len(rows)} cells: {text}{sweep.time_left()}")
 
@@ -426,11 +387,11 @@ def main(argv: list[str] | None = None) -> int:
                 subprocess.run(["scontrol", "requeue", job])
         raise
     sweep.say(sweep.count())
-    failed = {cell: state for cell, state in sweep.states.items() if state.log}
+    failed = [cell for cell in cells if cell.log]
     if failed:
         sweep.say(f"{len(failed)} of {len(cells)} cells failed:")
-    for cell, state in failed.items():
-        sweep.say(f"{state.status:12}{cell.path}\n{'':12}{state.why}\n{'':12}{state.log}")
+    for cell in failed:
+        sweep.say(f"{cell.status:12}{cell.path}\n{'':12}{cell.why}\n{'':12}{cell.log}")
     return 1 if failed else 0
 
 

@@ -78,6 +78,13 @@ def test_what_is_given_goes_before_a_preset_and_before_quick():
     assert (quick.lr, quick.train_subset, quick.batch_size) == (1.0, 3000, 64)
 
 
+def test_a_preset_may_have_milestones_which_toml_writes_as_a_list(monkeypatch):
+    monkeypatch.setitem(config.PRESETS, "short", {"epochs": 8, "milestones": [4, 6]})
+    assert config.defaults("short").milestones == (4, 6)
+    usual = config.defaults("short")
+    assert config.differing(Options(milestones=(4, 6)), usual, "setting") == {"epochs": 160}
+
+
 def test_modes_and_augmentations_have_one_spelling():
     assert parsed("--mode output+bn").mode == parsed("--mode bn_only+output").mode == "bn+output"
     assert parsed("--augment flip+crop") == parsed("--augment paper")

@@ -185,8 +185,8 @@ def test_a_summary_that_cannot_be_read_counts_as_failed_and_says_why(small):
     cell = make_grid(os.environ, small)[0]
     cell.path.mkdir(parents=True)
     (cell.path / "summary.json").write_text('{"status": "do')
-    state = sweep.look(cell)
-    assert state.status == "failed" and state.why.startswith(f"{cell.path / 'summary.json'}: ")
+    cell.look()
+    assert cell.status == "failed" and cell.why.startswith(f"{cell.path / 'summary.json'}: ")
 
 
 def test_killed_twice_a_sweep_ends_with_every_cell_trained_once(small, tmp_path):
