@@ -76,11 +76,13 @@ def conv_bn_relu(
     if training:
         passes = passes if execution.group is None else Synced(passes, execution.group)
         return train_block(passes, x, units, shortcut, relu, execution.memory == "recompute")
-    x, norm = _channels_last(x), None
-    for conv, bn in units:
-        x, _ = passes.convolve(x, norm, _weight(conv, x.dtype), Conv(conv.stride, conv.padding))
+    x = _channels_last(x)
+    for i, (conv, bn) in enumerate(units, start=1):
+        last, weight = i == len(units), _weight(conv, x.dtype)
         norm = passes.norm(bn.running_mean, bn.running_var, BatchNorm.of(bn))
-    return passes.activate(x, norm, shortcut, relu)[0]
+        ends = (shortcut, relu) if last else ()
+        x = passes.infer(x, weight, Conv(conv.stride, conv.padding), norm, *ends)
+    return x
 
 
 def stock(x: Tensor, units: Units, shortcut: Tensor | None = None, relu: bool = True) -> Tensor:

@@ -92,6 +92,13 @@ class TorchPasses:
         signs = pack(y > 0) if want_signs else None
         return y.relu_() if relu else y, signs
 
+    def infer(
+        self, x: Tensor, weight: Tensor, conv: Conv, norm: Tensor, shortcut: Tensor | None = None,
+        relu: bool = True,
+    ) -> Tensor:  # fmt: skip
+        """relu(conv(x) scale + shift + shortcut), for evaluation."""
+        return self.activate(self.convolve(x, None, weight, conv)[0], norm, shortcut, relu)[0]
+
     def mask_and_sum(
         self, dy: Tensor, z: Tensor, norm: Tensor, signs: Tensor | None = None, relu: bool = True
     ) -> tuple[Tensor, Tensor]:
