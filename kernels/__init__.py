@@ -76,13 +76,7 @@ def conv_bn_relu(
     if training:
         passes = passes if execution.group is None else Synced(passes, execution.group)
         return train_block(passes, x, units, shortcut, relu, execution.memory == "recompute")
-    x = _channels_last(x)
-    for i, (conv, bn) in enumerate(units, start=1):
-        last, weight = i == len(units), _weight(conv, x.dtype)
-        norm = passes.norm(bn.running_mean, bn.running_var, BatchNorm.of(bn))
-        ends = (shortcut, relu) if last else ()
-        x = passes.infer(x, weight, Conv(conv.stride, conv.padding), norm, *ends)
-    return x
+    return infer_block(passes, x, units, shortcut, relu)
 
 
 def stock(x: Tensor, units: Units, shortcut: Tensor | None = None, relu: bool = True) -> Tensor:
@@ -107,6 +101,19 @@ def train_block(
     weights = [_weight(conv, x.dtype) for conv, _ in units]
     bn_parameters = [parameter for bn in batch_norms for parameter in (bn.gamma, bn.beta)]
     return _Block.apply(plan, x, None if identity else shortcut, *weights, *bn_parameters)
+
+
+def infer_block(
+    passes: TorchPasses, x: Tensor, units: Units, shortcut: Tensor | None, relu: bool = True
+) -> Tensor:
+    """`conv_bn_relu` in evaluation, computed by `passes`."""
+    x = _channels_last(x)
+    for i, (conv, bn) in enumerate(units, start=1):
+        last, weight = i == len(units), _weight(conv, x.dtype)
+        norm = passes.norm(bn.running_mean, bn.running_var, BatchNorm.of(bn))
+        ends = (shortcut, relu) if last else ()
+        x = passes.infer(x, weight, Conv(conv.stride, conv.padding), norm, *ends)
+    return x
 
 
 def passes_name(device_type: str, compiled: bool = True) -> str:

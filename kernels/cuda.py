@@ -57,7 +57,7 @@ CONFIGS = (
 ELEMENTWISE = Config(0, 4, 1)
 TILE = 4096  # elements per program of an elementwise kernel
 WIDEST = 128  # columns of a convolution's product
-PARTIALS = 8192  # partial sums that a program adds up at once
+PARTIALS = 2048  # partial sums that a program adds up at once
 STREAMS, CHANNEL_TILES = 64, 1024  # that count their programs each for themselves
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 4e-2, torch.float16: 8e-3}  # cuDNN's fp32 may be TF32
@@ -110,7 +110,7 @@ class CudaPasses(TorchPasses):
             empty = functools.partial(image.new_empty, dtype=torch.float32)
             out = empty(4, channels)
             bn = of if isinstance(of, BatchNorm) else ()
-            ends = empty(2, channels, programs), self.counter(image, tiles), out, *bn
+            ends = empty(2, channels, programs), self.counter(image, tiles), programs, out, *bn
         if "ends" in kernel.arg_names:
             arguments = *arguments, ends
             constants["STEP"] = min(1 << (programs - 1).bit_length(), PARTIALS // block_c)

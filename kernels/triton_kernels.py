@@ -49,28 +49,28 @@ def _gradient_coefficients(norm, sums, channels, C: constexpr):
 
 
 @triton.jit
-def _is_last(counter):
+def _is_last(counter, programs):
     """Whether this program is the last of those for its channels to come here; it puts the counter back."""
     tl.debug_barrier()  # all threads have written before the one that counts
     counter += tl.program_id(1)
-    last = tl.atomic_add(counter, 1, sem="acq_rel") == tl.num_programs(0) - 1
+    last = tl.atomic_add(counter, 1, sem="acq_rel") == programs - 1
     if last:
         tl.store(counter, 0)
     return last
 
 
 @triton.jit
-def _store_partial(partial, first, second, channels, C: constexpr):
-    at = partial + channels * tl.num_programs(0) + tl.program_id(0)
+def _store_partial(partial, programs, first, second, channels, C: constexpr):
+    at = partial + channels * programs + tl.program_id(0)
     tl.store(at, first)
-    tl.store(at + C * tl.num_programs(0), second)
+    tl.store(at + C * programs, second)
 
 
 @triton.jit
-def _load_partial(partial, row: constexpr, channels, programs, C: constexpr):
-    """`[channels, programs]`, 0 for programs that there are none of; not from L1, where it may be stale."""
-    at = (row * C + channels)[:, None] * tl.num_programs(0) + programs
-    return tl.load(partial + at, mask=programs < tl.num_programs(0), other=0.0, cache_modifier=".cg")
+def _load_partial(partial, programs, row: constexpr, channels, at, C: constexpr):
+    """Of programs `at`, `[channels, at]`, and 0 of those that do not exist; not from L1, where it may be stale."""
+    here = (row * C + channels)[:, None] * programs + at
+    return tl.load(partial + here, mask=at < programs, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
@@ -83,7 +83,6 @@ def _sum_statistics(
     The last of these may have fewer `rows` that are `live`. Squares are summed about a program's own mean,
     and then between programs, so that no digits cancel (Chan et al. 1983).
     """
-    partial, counter, norm, gamma, beta, running_mean, running_var, eps, momentum = ends
     PARTS: constexpr = COUNT // z.shape[0]
     sums = tl.sum(z, 0)
     centred = tl.where(live, z - sums / rows, 0.0)
@@ -93,28 +92,35 @@ def _sum_statistics(
         total = tl.sum(sums, 0)
         off = (sums - total / PARTS) / rows
         sums, squares = total, tl.sum(squares + off * off * rows, 0)
-    _store_partial(partial, sums, squares, channels, C)
-    if _is_last(counter):
-        first = tl.load(partial + channels * tl.num_programs(0), cache_modifier=".cg")
-        pivot = first / tl.minimum(COUNT, positions)  # near the mean: what is squared stays small
-        sums, squares = tl.zeros([BLOCK_C, STEP], tl.float32), tl.zeros([BLOCK_C, STEP], tl.float32)
-        for start in range(0, tl.num_programs(0), STEP):
-            programs = start + tl.arange(0, STEP)
-            count = tl.where(
-                programs < tl.num_programs(0), tl.minimum(positions - programs * COUNT, COUNT), 0
-            )
-            total = _load_partial(partial, 0, channels, programs, C)
-            off = total / tl.maximum(count, 1) - pivot[:, None]
-            sums += total
-            squares += _load_partial(partial, 1, channels, programs, C) + count * off * off
-        mean = tl.sum(sums, 1) / positions
-        off = mean - pivot
-        total = tl.maximum(tl.sum(squares, 1) - positions * off * off, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        _store_norm(norm, mean, total / positions, gamma, beta, eps, channels, C)
-        before = tl.load(running_mean + channels)
-        tl.store(running_mean + channels, before + momentum * (mean - before))
-        before = tl.load(running_var + channels)
-        tl.store(running_var + channels, before + momentum * (total / (positions - 1) - before))
+    _store_partial(ends[0], ends[2], sums, squares, channels, C)
+    if _is_last(ends[1], ends[2]):
+        _finish_statistics(ends, channels, positions, C, BLOCK_C, COUNT, STEP)
+
+
+@triton.jit
+def _finish_statistics(
+    ends, channels, positions, C: constexpr, BLOCK_C: constexpr, COUNT: constexpr, STEP: constexpr
+):
+    partial, _, programs, norm, gamma, beta, running_mean, running_var, eps, momentum = ends
+    first = tl.load(partial + channels * programs, cache_modifier=".cg")
+    pivot = first / tl.minimum(COUNT, positions)  # near the mean: what is squared stays small
+    sums, squares = tl.zeros([BLOCK_C, STEP], tl.float32), tl.zeros([BLOCK_C, STEP], tl.float32)
+    for start in range(0, programs, STEP):
+        at = start + tl.arange(0, STEP)
+        count = tl.maximum(tl.minimum(positions - at * COUNT, COUNT), 0).to(tl.float32)
+        share = 1 / tl.maximum(count, 1.0)
+        total = _load_partial(partial, programs, 0, channels, at, C)
+        off = total * share - pivot[:, None]
+        sums += total
+        squares += _load_partial(partial, programs, 1, channels, at, C) + count * off * off
+    mean = tl.sum(sums, 1) / positions
+    total = tl.sum(squares, 1) - positions * (mean - pivot) * (mean - pivot)
+    total = tl.maximum(total, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    _store_norm(norm, mean, total / positions, gamma, beta, eps, channels, C)
+    before = tl.load(running_mean + channels)
+    tl.store(running_mean + channels, before + momentum * (mean - before))
+    before = tl.load(running_var + channels)
+    tl.store(running_var + channels, before + momentum * (total / (positions - 1) - before))
 
 
 @triton.jit
@@ -132,19 +138,19 @@ def _sum_gradient(
     ends, g, z, norm, all_channels, channels, positions, C: constexpr, BLOCK_C: constexpr, STEP: constexpr
 ):
     """The sums of g, from every program's g and z, `[BLOCK, PARTS C]`, whose channels are `all_channels`."""
-    partial, counter, sums = ends
     PARTS: constexpr = g.shape[1] // BLOCK_C
     centred = z.to(tl.float32) - _per_channel(norm, _MEAN, all_channels, C)
     d_beta, d_gamma = tl.sum(g, 0), tl.sum(g * centred, 0)
     if PARTS > 1:
         d_beta, d_gamma = tl.sum(d_beta.reshape(PARTS, C), 0), tl.sum(d_gamma.reshape(PARTS, C), 0)
-    _store_partial(partial, d_beta, d_gamma, channels, C)
-    if _is_last(counter):
+    _store_partial(ends[0], ends[2], d_beta, d_gamma, channels, C)
+    if _is_last(ends[1], ends[2]):
+        partial, _, programs, sums = ends
         totals, products = tl.zeros([BLOCK_C, STEP], tl.float32), tl.zeros([BLOCK_C, STEP], tl.float32)
-        for start in range(0, tl.num_programs(0), STEP):
-            programs = start + tl.arange(0, STEP)
-            totals += _load_partial(partial, 0, channels, programs, C)
-            products += _load_partial(partial, 1, channels, programs, C)
+        for start in range(0, programs, STEP):
+            at = start + tl.arange(0, STEP)
+            totals += _load_partial(partial, programs, 0, channels, at, C)
+            products += _load_partial(partial, programs, 1, channels, at, C)
         scale, rstd = tl.load(norm + _SCALE * C + channels), tl.load(norm + _RSTD * C + channels)
         beta, gamma = tl.sum(totals, 1), tl.sum(products, 1) * rstd
         b = -scale * rstd * gamma / positions
