@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import kernels
 import progress
 from datasets import DataError, augment, prepare, sources
 from datasets import download as downloading
@@ -192,6 +193,8 @@ class _ResidentLoader(Loader):
         shape = len(self), self.batch_size
         self.order = torch.zeros(shape, dtype=torch.int64, device=self.device)
         self.draws = torch.zeros(*shape, augment.DRAWS if self.parts else 0, device=self.device)
+        cropped = self.parts <= {"crop", "flip"}
+        self.passes = kernels.passes_for(self.device.type, self.compiled and cropped)
         if self.compiled and self.device.type == "cuda":  # one kernel in the place of a dozen
             self.transform = torch.compile(self.transform, dynamic=False)
 
@@ -204,6 +207,10 @@ class _ResidentLoader(Loader):
 
     def batch(self, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The batch of the epoch started last at `position`, int64 [1]; nothing waits for the device."""
+        given = self.images, self.labels, self.order, self.draws, position, self.mean, self.std, self.dtype
+        made = self.passes.batch(*given, augment.PAD)
+        if made is not None:
+            return made
         index, draws = (drawn.index_select(0, position)[0] for drawn in (self.order, self.draws))
         # Not index_select, which shares out every image among the threads, and waits for them each time.
         return self.transform(self.images[index], draws), self.labels[index]

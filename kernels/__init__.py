@@ -72,7 +72,7 @@ def conv_bn_relu(
     if torch.is_autocast_enabled(device_type):
         cast = x.to(torch.get_autocast_dtype(device_type))
         x, shortcut = cast, cast if shortcut is x else shortcut
-    passes = _passes(device_type, execution.compiled)
+    passes = passes_for(device_type, execution.compiled)
     if training:
         passes = passes if execution.group is None else Synced(passes, execution.group)
         return train_block(passes, x, units, shortcut, relu, execution.memory == "recompute")
@@ -118,7 +118,7 @@ def infer_block(
 
 def passes_name(device_type: str, compiled: bool = True) -> str:
     """Which passes a device of this type uses: "cpp" or "triton", which are our own, or "torch"."""
-    return _passes(device_type, compiled).name
+    return passes_for(device_type, compiled).name
 
 
 class _Block(torch.autograd.Function):
@@ -176,7 +176,8 @@ class _Block(torch.autograd.Function):
         return None, d_x, d_shortcut, *d_weights, *d_bn
 
 
-def _passes(device_type: str, compiled: bool) -> TorchPasses:
+def passes_for(device_type: str, compiled: bool) -> TorchPasses:
+    """The passes of a device of this type: our own, or PyTorch's."""
     if compiled and device_type == "cpu":
         return cpu.passes()
     if compiled and device_type == "cuda":

@@ -56,6 +56,7 @@ CONFIGS = (
 )  # fmt: skip
 ELEMENTWISE = Config(0, 4, 1)
 TILE = 4096  # elements per program of an elementwise kernel
+LARGEST_TILE = 16384  # elements that a program of the head holds at once
 WIDEST = 128  # columns of a convolution's product
 PARTIALS = 2048  # partial sums that a program adds up at once
 STREAMS, CHANNEL_TILES = 64, 1024  # that count their programs each for themselves
@@ -240,6 +241,30 @@ class CudaPasses(TorchPasses):
         self.over(triton_kernels.gradient, z, g, z, norm, sums, dz)
         return dz
 
+    def head(self, features, fc, labels, smoothing, metrics, lrs=None, lr=None):
+        (count, channels, height, width), classes = features.shape, fc.out_features
+        block, block_classes = (1 << (size - 1).bit_length() for size in (height * width, classes))
+        fits = channels & (channels - 1) == 0 and channels * max(block, block_classes) <= LARGEST_TILE
+        if not (fits and covers(features) and fc.weight.dtype == torch.float32 and fc.weight.is_contiguous()):
+            return None
+        d_features, partial = torch.empty_like(features), fc.weight.new_empty(2, count)
+        given = features, fc.weight, fc.bias, labels, d_features, partial, self.counter(features, 1)
+        constants = {"HW": height * width, "C": channels, "CLASSES": classes, "BLOCK": block}
+        constants |= {"BLOCK_CLASSES": block_classes, "STEP": min(1024, 1 << (count - 1).bit_length())}
+        self.launch(triton_kernels.head, (count,), *given, *metrics, lrs, lr, smoothing, **constants)
+        return d_features
+
+    def batch(self, images, labels, order, draws, position, mean, std, dtype, pad):
+        (_, count), (_, height, width, _), block = order.shape, images.shape, 256
+        out = torch.empty(count, height, width, 3, dtype=dtype, device=images.device)
+        out_labels, constants = labels.new_empty(count), {"H": height, "W": width, "DRAWS": draws.shape[2]}
+        given, grid = (
+            (images, labels, order, draws, position, mean, std, out, out_labels),
+            -(-height * width // block),
+        )
+        self.launch(triton_kernels.batch, (count, grid), *given, **constants, PAD=pad, BLOCK=block)
+        return out.permute(0, 3, 1, 2), out_labels
+
 
 def covers(*tensors: Tensor | None, multiple: int = 8) -> bool:
     """Whether the kernels take these images, channels_last and of one dtype, and float32 values per channel.
@@ -298,7 +323,7 @@ def expand(weight: Tensor, stride: int, patch: int, backward: bool) -> Tensor:
 
 @functools.cache
 def _taps(k: int, stride: int, patch: int, backward: bool, device: torch.device) -> Tensor:
-    """The tap by which a window's pixel joins a patch's, int64 `[window, patch]`; k, past the last, for none."""
+    """By which tap a window's pixel joins a patch's, int64 `[window, patch]`; k, past the last, for none."""
     in_patch = torch.arange(patch, device=device)
     if backward:
         first, last = -(k // 2 // stride), (patch - 1 + k // 2) // stride

@@ -68,7 +68,7 @@ def _store_partial(partial, programs, first, second, channels, C: constexpr):
 
 @triton.jit
 def _load_partial(partial, programs, row: constexpr, channels, at, C: constexpr):
-    """Of programs `at`, `[channels, at]`, and 0 of those that do not exist; not from L1, where it may be stale."""
+    """Of programs `at`, `[channels, at]`; 0 past the last. Not from L1, where it may be stale."""
     here = (row * C + channels)[:, None] * programs + at
     return tl.load(partial + here, mask=at < programs, other=0.0, cache_modifier=".cg")
 
@@ -350,3 +350,81 @@ def norm_of(mean, var, gamma, beta, norm, eps, C: constexpr, BLOCK: constexpr):
     tl.store(norm + _RSTD * C + channels, rstd, mask=live)
     tl.store(norm + _SCALE * C + channels, scale, mask=live)
     tl.store(norm + _SHIFT * C + channels, tl.load(beta + channels, mask=live) - middle * scale, mask=live)
+
+
+# ---- what begins and what ends a step ----
+
+
+@triton.jit
+def batch(
+    images, labels, order, draws, position, mean, std, out, out_labels, H: constexpr, W: constexpr,
+    DRAWS: constexpr, PAD: constexpr, BLOCK: constexpr,
+):  # fmt: skip
+    """Images of a batch, cropped and flipped by their draws and normalised, and labels; see augment.py.
+
+    `order` `[steps, N]` and `draws` `[steps, N, DRAWS]` say which and how, `position` at which step.
+    """
+    n, at = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    drawn = tl.load(position) * tl.num_programs(0) + n
+    image = tl.load(order + drawn)
+    row, column = at // W, at % W
+    if DRAWS > 0:
+        draws += drawn * DRAWS
+        column = tl.where(tl.load(draws + 2) > 0, W - 1 - column, column)
+        row += tl.load(draws).to(tl.int32) - PAD
+        column += tl.load(draws + 1).to(tl.int32) - PAD
+    channel = tl.arange(0, 4)
+    inside = ((row >= 0) & (row < H) & (column >= 0) & (column < W))[:, None] & (channel < 3)
+    pixels = tl.load(images + ((image * H + row) * W + column)[:, None] * 3 + channel, mask=inside, other=0)
+    mean = tl.load(mean + channel, mask=channel < 3, other=0.0)
+    std = tl.load(std + channel, mask=channel < 3, other=1.0)
+    normal = tl.div_rn(pixels.to(tl.float32) - mean, tl.broadcast_to(std[None, :], [BLOCK, 4]))
+    here = (n * H * W + at)[:, None] * 3 + channel
+    tl.store(out + here, normal.to(out.dtype.element_ty), mask=(at < H * W)[:, None] & (channel < 3))
+    if tl.program_id(1) == 0:
+        tl.store(out_labels + n, tl.load(labels + image))
+
+
+@triton.jit
+def head(
+    features, weight, bias, labels, d_features, partial, counter, loss_sum, correct, first_bad_step, position,
+    lrs, lr, smoothing, HW: constexpr, C: constexpr, CLASSES: constexpr, BLOCK: constexpr,
+    BLOCK_CLASSES: constexpr, STEP: constexpr,
+):  # fmt: skip
+    """The gradient of the mean cross-entropy in features `[N, HW, C]`, one image per program.
+
+    The last program adds the batch to the epoch's metrics, sets lr to that of this step, and counts the step.
+    """
+    n, count = tl.program_id(0), tl.num_programs(0)
+    at, c, k = tl.arange(0, BLOCK), tl.arange(0, C), tl.arange(0, BLOCK_CLASSES)
+    here, live = (n * HW + at)[:, None] * C + c, (at < HW)[:, None]
+    pooled = tl.sum(tl.load(features + here, mask=live, other=0.0).to(tl.float32), 0) / HW
+    taught = k < CLASSES
+    weights = tl.load(weight + k[:, None] * C + c, mask=taught[:, None], other=0.0)
+    logits = tl.sum(weights * pooled[None, :], 1) + tl.load(bias + k, mask=taught, other=0.0)
+    logits = tl.where(taught, logits, float("-inf"))
+    greatest, label = tl.max(logits, 0), tl.load(labels + n)
+    exponentials = tl.exp(logits - greatest)
+    total = tl.sum(exponentials, 0)
+    target = tl.where(k == label, 1 - smoothing, 0.0) + smoothing / CLASSES
+    loss = tl.log(total) + greatest - tl.sum(tl.where(taught, target * logits, 0.0), 0)
+    d_logits = tl.where(taught, (exponentials / total - target) / count, 0.0)
+    d_pooled = tl.sum(weights * d_logits[:, None], 0) / HW
+    d_out = tl.broadcast_to(d_pooled[None, :], [BLOCK, C])
+    tl.store(d_features + here, d_out.to(d_features.dtype.element_ty), mask=live)
+    tl.store(partial + n, loss)
+    tl.store(partial + count + n, (tl.argmax(logits, 0) == label).to(tl.float32))
+    if _is_last(counter, count):
+        losses, hits = tl.zeros([STEP], tl.float32), tl.zeros([STEP], tl.float32)
+        for start in range(0, count, STEP):
+            i = start + tl.arange(0, STEP)
+            losses += tl.load(partial + i, mask=i < count, other=0.0, cache_modifier=".cg")
+            hits += tl.load(partial + count + i, mask=i < count, other=0.0, cache_modifier=".cg")
+        batch_loss, step, first = tl.sum(losses, 0), tl.load(position), tl.load(first_bad_step)
+        bad = (tl.abs(batch_loss) < float("inf")) == 0  # also NaN
+        tl.store(first_bad_step, tl.where(bad & (first < 0), step, first))
+        tl.store(loss_sum, tl.load(loss_sum) + batch_loss.to(tl.float64))
+        tl.store(correct, tl.load(correct) + tl.sum(hits, 0).to(tl.int64))
+        if lrs is not None:
+            tl.store(lr, tl.load(lrs + step))
+        tl.store(position, step + 1)

@@ -1,9 +1,12 @@
 """The Triton passes equal TorchPasses' in float64. Where there is no GPU, Triton interprets them."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
 
+import data
 import kernels
 import models
 from kernels import cuda
@@ -316,7 +319,7 @@ def test_a_deeper_network_has_no_more_to_choose_and_to_compile():
         keys = set()
         passes = CudaPasses(lambda key, attempt, keys=keys: keys.add(key))
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(kernels, "_passes", lambda *_, passes=passes: passes)
+            patched.setattr(kernels, "passes_for", lambda *_, passes=passes: passes)
             model = models.build(arch).requires_grad_(False).to(DEVICE, memory_format=torch.channels_last)
             model.bn1.requires_grad_(True)
             images = torch.randn(2, 3, 8, 8, device=DEVICE).contiguous(memory_format=torch.channels_last)
@@ -324,3 +327,52 @@ def test_a_deeper_network_has_no_more_to_choose_and_to_compile():
         chosen.append(keys)
     # 9 forward: stem, three stages' usual ones and those that change shape; 9 backward, of which some add
     assert chosen[0] == chosen[1] and len(chosen[0]) > 12
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype, classes", [(torch.float32, 10), (torch.float16, 13)], ids=str)
+def test_the_head_gives_the_gradient_of_the_mean_loss_and_counts_the_batch(dtype, classes, smoothing):
+    torch.manual_seed(0)
+    features, fc = image(5, 16, 3, 5, dtype=dtype), nn.Linear(16, classes).to(DEVICE)
+    labels, lrs, lr = (
+        torch.arange(5, device=DEVICE),
+        torch.tensor([0.5, 0.25], device=DEVICE),
+        torch.zeros(()),
+    )
+    exact, wide_fc = wide(features).requires_grad_(), nn.Linear(16, classes).double()
+    wide_fc.load_state_dict(fc.state_dict())
+    logits = wide_fc(exact.mean((2, 3)))
+    labels[3] = logits[3].argmax()  # one at least is right
+    loss = nn.functional.cross_entropy(logits, labels.cpu(), label_smoothing=smoothing)
+    loss.backward()
+    metrics = metrics_at(position=1)
+    out = fused().head(features, fc, labels, smoothing, metrics, lrs, lr := lr.to(DEVICE))
+    assert_close([out], [exact.grad], TOLERANCE[dtype])
+    loss_sum, correct, first_bad_step, position = (metric.item() for metric in metrics)
+    assert loss_sum == pytest.approx(100 + 5 * loss.item(), rel=1e-6) and first_bad_step == -1
+    assert (correct, position) == (7 + int((logits.argmax(1) == labels.cpu()).sum()), 2) and lr.item() == 0.25
+    features[2, 3, 1, 1] = float("inf")
+    for _ in range(2):
+        fused().head(features, fc, labels, smoothing, metrics)
+    assert metrics[2].item() == 2, "the first step whose loss is not finite"
+
+
+def metrics_at(position: int) -> tuple[torch.Tensor, ...]:
+    """loss_sum, correct, first_bad_step and position, as step.py has them."""
+    numbers = torch.tensor([7, -1, position], device=DEVICE)
+    return torch.tensor(100.0, dtype=torch.float64, device=DEVICE), numbers[0], numbers[1], numbers[2:]
+
+
+@pytest.mark.parametrize("augmented", ["paper", "flip", "none"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_batch_of_resident_images_has_the_same_bits_as_pytorchs(dtype, augmented, tiny_folder, tmp_path):
+    dataset = data.open_dataset(str(tiny_folder), tmp_path, say=lambda _: None)
+
+    def batches_by(passes: TorchPasses) -> list[torch.Tensor]:
+        given = {"rng": functools.partial(models.stream, 3), "augmented": augmented, "kind": "resident"}
+        loader = data.make_loader(dataset, "train", batch_size=9, device=DEVICE, dtype=dtype, **given)
+        loader.passes = passes
+        return [tensor for images, labels in loader.epoch(1) for tensor in (images, labels)]
+
+    for a, b in zip(batches_by(fused()), batches_by(TorchPasses()), strict=True):
+        assert a.dtype == b.dtype and a.stride() == b.stride() and torch.equal(a, b)
