@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -190,6 +191,7 @@ class _ResidentLoader(Loader):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.images, self.labels = self.source.on(self.device)
+        self.drawing, self.ahead = ThreadPoolExecutor(1), None  # epoch, and what is drawn for it
         shape = len(self), self.batch_size
         self.order = torch.zeros(shape, dtype=torch.int64, device=self.device)
         self.draws = torch.zeros(*shape, augment.DRAWS if self.parts else 0, device=self.device)
@@ -199,8 +201,16 @@ class _ResidentLoader(Loader):
             self.transform = torch.compile(self.transform, dynamic=False)
 
     def start(self, epoch: int) -> None:
-        """Put the order and the draws of an epoch where `batch` finds them: always in the same memory."""
-        order, draws = self.drawn(epoch)
+        """Put the order and the draws of an epoch where `batch` finds them: always in the same memory.
+
+        Those of the next epoch are drawn meanwhile. Without training there is but one epoch.
+        """
+        if not self.train and self.ahead:
+            return
+        if self.ahead is None or self.ahead[0] != epoch:
+            self.ahead = epoch, self.drawing.submit(self.drawn, epoch)
+        order, draws = self.ahead[1].result()
+        self.ahead = epoch + 1, self.drawing.submit(self.drawn, epoch + 1) if self.train else None
         # A last batch that is not full ends in zeros: image 0 stands in.
         self.order.view(-1)[: len(order)] = torch.from_numpy(order)
         self.draws.flatten(0, 1)[: len(order)] = draws

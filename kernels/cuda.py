@@ -66,17 +66,29 @@ TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 4e-2, torch.float16: 8e-3}  # 
 
 @functools.cache
 def passes() -> TorchPasses:
-    """Triton's passes; or a warning and PyTorch's, where Triton is missing or lacks, say, a C compiler."""
+    """Triton's passes; or a warning and PyTorch's, where Triton is missing, finds no C compiler, or errs."""
     try:
         if triton is None:
             raise ImportError("Triton is not installed")
         made = CudaPasses(Choices(_choices_file(torch.cuda.get_device_name())))
-        z = torch.ones(2, 8, 1, 1, device="cuda").contiguous(memory_format=torch.channels_last)
-        made.activate(z, torch.ones(4, 8, device="cuda"))
+        check_sums(made, torch.device("cuda"))
     except Exception as error:  # training is possible without Triton, whatever is wrong
         warnings.warn(f"Triton fails; PyTorch's slower kernels are used ({error!r})", stacklevel=2)
         return TorchPasses()
     return made
+
+
+def check_sums(passes: TorchPasses, device: torch.device) -> None:
+    """RuntimeError where a kernel's last program does not see what the others have written: on this GPU."""
+    z = torch.linspace(-2, 3, 8 * 16 * 1024, device=device).view(8, 32, 32, 16).permute(0, 3, 1, 2)
+
+    def sums_by(way: TorchPasses) -> tuple[Tensor, Tensor]:
+        ones = [torch.ones(16, device=device) for _ in range(4)]
+        norm = way.statistics(z, BatchNorm(*ones, 1e-5, 0.1))
+        return norm, way.mask_and_sum(z, z, norm)[1]
+
+    if not agrees(sums_by(passes), sums_by(TorchPasses())):
+        raise RuntimeError("sums over a batch are wrong")
 
 
 class CudaPasses(TorchPasses):
@@ -158,6 +170,7 @@ class CudaPasses(TorchPasses):
         norm_after, shortcut, relu = after or (None, None, False)
         fewest = 3 if norm is None else 16
         covered = covers_conv(x, weight, conv, fewest) and covers(x, norm, bn and bn.gamma, multiple=1)
+        covered = covered and x.numel() // x.shape[1] * weight.shape[0] < 2**31 * conv.stride[0] ** 2
         if not (covered and (after is None or covers(x, shortcut, norm_after, multiple=1))):
             return by_cudnn(bn)
 
