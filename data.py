@@ -13,12 +13,14 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+import kernels
 import progress
 from datasets import DataError, augment, prepare, sources
 from datasets import download as downloading
@@ -189,21 +191,36 @@ class _ResidentLoader(Loader):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.images, self.labels = self.source.on(self.device)
+        self.drawing, self.ahead = ThreadPoolExecutor(1), None  # epoch, and what is drawn for it
         shape = len(self), self.batch_size
         self.order = torch.zeros(shape, dtype=torch.int64, device=self.device)
         self.draws = torch.zeros(*shape, augment.DRAWS if self.parts else 0, device=self.device)
+        cropped = self.parts <= {"crop", "flip"}
+        self.passes = kernels.passes_for(self.device.type, self.compiled and cropped)
         if self.compiled and self.device.type == "cuda":  # one kernel in the place of a dozen
             self.transform = torch.compile(self.transform, dynamic=False)
 
     def start(self, epoch: int) -> None:
-        """Put the order and the draws of an epoch where `batch` finds them: always in the same memory."""
-        order, draws = self.drawn(epoch)
+        """Put the order and the draws of an epoch where `batch` finds them: always in the same memory.
+
+        Those of the next epoch are drawn meanwhile. Without training there is but one epoch.
+        """
+        if not self.train and self.ahead:
+            return
+        if self.ahead is None or self.ahead[0] != epoch:
+            self.ahead = epoch, self.drawing.submit(self.drawn, epoch)
+        order, draws = self.ahead[1].result()
+        self.ahead = epoch + 1, self.drawing.submit(self.drawn, epoch + 1) if self.train else None
         # A last batch that is not full ends in zeros: image 0 stands in.
         self.order.view(-1)[: len(order)] = torch.from_numpy(order)
         self.draws.flatten(0, 1)[: len(order)] = draws
 
     def batch(self, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The batch of the epoch started last at `position`, int64 [1]; nothing waits for the device."""
+        given = self.images, self.labels, self.order, self.draws, position, self.mean, self.std, self.dtype
+        made = self.passes.batch(*given, augment.PAD)
+        if made is not None:
+            return made
         index, draws = (drawn.index_select(0, position)[0] for drawn in (self.order, self.draws))
         # Not index_select, which shares out every image among the threads, and waits for them each time.
         return self.transform(self.images[index], draws), self.labels[index]

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from config import Options
+from kernels import passes_for
 from kernels.device import EAGER_CALLS, Captured, keep_freed_memory
 from kernels.distributed import ALONE, Group
 
@@ -125,6 +126,10 @@ class Step:
         if compiled and self.device.type == "cuda":  # instead of two dozen launches of a few numbers each
             torch._dynamo.config.recompile_limit = 64  # seeds side by side may each compile their own
             self.loss, self.record = (torch.compile(f, dynamic=False) for f in (self._loss, _record))
+        # Where no weight of the head trains, its gradient needs no graph of autograd's
+        alone = compiled and dtype != torch.float16 and not group.connected
+        frozen_head = not any(p.requires_grad for p in model.fc.parameters())
+        self.passes = passes_for(self.device.type, alone and frozen_head)
         self.loader = None  # of the epoch, whose batches `replay` trains on
         self.captures = compiled and self.device.type == "cuda" and not group.connected
         self.warm_up_steps = EAGER_CALLS + 1 if self.captures else 1
@@ -180,8 +185,8 @@ class Step:
 
     def _next_step(self) -> None:
         """A step whose batch and learning rate lie on the device, where `position` says."""
-        self.lr.copy_(self.lrs.index_select(0, self.position)[0])
-        self._step(*(self.loader.batch(self.position) if self.loader.resident else self.batch))
+        batch = self.loader.batch(self.position) if self.loader.resident else self.batch
+        self._step(*batch, self.lrs)
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor, lr: float) -> None:
         """One step at learning rate `lr` on images `[N, 3, H, W]`, labels `[N]` int64, this process's."""
@@ -189,10 +194,23 @@ class Step:
         self._step(images, labels)
         self.seen += len(labels) * self.group.count
 
-    def _step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+    def _step(self, images: torch.Tensor, labels: torch.Tensor, lrs: torch.Tensor | None = None) -> None:
+        """A step at learning rate `lr`, or at that of `lrs` at `position`."""
+        casts = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        with torch.set_grad_enabled(bool(self.trained)), casts:
+            features = self.model.features(images)
+        metrics = self.loss_sum, self.correct, self.first_bad_step, self.position
+        given = features.detach(), self.model.fc, labels, self.label_smoothing, metrics, lrs, self.lr
+        d_features = self.passes.head(*given)
+        if d_features is not None:  # all is done but the update
+            if self.trained:
+                gradients = torch.autograd.grad(features, self.trained, d_features)
+                self.flat.grad = torch.cat([in_memory_order(g) for g in gradients])
+                self.optimizer.step()
+            return
+        if lrs is not None:
+            self.lr.copy_(lrs.index_select(0, self.position)[0])
         with torch.set_grad_enabled(bool(self.trained)):
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                features = self.model.features(images)
             loss, correct = self.loss(features, labels)
         gradients = torch.autograd.grad(self.scaler.scale(loss), self.trained) if self.trained else ()
         gradient, loss, count = [in_memory_order(g) for g in gradients], loss.detach(), self.group.count
@@ -204,7 +222,6 @@ class Step:
             self.flat.grad = torch.cat(gradient)
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        metrics = self.loss_sum, self.correct, self.first_bad_step, self.position
         self.record(loss, correct, len(labels) * count, metrics)
 
     def _loss(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -72,15 +72,11 @@ def conv_bn_relu(
     if torch.is_autocast_enabled(device_type):
         cast = x.to(torch.get_autocast_dtype(device_type))
         x, shortcut = cast, cast if shortcut is x else shortcut
-    passes = _passes(device_type, execution.compiled)
+    passes = passes_for(device_type, execution.compiled)
     if training:
         passes = passes if execution.group is None else Synced(passes, execution.group)
         return train_block(passes, x, units, shortcut, relu, execution.memory == "recompute")
-    x, norm = _channels_last(x), None
-    for conv, bn in units:
-        x, _ = passes.convolve(x, norm, _weight(conv, x.dtype), Conv(conv.stride, conv.padding))
-        norm = passes.norm(bn.running_mean, bn.running_var, BatchNorm.of(bn))
-    return passes.activate(x, norm, shortcut, relu)[0]
+    return infer_block(passes, x, units, shortcut, relu)
 
 
 def stock(x: Tensor, units: Units, shortcut: Tensor | None = None, relu: bool = True) -> Tensor:
@@ -107,9 +103,22 @@ def train_block(
     return _Block.apply(plan, x, None if identity else shortcut, *weights, *bn_parameters)
 
 
+def infer_block(
+    passes: TorchPasses, x: Tensor, units: Units, shortcut: Tensor | None, relu: bool = True
+) -> Tensor:
+    """`conv_bn_relu` in evaluation, computed by `passes`."""
+    x = _channels_last(x)
+    for i, (conv, bn) in enumerate(units, start=1):
+        last, weight = i == len(units), _weight(conv, x.dtype)
+        norm = passes.norm(bn.running_mean, bn.running_var, BatchNorm.of(bn))
+        ends = (shortcut, relu) if last else ()
+        x = passes.infer(x, weight, Conv(conv.stride, conv.padding), norm, *ends)
+    return x
+
+
 def passes_name(device_type: str, compiled: bool = True) -> str:
     """Which passes a device of this type uses: "cpp" or "triton", which are our own, or "torch"."""
-    return _passes(device_type, compiled).name
+    return passes_for(device_type, compiled).name
 
 
 class _Block(torch.autograd.Function):
@@ -167,7 +176,8 @@ class _Block(torch.autograd.Function):
         return None, d_x, d_shortcut, *d_weights, *d_bn
 
 
-def _passes(device_type: str, compiled: bool) -> TorchPasses:
+def passes_for(device_type: str, compiled: bool) -> TorchPasses:
+    """The passes of a device of this type: our own, or PyTorch's."""
     if compiled and device_type == "cpu":
         return cpu.passes()
     if compiled and device_type == "cuda":

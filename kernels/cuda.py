@@ -21,6 +21,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from kernels.device import cache_folder
 from kernels.reference import BatchNorm, Conv, TorchPasses
@@ -34,36 +36,59 @@ except ImportError:  # `passes` warns of it
 
 
 class Config(NamedTuple):
-    """How a kernel is launched: positions per program, warps that share them, and loads in flight."""
+    """How a kernel is launched: patches per program, warps that share them, loads in flight, side of a patch.
+
+    The side is that of a convolution's output. A gradient's patches have at least the convolution's stride.
+    """
 
     block: int
     warps: int
     stages: int
+    patch: int = 1
 
 
 # Computes a convolution as the Config says, or by cuDNN for None; has all results, and no lasting effect.
 Attempt = Callable[[Config | None], Sequence[Tensor | None]]
 
-CONFIGS = (Config(64, 4, 1), Config(64, 4, 3), Config(128, 4, 3), Config(128, 8, 3), Config(256, 8, 1))
+CONFIGS = (
+    Config(32, 4, 1), Config(64, 4, 1), Config(64, 4, 3),
+    Config(32, 4, 1, 2), Config(64, 4, 1, 2), Config(64, 4, 3, 2), Config(128, 4, 1, 2),
+)  # fmt: skip
 ELEMENTWISE = Config(0, 4, 1)
-TILE = 2048  # elements per program of an elementwise kernel
+TILE = 4096  # elements per program of an elementwise kernel
+LARGEST_TILE = 16384  # elements that a program of the head holds at once
+WIDEST = 128  # columns of a convolution's product
+PARTIALS = 2048  # partial sums that a program adds up at once
+STREAMS, CHANNEL_TILES = 64, 1024  # that count their programs each for themselves
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 4e-2, torch.float16: 8e-3}  # cuDNN's fp32 may be TF32
 
 
 @functools.cache
 def passes() -> TorchPasses:
-    """Triton's passes; or a warning and PyTorch's, where Triton is missing or lacks, say, a C compiler."""
+    """Triton's passes; or a warning and PyTorch's, where Triton is missing, finds no C compiler, or errs."""
     try:
         if triton is None:
             raise ImportError("Triton is not installed")
         made = CudaPasses(Choices(_choices_file(torch.cuda.get_device_name())))
-        z = torch.ones(2, 8, 1, 1, device="cuda").contiguous(memory_format=torch.channels_last)
-        made.activate(z, torch.ones(4, 8, device="cuda"))
+        check_sums(made, torch.device("cuda"))
     except Exception as error:  # training is possible without Triton, whatever is wrong
         warnings.warn(f"Triton fails; PyTorch's slower kernels are used ({error!r})", stacklevel=2)
         return TorchPasses()
     return made
+
+
+def check_sums(passes: TorchPasses, device: torch.device) -> None:
+    """RuntimeError where a kernel's last program does not see what the others have written: on this GPU."""
+    z = torch.linspace(-2, 3, 8 * 16 * 1024, device=device).view(8, 32, 32, 16).permute(0, 3, 1, 2)
+
+    def sums_by(way: TorchPasses) -> tuple[Tensor, Tensor]:
+        ones = [torch.ones(16, device=device) for _ in range(4)]
+        norm = way.statistics(z, BatchNorm(*ones, 1e-5, 0.1))
+        return norm, way.mask_and_sum(z, z, norm)[1]
+
+    if not agrees(sums_by(passes), sums_by(TorchPasses())):
+        raise RuntimeError("sums over a batch are wrong")
 
 
 class CudaPasses(TorchPasses):
@@ -72,55 +97,104 @@ class CudaPasses(TorchPasses):
     name = "triton"
 
     def __init__(self, choose: Callable[[str, Attempt], Config | None]):
-        self.choose = choose
+        self.choose, self.streams, self.counters = choose, {}, None
+        self.expanded = WeakTensorKeyDictionary()
 
     def launch(self, kernel, grid: tuple[int, ...], *arguments, config: Config = ELEMENTWISE, **constants):
         kernel[grid](*arguments, **constants, num_warps=config.warps, num_stages=config.stages)
 
     def over(self, kernel, image: Tensor, *arguments, of=None, config: Config = ELEMENTWISE, **constants):
-        """Launch `kernel` over the positions of `image`, and with `of` what finishes its partial sums.
+        """Launch `kernel` over the positions of `image`, or over its patches of side P.
 
-        Returns the norm of `image` if `of` is a BatchNorm, and the sums of a gradient if it is a norm.
+        With `of`, partial sums are added up: it returns the norm of `image` if that is a BatchNorm, and the
+        sums of a gradient if it is a norm.
         """
-        channels, block, block_c = image.shape[1], config.block, image.shape[1]
+        count, channels, height, width = image.shape
+        positions, ends, out = count * height * width, None, None
         if config is ELEMENTWISE:  # in tiles of up to 64 channels
             block_c = min(64, channels & -channels)
-            block = TILE // block_c
+            block, sizes = TILE // block_c, (positions,)
             constants |= {"C": channels, "BLOCK_C": block_c}
-        positions = image.numel() // channels
-        grid = programs, _ = -(-positions // block), channels // block_c
-        empty = functools.partial(image.new_empty, dtype=torch.float32)
-        partial, out = (None, None) if of is None else (empty(2, channels, programs), empty(4, channels))
-        last = (partial, positions) if "partial" in kernel.arg_names else (positions,)
-        self.launch(kernel, grid, *arguments, *last, config=config, BLOCK=block, **constants)
-        counts = partial, out, positions, programs
-        if isinstance(of, BatchNorm):
-            self.launch(triton_kernels.finish_norm, (channels,), *counts, *of, C=channels, BLOCK=block)
-        elif of is not None:
-            self.launch(triton_kernels.finish_sums, (channels,), *counts, of, C=channels)
+        else:
+            block, block_c, p = config.block, channels, constants["P"]
+            sizes = count * -(-height // p) * -(-width // p), positions
+        grid = programs, tiles = -(-sizes[0] // block), channels // block_c
+        if of is not None:
+            empty = functools.partial(image.new_empty, dtype=torch.float32)
+            out = empty(4, channels)
+            bn = of if isinstance(of, BatchNorm) else ()
+            ends = empty(2, channels, programs), self.counter(image, tiles), programs, out, *bn
+        if "ends" in kernel.arg_names:
+            arguments = *arguments, ends
+            constants["STEP"] = min(1 << (programs - 1).bit_length(), PARTIALS // block_c)
+        self.launch(kernel, grid, *arguments, *sizes, config=config, BLOCK=block, **constants)
         return out
 
-    def convolve(self, x, norm, weight, conv, bn=None):
-        fewest = 3 if norm is None else 16
-        if not (covers_conv(x, weight, conv, fewest) and covers(x, norm, bn and bn.gamma, multiple=1)):
-            return super().convolve(x, norm, weight, conv, bn)
+    def counter(self, image: Tensor, tiles: int) -> Tensor:
+        """Zeros, int32 [tiles], which the kernels of one stream put back when they have counted with them."""
+        if self.counters is None:
+            self.counters = image.new_zeros(STREAMS, CHANNEL_TILES, dtype=torch.int32)
+        stream = torch.cuda.current_stream(image.device).cuda_stream if image.is_cuda else 0
+        return self.counters[self.streams.setdefault(stream, len(self.streams) % STREAMS), :tiles]
 
-        def compute(config: Config | None, bn: BatchNorm | None) -> tuple[Tensor, Tensor | None]:
-            if config is None:
+    def taps(self, weight: Tensor, stride: int, patch: int, backward: bool) -> tuple[Tensor, dict[str, int]]:
+        """The weight `[C_out, C_in, k, k]` for patches of this side, and its strides; see `expand`.
+
+        What is made of a frozen weight is kept as long as the weight.
+        """
+        if patch == 1:
+            w_o, w_i, _, w_tap = weight.stride()
+        else:
+            key, kept = (weight._version, stride, patch, backward), self.expanded.setdefault(weight, {})
+            if key not in kept:
+                kept[key] = expand(weight, stride, patch, backward)
+            weight = kept[key]
+            w_tap, inner, _, outer = weight.stride()
+            w_o, w_i = (inner, outer) if backward else (outer, inner)
+        return weight, {"W_O": w_o, "W_I": w_i, "W_TAP": w_tap, "P": patch}
+
+    def convolve(self, x, norm, weight, conv, bn=None):
+        return self._convolve(x, norm, weight, conv, bn)
+
+    def infer(self, x, weight, conv, norm, shortcut=None, relu=True):
+        return self._convolve(x, None, weight, conv, after=(norm, shortcut, relu))[0]
+
+    def _convolve(self, x, norm, weight, conv, bn=None, after=None):
+        """`convolve`, or with `after` the arguments of `activate` that follow it."""
+
+        def by_cudnn(bn: BatchNorm | None) -> tuple[Tensor, Tensor | None]:
+            if after is None:
                 return TorchPasses.convolve(self, x, norm, weight, conv, bn)
+            return TorchPasses.infer(self, x, weight, conv, *after), None
+
+        norm_after, shortcut, relu = after or (None, None, False)
+        fewest = 3 if norm is None else 16
+        covered = covers_conv(x, weight, conv, fewest) and covers(x, norm, bn and bn.gamma, multiple=1)
+        covered = covered and x.numel() // x.shape[1] * weight.shape[0] < 2**31 * conv.stride[0] ** 2
+        if not (covered and (after is None or covers(x, shortcut, norm_after, multiple=1))):
+            return by_cudnn(bn)
+
+        def compute(config: Config | None, bn: BatchNorm | None = bn) -> tuple[Tensor, Tensor | None]:
+            if config is None:
+                return by_cudnn(bn)
             shape = _shape(x.shape, weight, conv)
             z = empty_image(x, (len(x), shape["C_OUT"], shape["H_OUT"], shape["W_OUT"]))
-            return z, self.over(triton_kernels.convolve, z, x, norm, weight, z, of=bn, config=config, **shape)
+            if config.patch > 1 and (z.shape[2] % config.patch or z.shape[3] % config.patch):
+                raise NotImplementedError("statistics are of whole patches")
+            taps, strides = self.taps(weight, shape["STRIDE"], config.patch, backward=False)
+            check_width(config.patch**2 * shape["C_OUT"])
+            tensors, shape = (x, norm, taps, z, norm_after, shortcut), shape | strides | {"RELU": relu}
+            return z, self.over(triton_kernels.convolve, z, *tensors, of=bn, config=config, **shape)
 
         def attempt(config: Config | None) -> tuple[Tensor | None, ...]:
             if bn is None:
-                return compute(config, None)
+                return compute(config)
             mean, var = bn.running_mean.clone(), bn.running_var.clone()  # bn's own must move only once
             return *compute(config, bn._replace(running_mean=mean, running_var=var)), mean, var
 
         # Whether statistics are wanted is not in the key: what is faster with them is faster without.
-        key = _key("convolve", x.shape, weight, conv, norm=norm)
-        return compute(self.choose(key, attempt), bn)
+        key = _key("convolve", x.shape, weight, conv, norm=norm, after=after)
+        return compute(self.choose(key, attempt))
 
     def convolve_backward(self, g, z, norm, sums, weight, conv, x_shape, below=None, add=None, dz=None):
         z_below, norm_below = below or (None, None)
@@ -132,14 +206,27 @@ class CudaPasses(TorchPasses):
                 rest = weight, conv, x_shape, below, add, dz
                 return TorchPasses.convolve_backward(self, g, z, norm, sums, *rest)
             dx, shape = empty_image(g, x_shape), _shape(x_shape, weight, conv)
-            tensors = g, z, norm, sums, weight, add, z_below, norm_below, dx
-            kernel = triton_kernels.convolve_backward
-            return dx, self.over(kernel, dx, *tensors, of=norm_below, config=config, **shape)
+            patch = max(config.patch, shape["STRIDE"])
+            check_width(patch**2 * shape["C_IN"])
+            taps, strides = self.taps(weight, shape["STRIDE"], patch, backward=True)
+            tensors, kernel = (
+                (g, z, norm, sums, taps, add, z_below, norm_below, dx),
+                triton_kernels.convolve_backward,
+            )
+            return dx, self.over(kernel, dx, *tensors, of=norm_below, config=config, **shape, **strides)
 
         if not covered:
             return compute(None)
         key = _key("convolve_backward", x_shape, weight, conv, below=below, add=add, dz=dz)
         return compute(self.choose(key, compute))
+
+    def norm(self, mean, var, bn):
+        if not (mean.is_cuda or mean.is_meta) or mean.dtype != torch.float32:
+            return super().norm(mean, var, bn)
+        out, block = mean.new_empty(4, len(mean)), 128
+        tensors = mean, var, bn.gamma, bn.beta, out, bn.eps
+        self.launch(triton_kernels.norm_of, (-(-len(mean) // block),), *tensors, C=len(mean), BLOCK=block)
+        return out
 
     def statistics(self, z, bn):
         if not covers(z, bn.gamma):
@@ -166,6 +253,30 @@ class CudaPasses(TorchPasses):
         dz = torch.empty_like(z)
         self.over(triton_kernels.gradient, z, g, z, norm, sums, dz)
         return dz
+
+    def head(self, features, fc, labels, smoothing, metrics, lrs=None, lr=None):
+        (count, channels, height, width), classes = features.shape, fc.out_features
+        block, block_classes = (1 << (size - 1).bit_length() for size in (height * width, classes))
+        fits = channels & (channels - 1) == 0 and channels * max(block, block_classes) <= LARGEST_TILE
+        if not (fits and covers(features) and fc.weight.dtype == torch.float32 and fc.weight.is_contiguous()):
+            return None
+        d_features, partial = torch.empty_like(features), fc.weight.new_empty(2, count)
+        given = features, fc.weight, fc.bias, labels, d_features, partial, self.counter(features, 1)
+        constants = {"HW": height * width, "C": channels, "CLASSES": classes, "BLOCK": block}
+        constants |= {"BLOCK_CLASSES": block_classes, "STEP": min(1024, 1 << (count - 1).bit_length())}
+        self.launch(triton_kernels.head, (count,), *given, *metrics, lrs, lr, smoothing, **constants)
+        return d_features
+
+    def batch(self, images, labels, order, draws, position, mean, std, dtype, pad):
+        (_, count), (_, height, width, _), block = order.shape, images.shape, 256
+        out = torch.empty(count, height, width, 3, dtype=dtype, device=images.device)
+        out_labels, constants = labels.new_empty(count), {"H": height, "W": width, "DRAWS": draws.shape[2]}
+        given, grid = (
+            (images, labels, order, draws, position, mean, std, out, out_labels),
+            -(-height * width // block),
+        )
+        self.launch(triton_kernels.batch, (count, grid), *given, **constants, PAD=pad, BLOCK=block)
+        return out.permute(0, 3, 1, 2), out_labels
 
 
 def covers(*tensors: Tensor | None, multiple: int = 8) -> bool:
@@ -208,8 +319,37 @@ def _shape(x_shape: Sequence[int], weight: Tensor, conv: Conv) -> dict[str, int]
     return {
         "H": h, "W": w, "H_OUT": (h - 1) // stride + 1, "W_OUT": (w - 1) // stride + 1,
         "C_IN": c_in, "C_OUT": c_out, "K": k, "STRIDE": stride,
-        "W_O": weight.stride(0), "W_I": weight.stride(1), "W_TAP": weight.stride(3),
     }  # fmt: skip
+
+
+def expand(weight: Tensor, stride: int, patch: int, backward: bool) -> Tensor:
+    """The weights of a product that makes patches, `[window pixels, contracted channels, P P, channels]`.
+
+    `weight` is `[C_out, C_in, k, k]`. A window starts at the first input of a patch of outputs; backward, at
+    the last output that a patch of inputs has a part in.
+    """
+    taps = _taps(weight.shape[2], stride, patch, backward, weight.device)
+    spread = F.pad(weight, (0, 1, 0, 1))[:, :, taps][..., taps]  # [C_out, C_in, window, P, window, P]
+    spread = spread.permute(2, 4, 0, 3, 5, 1) if backward else spread.permute(2, 4, 1, 3, 5, 0)
+    return spread.flatten(0, 1).flatten(2, 3).contiguous()
+
+
+@functools.cache
+def _taps(k: int, stride: int, patch: int, backward: bool, device: torch.device) -> Tensor:
+    """By which tap a window's pixel joins a patch's, int64 `[window, patch]`; k, past the last, for none."""
+    in_patch = torch.arange(patch, device=device)
+    if backward:
+        first, last = -(k // 2 // stride), (patch - 1 + k // 2) // stride
+        taps = in_patch + k // 2 - stride * torch.arange(last, first - 1, -1, device=device)[:, None]
+    else:
+        taps = torch.arange(stride * (patch - 1) + k, device=device)[:, None] - stride * in_patch
+    return torch.where((taps >= 0) & (taps < k), taps, k)
+
+
+def check_width(columns: int) -> None:
+    """NotImplementedError for a product that needs more registers than there are."""
+    if columns > WIDEST:
+        raise NotImplementedError(f"{columns} columns")
 
 
 def empty_image(like: Tensor, shape: Sequence[int]) -> Tensor:

@@ -1,6 +1,7 @@
 """The device that a network runs on: its name, its fastest dtype, its memory, and its CUDA graphs."""
 
 import ctypes
+import gc
 import os
 import platform
 import resource
@@ -30,6 +31,7 @@ def cache_folder() -> Path:
 # What torch.compile and Triton compile is kept there too, since /tmp, where it would be, may be emptied.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
 os.environ.setdefault("TRITON_CACHE_DIR", str(cache_folder() / "triton"))
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # else more than 8 seeds wait for each other
 
 
 def choose(name: str = "auto") -> torch.device:
@@ -95,6 +97,8 @@ def peak_memory_bytes(device: torch.device) -> int:
 class Captured:
     """A function replayed from a CUDA graph after its first calls.
 
+    Nothing may free a graph while another is captured, so Python collects its garbage before.
+
     It has no arguments or result, and reads what changes between calls from tensors that keep their place.
     """
 
@@ -110,6 +114,11 @@ class Captured:
             # On the run's own stream, whose cuBLAS workspace is in the graph; the default stream cannot be.
             stream = torch.cuda.current_stream()
             stream = None if stream == torch.cuda.default_stream() else stream
-            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
-                self.function()
+            gc.collect()
+            gc.disable()
+            try:
+                with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+                    self.function()
+            finally:
+                gc.enable()
         self.graph.replay()

@@ -92,6 +92,13 @@ class TorchPasses:
         signs = pack(y > 0) if want_signs else None
         return y.relu_() if relu else y, signs
 
+    def infer(
+        self, x: Tensor, weight: Tensor, conv: Conv, norm: Tensor, shortcut: Tensor | None = None,
+        relu: bool = True,
+    ) -> Tensor:  # fmt: skip
+        """relu(conv(x) scale + shift + shortcut), for evaluation."""
+        return self.activate(self.convolve(x, None, weight, conv)[0], norm, shortcut, relu)[0]
+
     def mask_and_sum(
         self, dy: Tensor, z: Tensor, norm: Tensor, signs: Tensor | None = None, relu: bool = True
     ) -> tuple[Tensor, Tensor]:
@@ -140,6 +147,28 @@ class TorchPasses:
         """The gradient of the weight, in its dtype."""
         settings = None, conv.stride, conv.padding, (1, 1), False, (0, 0), 1, (False, True, False)
         return torch.ops.aten.convolution_backward(dz, x, weight, *settings)[1]
+
+    def head(
+        self, features: Tensor, fc: nn.Linear, labels: Tensor, smoothing: float,
+        metrics: tuple[Tensor, ...], lrs: Tensor | None = None, lr: Tensor | None = None,
+    ) -> Tensor | None:  # fmt: skip
+        """The gradient in `features` of the mean cross-entropy of fc(average pool), where `fc` is frozen.
+
+        The batch is added to `metrics` (loss_sum, correct, first_bad_step and position, see step.py), and lr
+        set to that of `lrs` at this position. None where there is no faster way than autograd's.
+        """
+        return None
+
+    def batch(
+        self, images: Tensor, labels: Tensor, order: Tensor, draws: Tensor, position: Tensor, mean: Tensor,
+        std: Tensor, dtype: torch.dtype, pad: int,
+    ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+        """A batch of resident images, uint8 `[n, H, W, 3]`, cropped, flipped and normalised; and its labels.
+
+        `order` int64 `[steps, N]` and `draws` `[steps, N, 0 or more]` (row and column of the crop, and flip)
+        are those of step `position`. None where there is no faster way than PyTorch's kernels.
+        """
+        return None
 
 
 def pack(positive: Tensor) -> Tensor:

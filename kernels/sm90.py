@@ -1,12 +1,22 @@
-"""What the Triton kernels compile to for an H100 or H200: registers, spills, least time. It needs no GPU.
+"""A forecast of what the Triton kernels take on an H100 or H200, from what they compile to. It needs no GPU.
 
-python -m kernels.sm90
+python -m kernels.sm90 --arch resnet32 --batch-size 128
+
+It prints a row per kernel and the total, of a step that trains BatchNorm alone and of an evaluation. A launch
+is taken to last as long as the largest of these: what any launch costs; its bytes; its products; and its
+instructions, four a clock on each multiprocessor, and one in two clocks in each warp, since most wait for the
+one before. What the last program does alone, to finish sums, is added to its instructions. This is a count
+and no measurement: that memory and shared memory are waited for is not in it.
 """
 
+import argparse
+import functools
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import triton
@@ -14,100 +24,217 @@ from torch import Tensor, nn
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import train_block
+from kernels import infer_block, train_block
 from kernels.cuda import CONFIGS, DTYPES, ELEMENTWISE, Config, CudaPasses, empty_image
 
 HOPPER = GPUTarget("cuda", 90, 32)
-BYTES_PER_S = 4.3e12  # an H200's, as measured by others; so are the next two
-FLOP_PER_S = 790e12
-LAUNCH_S = 2e-6
+BYTES_PER_S, FLOP_PER_S = 4.3e12, 790e12  # of an H200, as measured by others
+LAUNCH_S = 2e-6  # of a kernel in a CUDA graph
+SMS, CLOCK_HZ = 132, 1.755e9
+POINTERS = DTYPES | {torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64", torch.float64: "fp64"}
+OPTIONAL = ("norm", "after", "add", "z_below", "shortcut", "signs", "g")  # arguments that tell variants apart
+EVALUATION = 24  # launches of PyTorch's own in a batch of an evaluation, for the head and the scores
+
+
+class Code(NamedTuple):
+    """What a kernel compiles to, and the instructions that a warp executes: of any program, of the last."""
+
+    registers: int = 0
+    spilt_bytes: int = 0
+    shared_bytes: int = 0
+    matrix: str = "-"  # instruction
+    instructions: int = 0
+    at_last: int = 0
+
+
+class Launch(NamedTuple):
+    """A kernel, by name and shape, and the seconds that it is taken to last."""
+
+    kernel: str
+    shape: str = ""
+    config: Config = ELEMENTWISE
+    programs: int = 0
+    code: Code = Code()
+    bytes_s: float = 0.0
+    issue_s: float = 0.0
+    seconds: float = LAUNCH_S
 
 
 class Forecast(CudaPasses):
-    """Passes that launch nothing, over tensors without memory, and add up the least time of every launch.
+    """Passes over tensors without memory, which note each launch in the place of launching it.
 
-    With `seen`, each kernel that is not in it is compiled and printed.
+    Each convolution has the Config that is taken to be the fastest, of those given.
     """
 
-    def __init__(self, config: Config, seen: set | None = None):
-        super().__init__(lambda key, attempt: config)
-        self.seen, self.seconds, self.launches = seen, 0.0, 0
+    def __init__(self, configs: tuple[Config, ...] = CONFIGS):
+        super().__init__(self.fastest)
+        self.configs, self.launches, self.best = configs, [], {}
+
+    def fastest(self, key, attempt):
+        if key not in self.best:
+            before, seconds = self.launches, {}
+            for config in self.configs:
+                self.launches = []
+                try:
+                    attempt(config)
+                except NotImplementedError:  # this convolution cannot be done so
+                    continue
+                seconds[config] = sum(launch.seconds for launch in self.launches)
+            self.launches, self.best[key] = before, min(seconds, key=seconds.get)
+        return self.best[key]
 
     def launch(self, kernel, grid, *arguments, config=ELEMENTWISE, **constants):
-        moved = sum(a.nbytes for a in arguments if isinstance(a, Tensor))
-        k = constants.get("K", 0)
-        flops = 2 * grid[0] * config.block * k * k * constants.get("C_IN", 0) * constants.get("C_OUT", 0)
-        least_s = max(moved / BYTES_PER_S, flops / FLOP_PER_S, LAUNCH_S)
-        self.seconds, self.launches = self.seconds + least_s, self.launches + 1
-        types = (a.dtype if isinstance(a, Tensor) else type(a) for a in arguments)
-        variant = (kernel.__name__, *types, config, *constants.items())
-        if self.seen is None or variant in self.seen:
-            return
-        self.seen.add(variant)
-        given, block = dict(zip(kernel.arg_names, arguments, strict=False)), constants.get("BLOCK", "")
-        shape = ("{C_IN}->{C_OUT} {H}x{W} k{K} s{STRIDE}" if k else "{C}").format(**constants)
-        used = resources(kernel, given, config, constants)
-        optional = ("norm", "add", "z_below", "shortcut", "signs", "g")
-        having = " ".join(name for name in optional if given.get(name) is not None)
-        launched = f"{kernel.__name__:18}{shape:18}{block:>5}{config.warps:3}{config.stages:3}"
-        print(f"{launched} {used} {moved / 1e6:8.2f}{least_s * 1e6:7.1f}  {having}", flush=True)
+        given = dict(zip(kernel.arg_names, arguments, strict=False))
+        k, p, stride = (constants.get(name, 1) for name in ("K", "P", "STRIDE"))
+        back = k // 2 // stride + (p - 1 + k // 2) // stride + 1
+        windows = {"convolve": stride * (p - 1) + k, "convolve_backward": back}
+        trips = windows.get(kernel.__name__, 1) ** 2
+        rounds, programs = -(-grid[0] // constants.get("STEP", grid[0])), functools.reduce(int.__mul__, grid)
+        code = compiled(kernel, typed(tuple(given.items())), config, tuple(constants.items()), trips, rounds)
+        together = max(2, config.warps / 4 * -(-programs // SMS))  # clocks for an instruction of every warp
+        issue_s = (code.instructions * together + 2 * code.at_last) / CLOCK_HZ
+        bytes_s = sum(a.nbytes for a in arguments if isinstance(a, Tensor)) / BYTES_PER_S
+        product = trips * p * p * constants.get("C_IN", 0) * constants.get("C_OUT", 0)
+        seconds = max(LAUNCH_S, bytes_s, issue_s, 2 * programs * config.block * product / FLOP_PER_S)
+        form = "{C_IN}->{C_OUT} {H}x{W} k{K} s{STRIDE}" if "K" in constants else "{C}"
+        having = [name for name in OPTIONAL if given.get(name) is not None]
+        shape = " ".join([form.format_map({"C": ""} | constants), *having])
+        self.launches.append(
+            Launch(kernel.__name__, shape, config, programs, code, bytes_s, issue_s, seconds)
+        )
 
 
-def resources(kernel, given: dict, config: Config, constants: dict) -> str:
-    """Registers, bytes spilt, bytes of shared memory and the matrix instruction, compiled for Hopper."""
-    pointers, types = DTYPES | {torch.uint8: "u8"}, {int: "i32", float: "fp32", type(None): "constexpr"}
-    signature = dict.fromkeys(kernel.arg_names, "constexpr")
-    for name, a in given.items():
-        signature[name] = "*" + pointers[a.dtype] if isinstance(a, Tensor) else types[type(a)]
-    divisible = (isinstance(a, Tensor) or (isinstance(a, int) and a % 16 == 0) for a in given.values())
-    attributes = {(i,): [["tt.divisibility", 16]] for i, yes in enumerate(divisible) if yes}
-    fixed = constants | {name: None for name, a in given.items() if a is None}
+def typed(value: object) -> object:
+    """Arguments as the compiler is told of them: a type, and whether the value is a multiple of 16."""
+    if isinstance(value, tuple):
+        return tuple(map(typed, value))
+    if isinstance(value, Tensor):
+        return ("*" + POINTERS[value.dtype], True)
+    kinds = {int: "i32", float: "fp32", type(None): "constexpr"}
+    return (
+        value if isinstance(value, str) else (kinds[type(value)], isinstance(value, int) and value % 16 == 0)
+    )
+
+
+@functools.cache
+def compiled(kernel, given: tuple, config: Config, constants: tuple, trips: int, rounds: int) -> Code:
+    """The code of a kernel for Hopper, whose loop has `trips`, and that of the last program `rounds`."""
+    signature, fixed, attributes = dict.fromkeys(kernel.arg_names, "constexpr"), dict(constants), {}
+
+    def kind_of(value: tuple, path: tuple[int, ...]) -> object:
+        if isinstance(value[0], tuple):
+            return tuple(kind_of(inner, (*path, i)) for i, inner in enumerate(value))
+        kind, divisible = value
+        if divisible:
+            attributes[path] = [["tt.divisibility", 16]]
+        return kind
+
+    for i, (name, value) in enumerate(given):
+        signature[name] = kind_of(value, (i,))
+        if signature[name] == "constexpr":
+            fixed[name] = None
     options = {"num_warps": config.warps, "num_stages": config.stages}
     made = triton.compile(ASTSource(kernel, signature, fixed, attributes), target=HOPPER, options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(made.asm["cubin"])
-        cubin.flush()
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        command = [tool, "--dump-resource-usage", cubin.name]
-        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    usage, sass = (read(made.asm["cubin"], what) for what in ("--dump-resource-usage", "-sass"))
     registers, stack, local = (int(re.search(rf"{w}:(\d+)", usage)[1]) for w in ("REG", "STACK", "LOCAL"))
-    instruction = next((name for name in ("wgmma", "mma.sync") if name in made.asm["ptx"]), "-")
-    return f"{registers:4}{stack + local:6}{made.metadata.shared:8} {instruction:9}"
+    matrix = next((name for name in ("wgmma", "mma.sync") if name in made.asm["ptx"]), "-")
+    return Code(registers, stack + local, made.metadata.shared, matrix, *executed(sass, trips, rounds))
 
 
-def block(
-    passes: CudaPasses, x: Tensor, units: list[tuple], shortcut: Tensor | None = None, relu: bool = True
-) -> Tensor:
-    """The output of a block whose units are (channels, kernel, stride); its backward pass is done, too."""
+def read(cubin: bytes, what: str) -> str:
+    """What cuobjdump, which comes with Triton, prints of compiled code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        return subprocess.run([tool, what, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def executed(sass: str, trips: int, rounds: int) -> tuple[int, int]:
+    """How many instructions a warp executes up to the atomic, and after it, where only the last program goes.
+
+    A loop before the atomic is taken to have `trips`, one after it `rounds`; whatever can be skipped, is not.
+    """
+    code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", sass)
+    index = {int(address, 16): i for i, (address, _) in enumerate(code)}
+    targets = [re.search(r"\bBRA\b.*0x(\w+)", text) for _, text in code]
+    jumps = [(i, index[int(target[1], 16)]) for i, target in enumerate(targets) if target]
+    end = next(i for i, to in jumps if to == i)  # what follows a program jumps to itself
+    split = next((i for i, (_, text) in enumerate(code[:end]) if "ATOM" in text), end)
+    times = [1] * end
+    for i, to in jumps:
+        for j in range(to, i + 1 if i < end else to):
+            times[j] *= trips if to < split else rounds
+    return sum(times[:split]), sum(times[split:])
+
+
+# ---- a CIFAR ResNet, on tensors without memory ----
+
+
+def block(passes: CudaPasses, x: Tensor, units: list[tuple], shortcut=None, relu=True, train=True) -> Tensor:
+    """The output of a block whose units are (channels, kernel, stride); with `train`, also its backward."""
     layers, c_in = [], x.shape[1]
     for c_out, k, stride in units:
         conv = nn.Conv2d(c_in, c_out, k, stride, k // 2, bias=False, device=x.device).requires_grad_(False)
-        layers.append((conv.to(memory_format=torch.channels_last), nn.BatchNorm2d(c_out, device=x.device)))
+        conv.to(x.dtype, memory_format=torch.channels_last)  # as it is once its weight has been converted
+        layers.append((conv, nn.BatchNorm2d(c_out, device=x.device)))
         c_in = c_out
+    if not train:
+        return infer_block(passes, x, layers, shortcut, relu)
     x.requires_grad_(x.shape[1] > 3)  # images need no gradient
     y = train_block(passes, x, layers, shortcut, relu)
     y.backward(empty_image(y, y.shape))
     return y.detach()
 
 
-def resnet32(passes: CudaPasses, batch: int, blocks: int = 5) -> None:
-    """The passes of one step that trains BatchNorm alone, with `blocks` blocks in each stage."""
-    x = empty_image(torch.empty(0, dtype=torch.bfloat16, device="meta"), (batch, 3, 32, 32))
-    x = block(passes, x, [(16, 3, 1)])
+def resnet(passes: Forecast, depth: int, count: int, train: bool = True) -> None:
+    """All of a step of `count` images that trains BatchNorm alone, or of a batch of an evaluation."""
+    new = functools.partial(torch.empty, device="meta")
+    order, labels, position = new(1, count, dtype=torch.int64), new(count, dtype=torch.int64), new(1).long()
+    images, draws, rates = new(count, 32, 32, 3, dtype=torch.uint8), new(1, count, 11 * train), new(1)
+    given = images, labels, order, draws, position, new(3), new(3), torch.bfloat16, 4
+    x, labels = passes.batch(*given)
+    x = block(passes, x, [(16, 3, 1)], train=train)
     for channels in (16, 32, 64):
-        for _ in range(blocks):
+        for _ in range((depth - 2) // 6):
             stride = 1 if x.shape[1] == channels else 2
-            shortcut = x if stride == 1 else block(passes, x, [(channels, 1, 2)], relu=False)
-            x = block(passes, x, [(channels, 3, stride), (channels, 3, 1)], shortcut)
+            shortcut = x if stride == 1 else block(passes, x, [(channels, 1, 2)], relu=False, train=train)
+            x = block(passes, x, [(channels, 3, stride), (channels, 3, 1)], shortcut, train=train)
+    if train:
+        metrics = new(1, dtype=torch.float64), position, position, position
+        passes.head(x, nn.Linear(64, 10, device="meta"), labels, 0.0, metrics, rates, rates)
+    others = ("torch.cat", "torch.optim.SGD") if train else ["torch, head and scores"] * EVALUATION
+    passes.launches += map(Launch, others)
+
+
+def show(title: str, launches: list[Launch], times: int = 1) -> None:
+    """A row for each kernel, and the total of `times` as many launches."""
+    print(
+        f"\n{'n':>3} {'kernel':24}{'channels, image, kernel, stride, with':39}block wa st p programs", end=""
+    )
+    print("  reg spilt  shared matrix   instructions   MB us  issue us    us")
+    rows = Counter(launches)
+    for launch in sorted(rows, key=lambda launch: -launch.seconds * rows[launch]):
+        (block, warps, stages, patch), code = launch.config, launch.code
+        print(f"{rows[launch]:3} {launch.kernel:24}{launch.shape:39}{block:5}{warps:3}{stages:3}", end="")
+        print(f"{patch:2}{launch.programs:9}{code.registers:5}{code.spilt_bytes:6}", end="")
+        print(f"{code.shared_bytes:8} {code.matrix:9}{code.instructions:6}+{code.at_last:<6}", end="")
+        print("{:8.2f}{:10.2f}{:6.2f}".format(*(s * 1e6 for s in launch[-3:])))
+    seconds = times * sum(launch.seconds for launch in launches)
+    print(f"{title}: {times * len(launches)} launches, {1e3 * seconds:.3f} ms")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m kernels.sm90", description=__doc__)
+    parser.add_argument("--arch", default="resnet32", help="resnetD, a ResNet for CIFAR [resnet32]")
+    parser.add_argument("--batch-size", type=int, default=128, help="images per step [128]")
+    options = parser.parse_args()
+    depth, step, evaluation = int(options.arch.removeprefix("resnet")), Forecast(), Forecast()
+    resnet(step, depth, options.batch_size)
+    resnet(evaluation, depth, 1000, train=False)
+    show(f"{options.arch}, bn_only, a step of {options.batch_size} images", step.launches)
+    show(f"{options.arch}, evaluation of 10,000 images by 1,000", evaluation.launches, times=10)
 
 
 if __name__ == "__main__":
-    print("kernel            channels        block wa st  reg spilt  shared matrix         MB     us  with")
-    seen = set()
-    for config in CONFIGS:
-        resnet32(Forecast(config, seen), 128, blocks=2)
-    for batch in (128, 1024):
-        forecast = Forecast(CONFIGS[0])
-        resnet32(forecast, batch)
-        step = f"{forecast.launches} launches, {forecast.seconds * 1e3:.2f} ms"
-        print(f"ResNet-32, bn_only, batch {batch}: {step}, {batch / forecast.seconds:,.0f} images/s at best")
+    main()

@@ -15,11 +15,14 @@ if not torch.cuda.is_available():  # before anything imports Triton: without a G
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m is looked at
 def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU; torch finds none"))
+    """Skip what is marked `gpu` where there is none; where there is one, mark so all that computes on it."""
+    for item in items:
+        if getattr(item.module, "DEVICE", "cpu") == "cuda":
+            item.add_marker(pytest.mark.gpu)
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU; torch finds none"))
 
 
 @pytest.fixture(scope="session")

@@ -102,12 +102,34 @@ def test_without_a_compiler_the_passes_are_pytorchs_and_a_warning_says_so(monkey
     def launch(self, *_, **__):
         raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
 
-    ones = torch.ones  # on the CPU where there is no GPU, since nothing is launched
-    monkeypatch.setattr(torch, "ones", lambda *sizes, device: ones(*sizes, device=DEVICE))
+    made = torch.device  # the CPU where there is no GPU, since nothing is launched
+    monkeypatch.setattr(torch, "device", lambda name: made(DEVICE))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(CudaPasses, "launch", launch)
     with pytest.warns(UserWarning, match="PyTorch's slower kernels are used .*Failed to find C compiler"):
         assert type(cuda.passes.__wrapped__()) is TorchPasses
+
+
+def test_kernels_whose_sums_are_wrong_are_found_out(monkeypatch):
+    cuda.check_sums(CudaPasses(lambda key, attempt: None), torch.device(DEVICE))
+
+    class Stale(CudaPasses):
+        def mask_and_sum(self, *given):
+            g, sums = super().mask_and_sum(*given)
+            return g, sums * 0.9
+
+    with pytest.raises(RuntimeError, match="sums over a batch are wrong"):
+        cuda.check_sums(Stale(lambda key, attempt: None), torch.device(DEVICE))
+
+
+def test_what_is_larger_than_32_bits_can_count_is_left_to_cudnn(monkeypatch):
+    passes, launched = CudaPasses(lambda key, attempt: CONFIGS[0]), []
+    monkeypatch.setattr(passes, "launch", lambda kernel, *_, **__: launched.append(kernel.__name__))
+    weight = torch.empty(64, 3, 3, 3, device="meta")  # the stem of a VGG at 224 pixels
+    for images in (668, 669):
+        x = cuda.empty_image(weight, (images, 3, 224, 224))
+        passes.convolve(x, None, weight.contiguous(memory_format=torch.channels_last), Conv((1, 1), (1, 1)))
+        assert launched == ["convolve"]
 
 
 @pytest.mark.gpu

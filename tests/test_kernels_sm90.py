@@ -1,4 +1,4 @@
-"""The Triton kernels compile for Hopper, which needs no GPU."""
+"""The Triton kernels compile for Hopper, which needs no GPU, and what they take there is counted."""
 
 import os
 import subprocess
@@ -10,20 +10,63 @@ import kernels
 ROOT = Path(kernels.__file__).parents[1]
 
 
+def run(program: str, cache: Path) -> list[str]:
+    """The lines that a program prints, in a process in which Triton compiles and does not interpret."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
 def test_the_kernels_compile_for_hopper_to_its_own_matrix_instructions_without_spilling(tmp_path):
     program = """if True:
         import torch
         from kernels import cuda, sm90
         like = torch.empty(0, dtype=torch.bfloat16, device="meta")
-        x = cuda.empty_image(like, (128, 64, 8, 8))
-        sm90.block(sm90.Forecast(cuda.CONFIGS[0], set()), x, [(64, 3, 1)], shortcut=x)
+        passes, x = sm90.Forecast(cuda.CONFIGS[1:2]), cuda.empty_image(like, (128, 64, 8, 8))
+        sm90.block(passes, x, [(64, 3, 1)], shortcut=x)
+        for launch in passes.launches:
+            print(launch.kernel, launch.code.matrix, launch.code.spilt_bytes, launch.code.instructions)
     """
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-c", program]
-    rows = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    convolutions = [row for row in rows if row.startswith("convolve")]
-    assert len(convolutions) == 2 and all("wgmma" in row for row in convolutions)
-    assert all(int(row.split()[9]) == 0 for row in convolutions), "bytes spilt"
+    rows = [row.split() for row in run(program, tmp_path)]
+    assert [row[0] for row in rows] == ["convolve", "activate", "mask_and_sum", "convolve_backward"]
+    assert all(row[1] == ("wgmma" if row[0].startswith("convolve") else "-") for row in rows)
+    assert all(row[2] == "0" for row in rows), "bytes spilt"
+    assert all(9 * 100 < int(row[3]) < 9 * 1000 for row in rows if row[1] == "wgmma"), "of nine taps"
+
+
+def test_a_step_is_a_hundred_launches_however_the_kernels_are_compiled(tmp_path):
+    program = """if True:
+        from kernels import sm90
+        sm90.compiled = lambda *_: sm90.Code(instructions=1000, at_last=500)
+        for train in (True, False):
+            passes = sm90.Forecast()
+            sm90.resnet(passes, 32, 128, train)
+            print(len(passes.launches), min(launch.seconds for launch in passes.launches))
+    """
+    (step, least), (evaluation, _) = (row.split() for row in run(program, tmp_path))
+    # 33 convolutions and 32 backward, 18 blocks' ends and 18 backward; batch, head, concatenation, update
+    assert int(step) == 33 + 32 + 18 + 18 + 4 and int(evaluation) == 33 + 33 + 1 + 24
+    assert float(least) == 2e-6, "no launch is free"
+
+
+def test_instructions_are_counted_as_often_as_their_loops_run(tmp_path):
+    program = '''if True:
+        from kernels import sm90
+        sass = """
+            /*0000*/  MOV R1, R2 ;
+            /*0010*/  FADD R1, R1, R2 ;
+            /*0020*/  @P0 BRA 0x10 ;
+            /*0030*/  ATOMG.E.ADD R1, [R2] ;
+            /*0040*/  @P1 EXIT ;
+            /*0050*/  LDG R1, [R2] ;
+            /*0060*/  @P0 BRA 0x50 ;
+            /*0070*/  EXIT ;
+            /*0080*/  BRA 0x80 ;
+            /*0090*/  NOP ;
+        """
+        print(*sm90.executed(sass, trips=9, rounds=2))
+    '''
+    assert run(program, tmp_path) == [f"{1 + 9 * 2} {2 + 2 * 2 + 1}"]

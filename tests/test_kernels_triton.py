@@ -1,12 +1,16 @@
 """The Triton passes equal TorchPasses' in float64. Where there is no GPU, Triton interprets them."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
 
+import data
 import kernels
 import models
-from kernels.cuda import CONFIGS, Choices, Config, CudaPasses
+from kernels import cuda
+from kernels.cuda import CONFIGS, WIDEST, Choices, Config, CudaPasses
 from kernels.reference import BatchNorm, Conv, TorchPasses, pack
 
 GPU = torch.cuda.is_available()
@@ -41,6 +45,16 @@ def memory_starts_as_nan():
 
 def fused(config: Config = CONFIGS[0]) -> CudaPasses:
     return CudaPasses(lambda key, attempt: config)
+
+
+def configs(channels: int, *sides: int) -> list[Config]:
+    """Those by which a convolution with as many output channels makes images of these sides."""
+    some = CONFIGS if GPU else (CONFIGS[0], CONFIGS[4])
+    return [
+        c
+        for c in some
+        if c.patch == 1 or (c.patch**2 * channels <= WIDEST and not any(s % c.patch for s in sides))
+    ]
 
 
 def image(*shape: int, dtype: torch.dtype = torch.float32, mean: float = 0.0) -> torch.Tensor:
@@ -94,7 +108,7 @@ def test_a_convolution_normalises_what_it_reads_and_sums_what_it_writes(layer, d
     norm, bn = None if layer == "stem" else norm_of(c_in), bn_of(c_out)
     reference = copied(bn)
     expected = TorchPasses().convolve(*wide((x, norm, weight)), conv, reference)
-    for config in CONFIGS if GPU else CONFIGS[:1]:
+    for config in configs(c_out, (size - 1) // stride + 1):
         moved = copied(bn, torch.float32, DEVICE)
         assert_close(fused(config).convolve(x, norm, weight, conv, moved), expected, TOLERANCE[dtype])
         running = (moved.running_mean, moved.running_var)
@@ -115,7 +129,7 @@ def test_the_backward_convolution_goes_through_batchnorm_above_and_relu_below(la
     for way in ways:
         given = {name: wide(value) for name, value in way.items()}
         expected = TorchPasses().convolve_backward(*wide(here), conv, x.shape, **given)
-        for config in CONFIGS if GPU else CONFIGS[:1]:
+        for config in configs(c_in):
             out = fused(config).convolve_backward(*here, conv, x.shape, **way)
             assert_close(out, expected, TOLERANCE[dtype])
 
@@ -123,17 +137,54 @@ def test_the_backward_convolution_goes_through_batchnorm_above_and_relu_below(la
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_every_config_covers_a_last_block_that_is_not_full(config):
     torch.manual_seed(0)
-    x, weight, conv = image(3, 16, 5, 7), image(16, 16, 3, 3), Conv((1, 1), (1, 1))
-    passes, norm, bn = fused(config), norm_of(16), bn_of(16)
+    weight, conv, height, width = (
+        image(16, 16, 3, 3),
+        Conv((1, 1), (1, 1)),
+        5 * config.patch,
+        7 * config.patch,
+    )
+    x, passes, norm, bn = image(3, 16, height, width), fused(config), norm_of(16), bn_of(16)
     expected = TorchPasses().convolve(*wide((x, norm, weight)), conv, copied(bn))
     z, norm_above = passes.convolve(x, norm, weight, conv, bn)
     assert_close((z, norm_above), expected, 2e-5)
-    assert torch.equal(passes.convolve(x, norm, weight, conv)[0], z), "evaluation, without statistics"
-    here, both = (x, z, norm_above, image(4, 16), weight), {"below": (x, norm), "add": image(3, 16, 5, 7)}
+    assert torch.equal(passes.convolve(x, norm, weight, conv)[0], z), "without statistics"
+    here, both = (x, z, norm_above, image(4, 16), weight), {"below": (x, norm), "add": image(*x.shape)}
     expected = TorchPasses().convolve_backward(
         *wide(here), conv, x.shape, **{n: wide(v) for n, v in both.items()}
     )
     assert_close(passes.convolve_backward(*here, conv, x.shape, **both), expected, 2e-5)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@cases
+def test_in_evaluation_a_convolution_normalises_what_it_writes(layer, dtype, size):
+    torch.manual_seed(0)
+    c_in, c_out, k, stride = LAYERS[layer]
+    x, conv, small = (
+        image(3, c_in, size, size, dtype=dtype),
+        Conv((stride, stride), (k // 2, k // 2)),
+        (size - 1) // stride + 1,
+    )
+    weight = image(c_out, c_in, k, k, dtype=dtype) * (2 / (c_in * k * k)) ** 0.5
+    norm, shortcut = norm_of(c_out), image(3, c_out, small, small, dtype=dtype)
+    for rest in ((None, True), (None, False), (shortcut, True)):
+        expected = TorchPasses().infer(*wide((x, weight, conv, norm, *rest)))
+        for config in configs(c_out, small):
+            assert_close([fused(config).infer(x, weight, conv, norm, *rest)], [expected], TOLERANCE[dtype])
+
+
+def test_sums_of_many_programs_are_added_up_in_the_same_order_each_time():
+    torch.manual_seed(0)
+    passes, z, bn = fused(), image(5, 64, 32, 40), bn_of(64)  # 100 programs, more than are read at once
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(cuda, "PARTIALS", 64 * 16)
+        norms = [passes.statistics(z, copied(bn, torch.float32, DEVICE)) for _ in range(2)]
+        sums = [passes.mask_and_sum(z, z, norms[0])[1] for _ in range(2)]
+    assert torch.equal(*norms) and torch.equal(*sums)
+    expected = TorchPasses().statistics(wide(z), copied(bn))
+    assert_close([norms[0]], [expected], 2e-5)
+    assert_close([sums[0]], [TorchPasses().mask_and_sum(*wide((z, z, norms[0])))[1]], 2e-5)
+    assert not passes.counters.any(), "every launch puts its counter back"
 
 
 @pytest.mark.parametrize("order", ["as PyTorch has it", "channels_last", "transposed"])
@@ -268,7 +319,7 @@ def test_a_deeper_network_has_no_more_to_choose_and_to_compile():
         keys = set()
         passes = CudaPasses(lambda key, attempt, keys=keys: keys.add(key))
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(kernels, "_passes", lambda *_, passes=passes: passes)
+            patched.setattr(kernels, "passes_for", lambda *_, passes=passes: passes)
             model = models.build(arch).requires_grad_(False).to(DEVICE, memory_format=torch.channels_last)
             model.bn1.requires_grad_(True)
             images = torch.randn(2, 3, 8, 8, device=DEVICE).contiguous(memory_format=torch.channels_last)
@@ -276,3 +327,52 @@ def test_a_deeper_network_has_no_more_to_choose_and_to_compile():
         chosen.append(keys)
     # 9 forward: stem, three stages' usual ones and those that change shape; 9 backward, of which some add
     assert chosen[0] == chosen[1] and len(chosen[0]) > 12
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype, classes", [(torch.float32, 10), (torch.float16, 13)], ids=str)
+def test_the_head_gives_the_gradient_of_the_mean_loss_and_counts_the_batch(dtype, classes, smoothing):
+    torch.manual_seed(0)
+    features, fc = image(5, 16, 3, 5, dtype=dtype), nn.Linear(16, classes).to(DEVICE)
+    labels, lrs, lr = (
+        torch.arange(5, device=DEVICE),
+        torch.tensor([0.5, 0.25], device=DEVICE),
+        torch.zeros(()),
+    )
+    exact, wide_fc = wide(features).requires_grad_(), nn.Linear(16, classes).double()
+    wide_fc.load_state_dict(fc.state_dict())
+    logits = wide_fc(exact.mean((2, 3)))
+    labels[3] = logits[3].argmax()  # one at least is right
+    loss = nn.functional.cross_entropy(logits, labels.cpu(), label_smoothing=smoothing)
+    loss.backward()
+    metrics = metrics_at(position=1)
+    out = fused().head(features, fc, labels, smoothing, metrics, lrs, lr := lr.to(DEVICE))
+    assert_close([out], [exact.grad], TOLERANCE[dtype])
+    loss_sum, correct, first_bad_step, position = (metric.item() for metric in metrics)
+    assert loss_sum == pytest.approx(100 + 5 * loss.item(), rel=1e-6) and first_bad_step == -1
+    assert (correct, position) == (7 + int((logits.argmax(1) == labels.cpu()).sum()), 2) and lr.item() == 0.25
+    features[2, 3, 1, 1] = float("inf")
+    for _ in range(2):
+        fused().head(features, fc, labels, smoothing, metrics)
+    assert metrics[2].item() == 2, "the first step whose loss is not finite"
+
+
+def metrics_at(position: int) -> tuple[torch.Tensor, ...]:
+    """loss_sum, correct, first_bad_step and position, as step.py has them."""
+    numbers = torch.tensor([7, -1, position], device=DEVICE)
+    return torch.tensor(100.0, dtype=torch.float64, device=DEVICE), numbers[0], numbers[1], numbers[2:]
+
+
+@pytest.mark.parametrize("augmented", ["paper", "flip", "none"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_batch_of_resident_images_has_the_same_bits_as_pytorchs(dtype, augmented, tiny_folder, tmp_path):
+    dataset = data.open_dataset(str(tiny_folder), tmp_path, say=lambda _: None)
+
+    def batches_by(passes: TorchPasses) -> list[torch.Tensor]:
+        given = {"rng": functools.partial(models.stream, 3), "augmented": augmented, "kind": "resident"}
+        loader = data.make_loader(dataset, "train", batch_size=9, device=DEVICE, dtype=dtype, **given)
+        loader.passes = passes
+        return [tensor for images, labels in loader.epoch(1) for tensor in (images, labels)]
+
+    for a, b in zip(batches_by(fused()), batches_by(TorchPasses()), strict=True):
+        assert a.dtype == b.dtype and a.stride() == b.stride() and torch.equal(a, b)
