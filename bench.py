@@ -4,6 +4,8 @@
     python bench.py memory --arch resnet32                     # bytes kept for the backward pass
     python bench.py data                                       # images/s of the loaders by themselves
     python bench.py startup                                    # seconds until train.py's first step is done
+    python bench.py profile                                    # a step of train.py, kernel by kernel
+    python bench.py table results/gpu/*.jsonl                  # the rows that --json has written, in Markdown
 
 `speed` and `memory` compare (--impl) the baselines, which others have,
     stock          eager fp32 (on a GPU TF32, torch's default), NCHW, DataLoader, transforms image by image
@@ -40,6 +42,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas
 import torch
 from PIL import Image, ImageOps
 from rich import box
@@ -62,12 +65,21 @@ from step import Step
 
 STEPS = ("stock", "stock_workers", "amp", "compiled", "plain", "lean", "recompute")
 WORKERS = {"stock": 2, "stock_workers": min(16, len(os.sched_getaffinity(0)))}  # processes of a DataLoader
-IMPLS = {"speed": STEPS, "memory": STEPS, "data": (*WORKERS, "resident", "ffcv"), "startup": ("cold", "warm")}
+IMPLS = {
+    "speed": STEPS,
+    "memory": STEPS,
+    "data": (*WORKERS, "resident", "ffcv"),
+    "startup": ("cold", "warm"),
+    "profile": ("lean", "recompute", "plain"),
+    "table": (),
+}
 COLUMNS = {  # keys of a row, None where there is nothing to tell: title, format and unit in the table
     "arch": ("arch", "", 1),
     "mode": ("mode", "", 1),
     "impl": ("impl", "", 1),
     "dtype": ("dtype", "", 1),
+    "kernel": ("kernel", "", 1),
+    "launches": ("launches", ",.1f", 1),
     "images_per_s": ("images/s", ",.0f", 1),
     "step_ms": ("ms", ",.2f", 1),
     "step_ms_min": ("min ms", ",.2f", 1),
@@ -82,6 +94,7 @@ COLUMNS = {  # keys of a row, None where there is nothing to tell: title, format
     "flops_per_s": ("TFLOP/s", ".0f", 1e12),
     "n": ("n", ",.0f", 1),
 }
+WHERE = "{device_name}, {threads} threads, torch {versions[torch]}, {date}"
 LR = 0.1
 QUEUED = {"stock": 4, "stock_workers": 2 * WORKERS["stock_workers"], "ffcv": 4}  # batches prepared ahead
 LEAD_IN_S = {"cuda": 0.5, "cpu": 0.0}  # an idle GPU lowers its clocks, and needs a while to raise them
@@ -349,11 +362,34 @@ def startup(options: Namespace, dataset: data.Dataset) -> Measured:
             yield impl, {"arch": arch, "mode": mode, **seconds_of, "n": options.repeats}
 
 
+def profile(options: Namespace, dataset: data.Dataset) -> Measured:
+    """Steps of ours by kernel, on a CPU by operator: time and launches in a step, and their sums."""
+    device = options.device
+    rates = roofline.device_rates(device) if device.type == "cuda" else None
+    for arch, mode, impl in itertools.product(options.arch, options.mode, options.impl):
+        steps = training(impl, arch, mode, dataset, options)
+        take(options.warm_up, steps, device)
+        with torch.profiler.profile() as profiled:
+            take(options.steps, steps, device)
+        steps.close()
+        where = "self_device_time_total" if rates else "self_cpu_time_total"  # microseconds
+        rows = [(event.key, event.count, getattr(event, where)) for event in profiled.key_averages()]
+        rows = sorted((row for row in rows if row[2]), key=lambda row: -row[2])
+        for name, count, us in [*rows, ("all", *map(sum, list(zip(*rows, strict=True))[1:]))]:
+            each = {"step_ms": us / 1e3 / options.steps, "launches": count / options.steps}
+            if rates and name == "all":
+                cost = roofline.cost(freeze.empty(arch), dataset.image_size)
+                least_s = roofline.least_s(cost, mode in ("all", "random"), DTYPES[options.dtype], rates)
+                each["share_of_floor"] = 1e3 * least_s * options.batch_size / each["step_ms"]
+            yield impl, {"arch": arch, "mode": mode, "kernel": name[:60], **each, "n": options.steps}
+
+
 # ---- options and table ----
 def parse_options(argv: list[str] | None) -> Namespace:
     """The options, with each part's defaults. Raises OptionError for the first that cannot be used."""
     parser = progress.Parser("bench.py", __doc__)
-    parser.add_argument("part", choices=tuple(IMPLS), help="what to measure")
+    parser.add_argument("part", choices=tuple(IMPLS), help="what to measure, or to show")
+    parser.add_argument("files", nargs="*", help="for table: what --json has written")
     add = parser.add_argument_group("what is compared").add_argument
     add("--impl", nargs="+", help="which of the above [all that suit the part and the machine]")
     add("--arch", nargs="+", default=["resnet32"], help="networks, as in train.py [resnet32]")
@@ -376,7 +412,7 @@ def parse_options(argv: list[str] | None) -> Namespace:
     if part == "memory" and not on_gpu:
         skipped |= {"compiled", "plain"}  # compiling takes minutes, and plain keeps what amp keeps
     defaults = {
-        "impl": [impl for impl in IMPLS[part] if impl not in skipped],
+        "impl": ["lean"] if part == "profile" else [i for i in IMPLS[part] if i not in skipped],
         "mode": {"speed": ["bn_only", "all"], "memory": ["bn_only", "random", "all"]}.get(part, ["bn_only"]),
         "dtype": "bf16" if part == "memory" else kernels.device.default_dtype(options.device),
         "repeats": 3 if part == "startup" else 5,
@@ -414,26 +450,50 @@ def row(options: Namespace, impl: str, measured: dict) -> dict:
     return dict.fromkeys(COLUMNS) | told | measured
 
 
+def cells(rows: list[dict]) -> dict[str, list[str]]:
+    """The columns in which some row has a value, by title."""
+    columns = {}
+    for key, (title, form, unit) in COLUMNS.items():
+        values = [row.get(key) for row in rows]
+        if any(value is not None for value in values):
+            told = ["" if x is None else format(x / unit if form else x, form) for x in values]
+            columns[title] = told
+    return columns
+
+
+def show_markdown(files: list[str]) -> None:
+    """The rows of each file, and on what they were measured. Raises OptionError for one that has none."""
+    for file in files:
+        try:
+            rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
+            where = WHERE.format_map(rows[0])
+            table = pandas.DataFrame(cells(rows)).to_markdown(index=False, disable_numparse=True)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise OptionError(f"{file}: is not what --json has written ({error})") from None
+        print(f"{Path(file).name}, {where}, batches of {rows[-1]['batch_size']}\n\n{table}\n")
+
+
 def show(rows: list[dict], where: dict) -> None:
-    """The table on the terminal: the columns in which some row has a value."""
-    caption = "{device_name}, {threads} threads, torch {versions[torch]}, {date}".format_map(where)
+    """The table on the terminal."""
+    caption = WHERE.format_map(where)
     if where["part"] in ("speed", "data"):
         lasting = f" (for {LEAD_IN_S['cuda']} s or more)" if where["device"] == "cuda" else ""
         caption += f"\nwarm-up: {where['warm_up']} steps, then 1 and those queued before each turn{lasting}"
     title = f"{where['part']}, batches of {rows[-1]['batch_size']}"
     table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD)
-    keys = [key for key in COLUMNS if any(r[key] is not None for r in rows)]
-    for key in keys:
-        name, form, _ = COLUMNS[key]
-        table.add_column(name, justify="right" if form else "left", no_wrap=True)
-    for r in rows:
-        told = ((r[key], *COLUMNS[key][1:]) for key in keys)
-        table.add_row(*("" if x is None else format(x / unit if form else x, form) for x, form, unit in told))
+    formats = {title: form for title, form, _ in COLUMNS.values()}
+    columns = cells(rows)
+    for title in columns:
+        table.add_column(title, justify="right" if formats[title] else "left", no_wrap=True)
+    for texts in zip(*columns.values(), strict=True):
+        table.add_row(*texts)
     Console(width=1000).print(table)  # not cut off in a file or pipe
 
 
 def main(argv: list[str] | None = None) -> None:
     options = parse_options(argv)
+    if options.part == "table":
+        return show_markdown(options.files)
     dataset = data.open_dataset(options.data, options.data_dir, say=note)
     images = len(dataset.train.labels)
     if options.batch_size > images:
@@ -441,7 +501,8 @@ def main(argv: list[str] | None = None) -> None:
     for arch in options.arch:
         models.check_batches(arch, "projection", options.batch_size, dataset.image_size)
     options.steps = options.steps or images // options.batch_size
-    measure = {"speed": speed, "memory": memory, "data": loading, "startup": startup}[options.part]
+    measure = {"speed": speed, "memory": memory, "data": loading, "startup": startup, "profile": profile}
+    measure = measure[options.part]
     rows = [row(options, impl, measured) for impl, measured in measure(options, dataset)]
     where = {
         "part": options.part,
