@@ -19,7 +19,7 @@ from rich.text import Text
 
 
 class UsageError(ValueError):
-    """A command line that cannot be read."""
+    """Options, files or images that cannot be used as asked; the message says what would do."""
 
     exit_status = 2
 

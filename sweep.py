@@ -168,8 +168,7 @@ def look(cell: Cell) -> State:
     """How far a cell is, by its folder. A summary that cannot be read counts as failed."""
     epochs = []
     with contextlib.suppress(runs.RunError):  # at the first damaged line: last.pt has the epochs too
-        for line in (runs.read_text(cell.path / "metrics.jsonl") or "").splitlines():
-            epochs.append(runs.parse(runs.Epoch, line, cell.path))
+        epochs.extend(runs.read_epochs(cell.path))
     if runs.in_use(cell.path):
         return State("running", epochs)
     try:

@@ -169,7 +169,7 @@ def test_a_record_that_does_not_fit_is_refused_with_its_file_and_field(done, tmp
     with pytest.raises(runs.RunError) as refused:
         for file, kind in (("config.json", runs.Config), ("summary.json", runs.Summary)):
             runs.read(folder, file, kind)
-        runs.read_epochs(folder)
+        list(runs.read_epochs(folder))
     said = str(refused.value)
     assert f"{folder / name}" in said and field in said and "\n" not in said
     assert "line 3" in said or name != "metrics.jsonl"
