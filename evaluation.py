@@ -6,7 +6,6 @@
 It is computed as the run did, on the run's images or on those that --data names.
 """
 
-import argparse
 import dataclasses
 import functools
 import sys
@@ -64,8 +63,9 @@ class Evaluation:
             for images, labels in self.loader.epoch(0):
                 self._batch(images, labels)
         count, (loss, correct, among_five) = self.loader.num_images, self.sums.tolist()
-        top5_acc = 100 * among_five / count if self.has_top5 else None
-        return Scores(loss / count, 100 * correct / count, top5_acc)
+        return Scores(
+            loss / count, 100 * correct / count, 100 * among_five / count if self.has_top5 else None
+        )
 
     def _next_batch(self) -> None:
         """The batch at `position`, which lies on the device."""
@@ -105,11 +105,14 @@ def test_loader(dataset: data.Dataset, spec: runs.NetworkSpec, device: torch.dev
     return data.make_loader(dataset, "test", batch_size=batch_size, **settings)
 
 
-def evaluate(options: argparse.Namespace) -> str:
-    """Test accuracy and loss of a run or file, computed as the run did, as a line of text.
-
-    Raises CheckpointError, DataError, DeviceError, and what rebuilding the network raises.
-    """
+def main(argv: list[str] | None = None) -> None:
+    parser = progress.Parser("evaluation.py", __doc__)
+    parser.add_argument("run", help="a run folder, its model.safetensors, or what checkpoint.py rebuilt")
+    parser.add_argument("--data", help="a data set or folder; default: the run's")
+    parser.add_argument("--data-dir", help="where the data set lies; default: where the run found it")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to evaluate")
+    parser.add_argument("--init-from", help="where the file of the run's --init-from lies now")
+    options = parser.parse_args(argv)
     device = devices.choose(options.device)
     model, spec = checkpoint.restore(options.run, options.init_from)
     name, folder = image_place(options.run, spec, options.data_dir)
@@ -125,19 +128,7 @@ def evaluate(options: argparse.Namespace) -> str:
     loader = test_loader(dataset, spec, device)
     scores = Evaluation(model, loader, DTYPES[spec.dtype], spec.compiled)()
     images = f"{loader.num_images:,} images of {dataset.title}"
-    return f"{scores.acc:.2f} % test accuracy, loss {scores.loss:.4f}, {images}"
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = progress.Parser("evaluation.py", __doc__)
-    parser.add_argument(
-        "run", help="a run folder, its model.safetensors, or what checkpoint.py rebuilt of it"
-    )
-    parser.add_argument("--data", help="a data set or folder; default: the run's")
-    parser.add_argument("--data-dir", help="where the data set lies; default: where the run found it")
-    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to evaluate")
-    parser.add_argument("--init-from", help="where the file of the run's --init-from lies now")
-    print(evaluate(parser.parse_args(argv)))
+    print(f"{scores.acc:.2f} % test accuracy, loss {scores.loss:.4f}, {images}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, TypeVar
+from typing import Annotated, Literal, NamedTuple, Self
 
 import pydantic
 import torch
@@ -79,6 +79,25 @@ class Record(pydantic.BaseModel):
     def to_json(self, indent: int | None = 1) -> str:
         """JSON text, without the fields that were never set, and with a line feed at its end."""
         return self.model_dump_json(indent=indent, exclude_unset=True) + "\n"
+
+    @classmethod
+    def parse(cls, text: str | bytes, where: object) -> Self:
+        """The record of a JSON text. RunError, naming `where` and the field, where it does not fit."""
+        try:
+            return cls.model_validate_json(text)
+        except pydantic.ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            field, what = ".".join(map(str, first["loc"])), first["msg"]
+            if field:
+                found = "" if first["type"] == "missing" else f" (it is {str(first['input'])[:40]!r})"
+                what = f"{field}: {what}{found}"
+            raise RunError(printable(f"{where}: {what}")) from None
+
+    @classmethod
+    def read(cls, file: Path) -> Self | None:
+        """The record in a run's file; None where there is none. RunError where it does not fit."""
+        text = read_text(file)
+        return None if text is None else cls.parse(text, file)
 
 
 class NetworkSpec(Record):
@@ -139,8 +158,8 @@ class Origin(NamedTuple):
     def __str__(self) -> str:
         """`160 epochs of all, lr 0.05`"""
         what = f"{self.epochs} epoch{'s' * (self.epochs != 1)} of {self.mode}"
-        seed = () if self.seed is None else (("seed", self.seed),)
-        return ", ".join(filter(None, [what, variant_text((*self.variant, *seed))]))
+        seed = "" if self.seed is None else f"seed {self.seed}"
+        return ", ".join(filter(None, [what, variant_text(self.variant), seed]))
 
 
 class Config(Record):
@@ -260,7 +279,7 @@ class Histogram(Record):
     counts: tuple[Count, ...]
 
     @pydantic.model_validator(mode="after")
-    def _fits(self) -> "Histogram":
+    def _fits(self) -> Self:
         if list(self.edges) != sorted(set(self.edges)):
             raise ValueError("its edges do not increase")
         if not 0 < len(self.counts) == len(self.edges) - 1 or sum(self.counts) > self.count:
@@ -298,9 +317,6 @@ class Analysis(Record):
     frozen_sha256: Sha256
 
 
-R = TypeVar("R", bound=Record)
-
-
 def read_text(file: Path) -> str | None:
     """The text of a run's file; None where there is none. RunError for a link, a pipe or a huge file."""
     try:
@@ -314,30 +330,11 @@ def read_text(file: Path) -> str | None:
         raise RunError(f"{file} cannot be read ({error})") from None
 
 
-def parse(kind: type[R], text: str | bytes, where: object) -> R:
-    """A record from its JSON text. RunError, naming `where` and the field, where it does not fit."""
-    try:
-        return kind.model_validate_json(text)
-    except pydantic.ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field, what = ".".join(map(str, first["loc"])), first["msg"]
-        if field:
-            found = "" if first["type"] == "missing" else f" (it is {str(first['input'])[:40]!r})"
-            what = f"{field}: {what}{found}"
-        raise RunError(printable(f"{where}: {what}")) from None
-
-
-def read(folder: Path, name: str, kind: type[R]) -> R | None:
-    """The record in a run folder's file `name`; None where there is none. RunError where it does not fit."""
-    text = read_text(folder / name)
-    return None if text is None else parse(kind, text, folder / name)
-
-
 def read_epochs(folder: Path) -> Iterator[Epoch]:
     """The epochs of metrics.jsonl, if there is one. RunError at the first line that does not fit."""
     file = folder / "metrics.jsonl"
     for number, line in enumerate((read_text(file) or "").splitlines(), start=1):
-        row = parse(Epoch, line, f"{file}, line {number}")
+        row = Epoch.parse(line, f"{file}, line {number}")
         if row.epoch != number:
             raise RunError(f"{file}: line {number} is of epoch {row.epoch}")
         yield row
@@ -400,7 +397,7 @@ def read_parent(init_from: str) -> Parent | None:
     folder = Path(init_from)
     folder = folder.parent if folder.name == CHECKPOINT else folder
     try:
-        of, summary = read(folder, "config.json", Config), read(folder, "summary.json", Summary)
+        of, summary = Config.read(folder / "config.json"), Summary.read(folder / "summary.json")
         rows = list(read_epochs(folder))
     except RunError:
         return None
@@ -471,9 +468,8 @@ def run_folders(given: Sequence[str | Path], say: Callable[[str], None]) -> Iter
     for top in map(Path, given):
         if not top.is_dir():
             raise RunError(f"{top}: there is no such folder; name run folders, or a folder that holds some")
-        for path, folders, files in os.walk(
-            top, onerror=lambda e: say(f"left out {e.filename}: {e.strerror}")
-        ):
+        walk = os.walk(top, onerror=lambda error: say(f"left out {error.filename}: {error.strerror}"))
+        for path, folders, files in walk:
             here = Path(path)
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for link in (here / name for name in folders if (here / name).is_symlink()):
@@ -505,11 +501,11 @@ class Run:
 
     @property
     def config(self) -> Config | None:
-        return read(self.path, "config.json", Config)
+        return Config.read(self.path / "config.json")
 
     @property
     def summary(self) -> Summary | None:
-        return read(self.path, "summary.json", Summary)
+        return Summary.read(self.path / "summary.json")
 
     @property
     def status(self) -> str | None:
@@ -569,7 +565,7 @@ class Run:
             return None
         try:
             state = torch.load(self.last, map_location="cpu", weights_only=True)
-            self.rows = [parse(Epoch, row, self.last) for row in state.pop("rows")]
+            self.rows = [Epoch.parse(row, self.last) for row in state.pop("rows")]
         except Exception as error:  # unpickling rubbish fails in many ways
             raise self.unusable(error) from None
         self.write_metrics()
