@@ -22,7 +22,7 @@ import kernels
 import progress
 import runs
 from kernels import device as devices
-from kernels.device import DTYPES, EAGER_CALLS, Captured
+from kernels.device import DTYPES, Captured
 
 note = functools.partial(progress.note, "evaluation.py")
 
@@ -44,7 +44,7 @@ class Evaluation:
         self.has_top5 = model.fc.out_features > 10
         self.captured, self.compiles = None, self.device.type == "cuda"  # the first call does
         if compiled and self.device.type == "cuda" and loader.resident:
-            self.captured = Captured(self._next_batch, EAGER_CALLS)
+            self.captured = Captured(self._next_batch)
         self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         self.loss_sum, self.correct, self.among_five = self.sums  # views of it
         self.position = torch.zeros(1, dtype=torch.int64, device=self.device)

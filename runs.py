@@ -404,8 +404,8 @@ def read_parent(init_from: str) -> Parent | None:
     if not (of and summary and rows):
         return None
     before = [of.parent] if of.origin else []  # one run or none
-    timed = all(p.device_name == of.device_name and p.seconds_in_all is not None for p in before)
-    split = of.options.seed, of.spec.val_images
+    timed = all(one.device_name == of.device_name and one.seconds_in_all is not None for one in before)
+    held_out = of.options.seed, of.spec.val_images
     seconds = summary.epochs_done * statistics.median(row.epoch_s for row in rows)
     return Parent(
         **config.some(of.options, "mode seed epochs train_subset quick"),
@@ -413,10 +413,10 @@ def read_parent(init_from: str) -> Parent | None:
         **config.some(of, "epochs_in_all device_name"),
         run=folder.resolve().name,
         variant={name: value for name, value in of.variant if name != "processes"},
-        epochs_done_in_all=sum((p.epochs_done_in_all for p in before), start=summary.epochs_done),
-        seconds_in_all=sum((p.seconds_in_all for p in before), start=seconds) if timed else None,
+        epochs_done_in_all=sum((one.epochs_done_in_all for one in before), start=summary.epochs_done),
+        seconds_in_all=sum((one.seconds_in_all for one in before), start=seconds) if timed else None,
         test_acc=summary.final_test_acc,
-        val_images=of.spec.val_images if all((p.seed, p.val_images) == split for p in before) else 0,
+        val_images=of.spec.val_images if all((one.seed, one.val_images) == held_out for one in before) else 0,
     )
 
 
