@@ -193,8 +193,7 @@ def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], path: str |
     given = {name: t for name, t in tensors.items() if not name.endswith("num_batches_tracked")}
     heads = [n for n in ("fc.weight", "fc.bias") if n in given and given[n].dim() == own[n].dim()]
     other_head = [n for n in heads if given[n].shape[0] != own[n].shape[0]]
-    for name in other_head:
-        given[name] = own[name]
+    given |= {name: own[name] for name in other_head}
     wrong = [f"{n} (missing)" for n in own if n not in given]
     wrong += [f"{n} (not in this network)" for n in given if n not in own]
     shapes = {n: (list(given[n].shape), list(own[n].shape)) for n in own if n in given}
