@@ -21,10 +21,8 @@ import runs
 from runs import CHECKPOINT, NetworkSpec
 
 
-class CheckpointError(ValueError):
-    """A checkpoint or weight file that cannot be used; the message says what would do."""
-
-    exit_status = 2
+class CheckpointError(progress.OptionError):
+    """A checkpoint or weight file that cannot be used."""
 
 
 # ---- written ----
@@ -94,7 +92,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str
         tensors, metadata = read_safetensors(file)
         if not 0 <= int(metadata["steps"]) < 2**63 or len(metadata["full_sha256"]) != 64:
             raise ValueError("steps or full_sha256 are out of range")
-        return tensors, metadata, runs.parse(NetworkSpec, metadata["spec"], "its spec")
+        return tensors, metadata, NetworkSpec.parse(metadata["spec"], "its spec")
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such run or file") from None
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
@@ -176,11 +174,9 @@ def read_initial(path: str | Path) -> dict[str, torch.Tensor]:
     except RecursionError:
         raise CheckpointError(f"--init-from {path}: in the end, this run goes on from itself") from None
     except Exception as error:  # the readers' own errors for rubbish are of many kinds
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(
-            f"--init-from {path}: not a weight file that loads safely ({reason});\n"
-            "give a .safetensors file, or a state dict saved with torch.save(model.state_dict(), ...)"
-        ) from None
+        what = f"--init-from {path}: not a weight file that loads safely ({str(error).splitlines()[0]})"
+        give = "give a .safetensors file, or a state dict saved with torch.save(model.state_dict(), ...)"
+        raise CheckpointError(f"{what};\n{give}") from None
     named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
     if not named or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise CheckpointError(f"--init-from {path}: holds no state dict (names to tensors)")
@@ -197,8 +193,7 @@ def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], path: str |
     given = {name: t for name, t in tensors.items() if not name.endswith("num_batches_tracked")}
     heads = [n for n in ("fc.weight", "fc.bias") if n in given and given[n].dim() == own[n].dim()]
     other_head = [n for n in heads if given[n].shape[0] != own[n].shape[0]]
-    for name in other_head:
-        given[name] = own[name]
+    given |= {name: own[name] for name in other_head}
     wrong = [f"{n} (missing)" for n in own if n not in given]
     wrong += [f"{n} (not in this network)" for n in given if n not in own]
     shapes = {n: (list(given[n].shape), list(own[n].shape)) for n in own if n in given}

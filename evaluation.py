@@ -6,7 +6,6 @@
 It is computed as the run did, on the run's images or on those that --data names.
 """
 
-import argparse
 import dataclasses
 import functools
 import sys
@@ -23,7 +22,7 @@ import kernels
 import progress
 import runs
 from kernels import device as devices
-from kernels.device import DTYPES, EAGER_CALLS, Captured
+from kernels.device import DTYPES, Captured
 
 note = functools.partial(progress.note, "evaluation.py")
 
@@ -45,7 +44,7 @@ class Evaluation:
         self.has_top5 = model.fc.out_features > 10
         self.captured, self.compiles = None, self.device.type == "cuda"  # the first call does
         if compiled and self.device.type == "cuda" and loader.resident:
-            self.captured = Captured(self._next_batch, EAGER_CALLS)
+            self.captured = Captured(self._next_batch)
         self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         self.loss_sum, self.correct, self.among_five = self.sums  # views of it
         self.position = torch.zeros(1, dtype=torch.int64, device=self.device)
@@ -64,8 +63,9 @@ class Evaluation:
             for images, labels in self.loader.epoch(0):
                 self._batch(images, labels)
         count, (loss, correct, among_five) = self.loader.num_images, self.sums.tolist()
-        top5_acc = 100 * among_five / count if self.has_top5 else None
-        return Scores(loss / count, 100 * correct / count, top5_acc)
+        return Scores(
+            loss / count, 100 * correct / count, 100 * among_five / count if self.has_top5 else None
+        )
 
     def _next_batch(self) -> None:
         """The batch at `position`, which lies on the device."""
@@ -105,11 +105,14 @@ def test_loader(dataset: data.Dataset, spec: runs.NetworkSpec, device: torch.dev
     return data.make_loader(dataset, "test", batch_size=batch_size, **settings)
 
 
-def evaluate(options: argparse.Namespace) -> str:
-    """Test accuracy and loss of a run or file, computed as the run did, as a line of text.
-
-    Raises CheckpointError, DataError, DeviceError, and what rebuilding the network raises.
-    """
+def main(argv: list[str] | None = None) -> None:
+    parser = progress.Parser("evaluation.py", __doc__)
+    parser.add_argument("run", help="a run folder, its model.safetensors, or what checkpoint.py rebuilt")
+    parser.add_argument("--data", help="a data set or folder; default: the run's")
+    parser.add_argument("--data-dir", help="where the data set lies; default: where the run found it")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to evaluate")
+    parser.add_argument("--init-from", help="where the file of the run's --init-from lies now")
+    options = parser.parse_args(argv)
     device = devices.choose(options.device)
     model, spec = checkpoint.restore(options.run, options.init_from)
     name, folder = image_place(options.run, spec, options.data_dir)
@@ -125,19 +128,7 @@ def evaluate(options: argparse.Namespace) -> str:
     loader = test_loader(dataset, spec, device)
     scores = Evaluation(model, loader, DTYPES[spec.dtype], spec.compiled)()
     images = f"{loader.num_images:,} images of {dataset.title}"
-    return f"{scores.acc:.2f} % test accuracy, loss {scores.loss:.4f}, {images}"
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = progress.Parser("evaluation.py", __doc__)
-    parser.add_argument(
-        "run", help="a run folder, its model.safetensors, or what checkpoint.py rebuilt of it"
-    )
-    parser.add_argument("--data", help="a data set or folder; default: the run's")
-    parser.add_argument("--data-dir", help="where the data set lies; default: where the run found it")
-    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to evaluate")
-    parser.add_argument("--init-from", help="where the file of the run's --init-from lies now")
-    print(evaluate(parser.parse_args(argv)))
+    print(f"{scores.acc:.2f} % test accuracy, loss {scores.loss:.4f}, {images}")
 
 
 if __name__ == "__main__":

@@ -31,10 +31,8 @@ TABLE_ARCHS += [f"resnet14_w{width}" for width in (2, 4, 8, 16, 32)]
 TABLE_ARCHS += [f"vgg{depth}" for depth in (11, 13, 16, 19)]
 
 
-class ModeError(ValueError):
-    """A mode that cannot be used; the message says what would do."""
-
-    exit_status = 2
+class ModeError(progress.OptionError):
+    """A mode that cannot be used."""
 
 
 def canonical_mode(mode: str) -> str:
@@ -43,10 +41,8 @@ def canonical_mode(mode: str) -> str:
         return mode
     asked = {"bn" if part == "bn_only" else part for part in mode.split("+")}
     if unknown := asked - PARTS.keys():
-        raise ModeError(
-            f"--mode {mode}: {sorted(unknown)[0]!r} is not known; choose all, none, random, bn_only, "
-            f"or parts joined by +: {', '.join(PARTS)}"
-        )
+        known = f"all, none, random, bn_only, or parts joined by +: {', '.join(PARTS)}"
+        raise ModeError(f"--mode {mode}: {min(unknown)!r} is not known; choose {known}")
     asked -= {contained for part, contained in CONTAINED.items() if part in asked}
     return "bn_only" if asked == {"bn"} else "+".join(part for part in PARTS if part in asked)
 
@@ -87,13 +83,12 @@ def freeze(model: nn.Module, mode: str, per_channel: int = 2, seed: int = 0) -> 
     if mode == "random":
         choose_random_features(model, per_channel, seed)
     elif mode not in ("all", "none"):
-        parts = parameter_parts(model)
-        for part in mode.replace("bn_only", "bn").split("+"):
-            trained = [parameter for name, parameter in model.named_parameters() if part in parts[name]]
-            if not trained:
+        asked, parts = mode.replace("bn_only", "bn").split("+"), parameter_parts(model)
+        for part in asked:
+            if not any(part in own for own in parts.values()):
                 raise ModeError(f"--mode {mode}: this network has no parameters in its {part}")
-            for parameter in trained:
-                parameter.requires_grad_()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not parts[name].isdisjoint(asked))
 
 
 def empty(arch: str, num_classes: int = 10, shortcut: str = "projection") -> nn.Module:

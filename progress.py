@@ -19,7 +19,7 @@ from rich.text import Text
 
 
 class OptionError(ValueError):
-    """A command line that cannot be used; the message says what can."""
+    """Options, files or images that cannot be used as asked; the message says what would do."""
 
     exit_status = 2
 

@@ -15,6 +15,7 @@ import dataclasses
 import fcntl
 import hashlib
 import importlib.metadata
+import io
 import os
 import platform
 import shutil
@@ -24,7 +25,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, TypeVar
+from typing import Annotated, Literal, NamedTuple, Self
 
 import pydantic
 import torch
@@ -32,18 +33,15 @@ from filelock import FileLock, Timeout
 from pydantic import AfterValidator, Field
 
 import config
+import progress
 from config import Options
 from kernels import device as devices
 
 CHECKPOINT = "model.safetensors"
-LONGEST_NAME, LONGEST_SEED = 100, 20  # characters of a run's name, digits of a seed
-_NAMED_FIRST = {"data", "arch", "mode", "seed", "quick", "preset"}
 
 
-class RunError(ValueError):
-    """A run folder that cannot be used as asked; the message says what would do."""
-
-    exit_status = 2
+class RunError(progress.OptionError):
+    """A run folder that cannot be used as asked."""
 
 
 # ---- the schema ----
@@ -81,6 +79,25 @@ class Record(pydantic.BaseModel):
     def to_json(self, indent: int | None = 1) -> str:
         """JSON text, without the fields that were never set, and with a line feed at its end."""
         return self.model_dump_json(indent=indent, exclude_unset=True) + "\n"
+
+    @classmethod
+    def parse(cls, text: str | bytes, where: object) -> Self:
+        """The record of a JSON text. RunError, naming `where` and the field, where it does not fit."""
+        try:
+            return cls.model_validate_json(text)
+        except pydantic.ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            field, what = ".".join(map(str, first["loc"])), first["msg"]
+            if field:
+                found = "" if first["type"] == "missing" else f" (it is {str(first['input'])[:40]!r})"
+                what = f"{field}: {what}{found}"
+            raise RunError(printable(f"{where}: {what}")) from None
+
+    @classmethod
+    def read(cls, file: Path) -> Self | None:
+        """The record in a run's file; None where there is none. RunError where it does not fit."""
+        text = read_text(file)
+        return None if text is None else cls.parse(text, file)
 
 
 class NetworkSpec(Record):
@@ -170,9 +187,9 @@ class Config(Record):
         return Origin(parent.epochs, parent.mode, tuple(sorted((parent.variant | other).items())), seed)
 
     @property
-    def epochs_before(self) -> int:
-        """Epochs that were asked for of what it went on from."""
-        return self.parent.epochs_in_all if self.origin else 0
+    def epochs_in_all(self) -> int:
+        """Epochs that were asked for, those of what it went on from included."""
+        return self.options.epochs + (self.parent.epochs_in_all if self.origin else 0)
 
     @property
     def variant(self) -> Pairs:
@@ -180,12 +197,11 @@ class Config(Record):
 
         The published learning rate falls after half and three quarters of all epochs, parent runs included.
         """
-        options, before = self.options, self.epochs_before
+        options, epochs = self.options, self.epochs_in_all
         usual = dataclasses.replace(config.defaults(options.preset, options.quick), preset=None)
         differing = config.differing(options, usual, "variant")
         if options.schedule == "step":
-            epochs = before + options.epochs
-            milestones = tuple(before + m for m in options.milestones if m < options.epochs)
+            milestones = tuple(epochs - options.epochs + m for m in options.milestones if m < options.epochs)
             if milestones != (epochs // 2, 3 * epochs // 4):
                 differing["milestones"] = milestones
         if self.spec.processes > 1 and not options.sync_bn:
@@ -198,9 +214,8 @@ class Config(Record):
     def setting(self) -> tuple:
         """What two runs must share to be compared: images, epochs, how many images train and validate."""
         options, spec = self.options, self.spec
-        epochs = self.epochs_before + options.epochs
         images = options.quick, options.train_subset, spec.val_images, spec.image_size
-        return self.data_title, epochs, *images, spec.fingerprint
+        return self.data_title, self.epochs_in_all, *images, spec.fingerprint
 
     @property
     def machine(self) -> tuple[str, str, str]:
@@ -264,7 +279,7 @@ class Histogram(Record):
     counts: tuple[Count, ...]
 
     @pydantic.model_validator(mode="after")
-    def _fits(self) -> "Histogram":
+    def _fits(self) -> Self:
         if list(self.edges) != sorted(set(self.edges)):
             raise ValueError("its edges do not increase")
         if not 0 < len(self.counts) == len(self.edges) - 1 or sum(self.counts) > self.count:
@@ -302,9 +317,6 @@ class Analysis(Record):
     frozen_sha256: Sha256
 
 
-R = TypeVar("R", bound=Record)
-
-
 def read_text(file: Path) -> str | None:
     """The text of a run's file; None where there is none. RunError for a link, a pipe or a huge file."""
     try:
@@ -318,33 +330,14 @@ def read_text(file: Path) -> str | None:
         raise RunError(f"{file} cannot be read ({error})") from None
 
 
-def parse(kind: type[R], text: str | bytes, where: object) -> R:
-    """A record from its JSON text. RunError, naming `where` and the field, where it does not fit."""
-    try:
-        return kind.model_validate_json(text)
-    except pydantic.ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field, what = ".".join(map(str, first["loc"])), first["msg"]
-        if field:
-            found = "" if first["type"] == "missing" else f" (it is {str(first['input'])[:40]!r})"
-            what = f"{field}: {what}{found}"
-        raise RunError(printable(f"{where}: {what}")) from None
-
-
-def read(folder: Path, name: str, kind: type[R]) -> R | None:
-    """The record in a run folder's file `name`; None where there is none. RunError where it does not fit."""
-    text = read_text(folder / name)
-    return None if text is None else parse(kind, text, folder / name)
-
-
-def read_epochs(folder: Path) -> list[Epoch]:
-    """The epochs of metrics.jsonl, [] where there is none. RunError where a line does not fit."""
-    rows = []
-    for number, line in enumerate((read_text(folder / "metrics.jsonl") or "").splitlines(), start=1):
-        rows.append(parse(Epoch, line, f"{folder / 'metrics.jsonl'}, line {number}"))
-        if rows[-1].epoch != number:
-            raise RunError(f"{folder / 'metrics.jsonl'}: line {number} is of epoch {rows[-1].epoch}")
-    return rows
+def read_epochs(folder: Path) -> Iterator[Epoch]:
+    """The epochs of metrics.jsonl, if there is one. RunError at the first line that does not fit."""
+    file = folder / "metrics.jsonl"
+    for number, line in enumerate((read_text(file) or "").splitlines(), start=1):
+        row = Epoch.parse(line, f"{file}, line {number}")
+        if row.epoch != number:
+            raise RunError(f"{file}: line {number} is of epoch {row.epoch}")
+        yield row
 
 
 # ---- what a run is ----
@@ -357,13 +350,13 @@ def run_name(options: Options, data: str, seed: str | None = None) -> str:
     `seed` stands for the run's own in the name of several runs.
     """
     usual = config.defaults(options.preset, options.quick)
+    usual = dataclasses.replace(usual, **config.some(options, "data arch mode seed"))  # which come first
     parts = ["quick"] * options.quick + [f"preset{options.preset}"] * (options.preset is not None)
     for name, value in config.differing(options, usual, "variant", "setting").items():
-        if name not in _NAMED_FIRST:
-            value = _shortened(short_path(value), 24) if name == "init_from" else value
-            parts.append(name if value is True else f"{name}{config.show(value)}")
+        value = _shortened(short_path(value), 24) if name == "init_from" else value
+        parts.append(name if value is True else f"{name}{config.show(value)}")
     base = "-".join(map(_plain, (_shortened(data, 24), options.arch, options.mode, "s")))
-    more = _shortened("-".join(map(_plain, parts)), LONGEST_NAME - len(base) - LONGEST_SEED - 1)
+    more = _shortened("-".join(map(_plain, parts)), 100 - len(f"{base}{2**64 - 1}-"))
     return f"{base}{options.seed if seed is None else seed}{more and f'-{more}'}"
 
 
@@ -404,52 +397,44 @@ def read_parent(init_from: str) -> Parent | None:
     folder = Path(init_from)
     folder = folder.parent if folder.name == CHECKPOINT else folder
     try:
-        of, summary = read(folder, "config.json", Config), read(folder, "summary.json", Summary)
-        rows = read_epochs(folder)
+        of, summary = Config.read(folder / "config.json"), Summary.read(folder / "summary.json")
+        rows = list(read_epochs(folder))
     except RunError:
         return None
     if not (of and summary and rows):
         return None
-    before = of.parent if of.origin else None
+    before = [of.parent] if of.origin else []  # one run or none
+    timed = all(one.device_name == of.device_name and one.seconds_in_all is not None for one in before)
+    held_out = of.options.seed, of.spec.val_images
     seconds = summary.epochs_done * statistics.median(row.epoch_s for row in rows)
-    val_images = of.spec.val_images
-    if before:
-        alike = before.device_name == of.device_name and before.seconds_in_all is not None
-        seconds = before.seconds_in_all + seconds if alike else None
-        if (before.seed, before.val_images) != (of.options.seed, val_images):
-            val_images = 0
     return Parent(
         **config.some(of.options, "mode seed epochs train_subset quick"),
         **config.some(of.spec, "fingerprint processes"),
+        **config.some(of, "epochs_in_all device_name"),
         run=folder.resolve().name,
         variant={name: value for name, value in of.variant if name != "processes"},
-        epochs_in_all=of.epochs_before + of.options.epochs,
-        epochs_done_in_all=summary.epochs_done + (before.epochs_done_in_all if before else 0),
-        seconds_in_all=seconds,
-        device_name=of.device_name,
+        epochs_done_in_all=sum((one.epochs_done_in_all for one in before), start=summary.epochs_done),
+        seconds_in_all=sum((one.seconds_in_all for one in before), start=seconds) if timed else None,
         test_acc=summary.final_test_acc,
-        val_images=val_images,
+        val_images=of.spec.val_images if all((one.seed, one.val_images) == held_out for one in before) else 0,
     )
 
 
 def versions() -> dict[str, str | None]:
     """Versions of Python, CUDA and packages, on which a result may depend; None where there is none."""
-    packages = ("torch", "triton", "ffcv", "numpy")
-    found = {"python": platform.python_version(), "cuda": torch.version.cuda} | dict.fromkeys(packages)
-    for package in packages:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
+    found = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    for package in ("torch", "triton", "ffcv", "numpy"):
+        installed = importlib.metadata.distributions(name=package)
+        found[package] = next((distribution.version for distribution in installed), None)
     return found
 
 
 def environment(device: torch.device, runs_on_it: int) -> dict[str, object]:
     """On what a run runs: fields of Config. The commit is "-dirty" where the code was changed since."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
+    command, commit = ["git", "describe", "--always", "--dirty", "--abbrev=40"], None
+    with suppress(OSError):  # there is no git
         asked = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
         commit = asked.stdout.strip() or None
-    except OSError:  # there is no git
-        commit = None
     device_name = devices.device_name(device, runs_on_it)
     return {"device_name": device_name, "versions": versions(), "git_commit": commit}
 
@@ -466,6 +451,9 @@ def write_atomically(path: Path, content: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     finally:
         beside.unlink(missing_ok=True)
 
@@ -480,9 +468,8 @@ def run_folders(given: Sequence[str | Path], say: Callable[[str], None]) -> Iter
     for top in map(Path, given):
         if not top.is_dir():
             raise RunError(f"{top}: there is no such folder; name run folders, or a folder that holds some")
-        for path, folders, files in os.walk(
-            top, onerror=lambda e: say(f"left out {e.filename}: {e.strerror}")
-        ):
+        walk = os.walk(top, onerror=lambda error: say(f"left out {error.filename}: {error.strerror}"))
+        for path, folders, files in walk:
             here = Path(path)
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for link in (here / name for name in folders if (here / name).is_symlink()):
@@ -514,11 +501,11 @@ class Run:
 
     @property
     def config(self) -> Config | None:
-        return read(self.path, "config.json", Config)
+        return Config.read(self.path / "config.json")
 
     @property
     def summary(self) -> Summary | None:
-        return read(self.path, "summary.json", Summary)
+        return Summary.read(self.path / "summary.json")
 
     @property
     def status(self) -> str | None:
@@ -537,19 +524,16 @@ class Run:
         """
         may_differ = config.names("logistics") | {"data", "compiled", "init_from"}
         may_differ |= {"processes"} if options.sync_bn else set()
-        again = "start again with --overwrite"
         try:
             before, ended = self.config, self.summary
+            if before is None and (ended or self.last.exists()):
+                raise RunError(f"{self.path} has no config.json")
         except RunError as error:
-            raise RunError(f"{error};\n{again}") from None
-        if before is None:
-            if ended or self.last.exists():
-                raise RunError(f"{self.path} has no config.json; {again}")
-            return
-        was = vars(before.options) | vars(before.spec) | vars(before)
+            raise RunError(f"{error};\nstart again with --overwrite") from None
+        was = vars(before.options) | vars(before.spec) | vars(before) if before else {}
         now = vars(options) | vars(spec) | hashes
         for name, value in now.items():  # in their order: of other images, the fingerprint is named
-            if name not in may_differ and was[name] != value:
+            if name in was and name not in may_differ and was[name] != value:
                 what = f"{self.path} was run with {name} {was[name]}, not {value}"
                 raise RunError(f"{what};\nuse --overwrite or another --out")
 
@@ -565,21 +549,11 @@ class Run:
 
         last.pt goes first and holds the metrics too: killed between the two, a run loses nothing.
         """
-        rows = [*self.rows, row]
-        if self.writes:
-            self._write_last({**state, "rows": [row.to_json(None) for row in rows]})
+        rows, saved = [*self.rows, row], io.BytesIO()  # torch.save would not say that a disk is full
+        torch.save({**state, "rows": [row.to_json(None) for row in rows]}, saved)
+        self.write("last.pt", saved.getvalue())
         self.rows = rows
         self.write_metrics()
-
-    def _write_last(self, state: dict) -> None:
-        beside = self.path / f".last.pt.{os.getpid()}"
-        try:
-            torch.save(state, beside)
-            os.replace(beside, self.last)
-        except RuntimeError as error:  # what torch.save makes of a full disk
-            raise OSError(f"{self.last} cannot be written: {str(error).splitlines()[0]}") from None
-        finally:
-            beside.unlink(missing_ok=True)
 
     def write_metrics(self) -> None:
         """Replace the whole file: a few hundred short lines, and never half a line."""
@@ -591,7 +565,7 @@ class Run:
             return None
         try:
             state = torch.load(self.last, map_location="cpu", weights_only=True)
-            self.rows = [parse(Epoch, row, self.last) for row in state.pop("rows")]
+            self.rows = [Epoch.parse(row, self.last) for row in state.pop("rows")]
         except Exception as error:  # unpickling rubbish fails in many ways
             raise self.unusable(error) from None
         self.write_metrics()
@@ -610,34 +584,31 @@ class Run:
 
 
 @contextmanager
-def open_run(
-    root: str | Path, name: str, resume: bool = False, overwrite: bool = False, writes: bool = True
-) -> Iterator[Run]:
-    """The folder `root/name`, made if need be and locked against other processes until the `with` block ends.
+def open_run(path: Path, resume: bool = False, overwrite: bool = False, writes: bool = True) -> Iterator[Run]:
+    """A run's folder, made if need be and locked against other processes until the `with` block ends.
 
     An existing run is refused (RunError) unless `resume` (go on, or show what is done) or `overwrite` (start
     again). Without `writes`, a look at what another process of the same run has opened.
     """
-    path = Path(root) / name
     if not writes:
         yield Run(path, writes=False)
         return
-    lock = FileLock(path / ".lock")
+    lock = FileLock(path / ".lock", timeout=1)  # longer than `in_use` takes to look
     try:
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=1)  # longer than `in_use` takes to look
-            for leftover in path.glob(".*.*"):  # of a process that was killed while it wrote
-                leftover.unlink()
-            entries = [entry for entry in path.iterdir() if entry.name != ".lock"]
-            if entries and not resume and not overwrite:
-                raise RunError(f"{path} exists; add --resume to continue it, or --overwrite to start again")
-            for entry in entries if overwrite else ():
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        except Timeout:
-            raise RunError(f"{path} is in use by another process; wait, or choose another --out") from None
-        except OSError as error:
-            raise RunError(f"--out {root}: cannot use {path} ({error.strerror})") from None
+        path.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+        for leftover in path.glob(".*.*"):  # of a process that was killed while it wrote
+            leftover.unlink()
+        entries = [entry for entry in path.iterdir() if entry.name != ".lock"]
+        if entries and not resume and not overwrite:
+            raise RunError(f"{path} exists; add --resume to continue it, or --overwrite to start again")
+        for entry in entries if overwrite else ():
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    except Timeout:
+        raise RunError(f"{path} is in use by another process; wait, or choose another --out") from None
+    except OSError as error:
+        raise RunError(f"--out {path.parent}: cannot use {path} ({error.strerror})") from None
+    else:
         yield Run(path)
     finally:
         lock.release()

@@ -69,8 +69,7 @@ class Cell:
         """See by its folder how far it is. A summary that cannot be read counts as failed."""
         self.epochs, self.status, self.why, self.seconds = [], "running", None, None
         with contextlib.suppress(runs.RunError):  # at the first damaged line: last.pt has the epochs too
-            for line in (runs.read_text(self.path / "metrics.jsonl") or "").splitlines():
-                self.epochs.append(runs.parse(runs.Epoch, line, self.path))
+            self.epochs.extend(runs.read_epochs(self.path))
         self.reached = f"{len(self.epochs)} of {self.options.epochs} epochs" if self.epochs else ""
         if runs.in_use(self.path):
             return

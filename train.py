@@ -20,6 +20,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Generator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -76,8 +77,8 @@ def train(
     # Its batches, the step that trains on them, and what tests it
     training = Training(options, dataset, split, spec, parent, model, group)
 
-    name = runs.run_name(options, dataset.name)
-    with runs.open_run(options.out, name, options.resume, options.overwrite, writes=group.leads) as run:
+    path = Path(options.out, runs.run_name(options, dataset.name))
+    with runs.open_run(path, options.resume, options.overwrite, writes=group.leads) as run:
         group.wait()  # until the folder is open, or refused
         hashes = {"frozen_sha256": frozen, "initial_sha256": brought}
         run.refuse_another(options, spec, hashes)

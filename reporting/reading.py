@@ -86,20 +86,20 @@ def _places(given: Sequence[str], say: Say) -> Iterator[tuple[str, Callable[[], 
             raise RunError(f"{file} cannot be read ({error.strerror})") from None
         for number, line in enumerate(lines, start=1):
             place = f"{file}, line {number}"
-            yield place, partial(runs.parse, Run, line, place)
+            yield place, partial(Run.parse, line, place)
 
 
 def read_run(folder: Path, name: str, say: Say) -> Run:
     """The run in a folder. RunError for what does not fit the schema; of its analysis, `say` is told that."""
-    config = runs.read(folder, "config.json", Config)
+    config = Config.read(folder / "config.json")
     if config is None:
         raise RunError(f"{folder}: there is no config.json")
     try:
-        analysis = runs.read(folder, "analysis.json", Analysis)
+        analysis = Analysis.read(folder / "analysis.json")
     except RunError as error:
         say(f"without its analysis, {error}; make it anew")
         analysis = None
-    summary, epochs = runs.read(folder, "summary.json", Summary), tuple(runs.read_epochs(folder))
+    summary, epochs = Summary.read(folder / "summary.json"), tuple(runs.read_epochs(folder))
     return Run(name=name, config=config, summary=summary, epochs=epochs, analysis=analysis)
 
 

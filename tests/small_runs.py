@@ -40,7 +40,7 @@ def only_run(root: Path = Path("runs")) -> Path:
 
 
 def config(folder: Path) -> runs.Config:
-    return runs.read(folder, "config.json", runs.Config)
+    return runs.Config.read(folder / "config.json")
 
 
 def summary(folder: Path) -> dict:

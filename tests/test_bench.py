@@ -30,7 +30,7 @@ KEYS = (  # of every row that --json writes, as people have read them since the 
     *("part", "arch", "mode", "impl", "device", "dtype", "batch_size", "images_per_s", "step_ms"),
     *("saved_bytes_per_image", "peak_memory_bytes", "seconds", "ratio_to_stock", "n"),
     *("step_ms_min", "step_ms_max", "run_seconds", "share_of_floor", "bytes_per_s", "flops_per_s"),
-    *("device_name", "threads", "versions", "date", "warm_up", "passes"),
+    *("device_name", "threads", "versions", "date", "warm_up", "passes", "kernel", "launches"),
 )
 
 

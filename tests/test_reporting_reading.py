@@ -74,7 +74,7 @@ def test_analyses_with_other_edges_are_not_averaged(tmp_path):
     first = write_run(tmp_path, seed=0)
     change("analysis.json", gamma__edges=[3.0 * i for i in range(61)])(write_run(tmp_path, seed=1))
     kept = {run.config.options.seed: run.analysis for run in read(tmp_path)}
-    assert kept[0] == runs.read(first, "analysis.json", runs.Analysis) and kept[1] is None
+    assert kept[0] == runs.Analysis.read(first / "analysis.json") and kept[1] is None
     assert len(told) == 1 and "other edges than the first" in told[0]
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import resource
 import subprocess
 import sys
 
@@ -76,48 +77,53 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_an_existing_run_is_refused_resumed_or_overwritten(tmp_path):
-    with runs.open_run(tmp_path, "a") as run:
+    with runs.open_run(tmp_path / "a") as run:
         run.begin(CONFIG)
         run.end_epoch(epoch(1), {"weights": torch.arange(3)})
-    with pytest.raises(runs.RunError, match=r"--resume .* --overwrite"), runs.open_run(tmp_path, "a"):
+    with pytest.raises(runs.RunError, match=r"--resume .* --overwrite"), runs.open_run(tmp_path / "a"):
         pass
-    with runs.open_run(tmp_path, "a", resume=True) as run:
+    with runs.open_run(tmp_path / "a", resume=True) as run:
         assert run.load_last()["weights"].tolist() == [0, 1, 2] and run.rows == [epoch(1)]
         assert run.config == CONFIG
-    with runs.open_run(tmp_path, "a", overwrite=True) as run:
+    with runs.open_run(tmp_path / "a", overwrite=True) as run:
         assert run.load_last() is None and run.config is None
 
 
 def test_a_run_killed_between_its_two_files_loses_no_epoch(tmp_path, monkeypatch):
-    with runs.open_run(tmp_path, "a") as run:
+    with runs.open_run(tmp_path / "a") as run:
         run.end_epoch(epoch(1), {})
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
             patched.setattr(run, "write_metrics", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
             run.end_epoch(epoch(2), {})  # last.pt is written, metrics.jsonl is not
     assert len((tmp_path / "a" / "metrics.jsonl").read_text().splitlines()) == 1
-    with runs.open_run(tmp_path, "a", resume=True) as run:
+    with runs.open_run(tmp_path / "a", resume=True) as run:
         run.load_last()
         assert [row.epoch for row in run.rows] == [1, 2]
     lines = (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
-    assert runs.read_epochs(tmp_path / "a") == [epoch(1), epoch(2)]
+    assert list(runs.read_epochs(tmp_path / "a")) == [epoch(1), epoch(2)]
 
 
 def test_a_run_without_its_configuration_counts_as_begun(tmp_path):
-    with runs.open_run(tmp_path, "a") as run:
+    with runs.open_run(tmp_path / "a") as run:
         run.end_epoch(epoch(1), {})
-    with pytest.raises(runs.RunError, match="--resume"), runs.open_run(tmp_path, "a"):
+    with pytest.raises(runs.RunError, match="--resume"), runs.open_run(tmp_path / "a"):
         pass
-    with runs.open_run(tmp_path, "a", overwrite=True) as run:
+    with runs.open_run(tmp_path / "a", overwrite=True) as run:
         assert run.load_last() is None
 
 
-def test_a_full_disk_keeps_the_last_epoch(tmp_path, monkeypatch):
-    with runs.open_run(tmp_path, "a") as run:
+def test_a_full_disk_keeps_the_last_epoch(tmp_path):
+    with runs.open_run(tmp_path / "a") as run:
         run.end_epoch(epoch(1), {"x": 1})
-        monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(RuntimeError("write failed")))
-        with pytest.raises(OSError, match=r"last\.pt cannot be written: write failed"):
-            run.end_epoch(epoch(2), {"x": 2})
+        before, (_, most) = set(run.path.iterdir()), resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, most))  # bytes a file; fails as a full disk does
+        try:
+            with pytest.raises(OSError, match=r"File too large: .*/a/last\.pt'$"):
+                run.end_epoch(epoch(2), {"x": torch.zeros(100_000)})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+        assert set(run.path.iterdir()) == before
         assert run.load_last() == {"x": 1} and run.rows == [epoch(1)]
 
 
@@ -131,20 +137,20 @@ def test_what_is_not_a_number_is_not_written_as_json():
 def test_the_leftovers_of_a_killed_writer_are_removed(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / ".last.pt.123").write_text("half")
-    with runs.open_run(tmp_path, "a"):
+    with runs.open_run(tmp_path / "a"):
         assert [entry.name for entry in (tmp_path / "a").iterdir()] == [".lock"]
 
 
 def test_a_second_process_is_kept_out(tmp_path):
-    code = f"import runs\nwith runs.open_run({str(tmp_path)!r}, 'a'): pass"
-    with runs.open_run(tmp_path, "a"):
+    code = f"import runs\nwith runs.open_run(runs.Path({str(tmp_path / 'a')!r})): pass"
+    with runs.open_run(tmp_path / "a"):
         second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert second.returncode == 1 and "is in use by another process" in second.stderr
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_rubbish_in_a_run_folder_is_named(tmp_path):
-    with runs.open_run(tmp_path, "a") as run:
+    with runs.open_run(tmp_path / "a") as run:
         (run.path / "last.pt").write_bytes(b"rubbish")
         with pytest.raises(runs.RunError, match=r"last\.pt cannot be resumed from"):
             run.load_last()
@@ -155,7 +161,7 @@ def test_rubbish_in_a_run_folder_is_named(tmp_path):
 
 
 def test_last_pt_is_removed_when_the_run_is_done_and_kept_when_it_failed(tmp_path):
-    with runs.open_run(tmp_path, "a") as run:
+    with runs.open_run(tmp_path / "a") as run:
         run.end_epoch(epoch(1), {})
         run.finish(summary("diverged"))
         assert (run.path / "last.pt").exists() and run.status == "diverged"
@@ -166,16 +172,16 @@ def test_last_pt_is_removed_when_the_run_is_done_and_kept_when_it_failed(tmp_pat
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(runs.RunError, match="--out"), runs.open_run(tmp_path / "file", "a"):
+    with pytest.raises(runs.RunError, match="--out"), runs.open_run(tmp_path / "file" / "a"):
         pass
 
 
 def test_an_onlooker_reads_what_is_there_and_changes_nothing(tmp_path):
-    with runs.open_run(tmp_path, "name") as run:
+    with runs.open_run(tmp_path / "name") as run:
         run.begin(CONFIG)
         run.end_epoch(epoch(1), {})
         before = {path: path.read_bytes() for path in run.path.iterdir()}
-        with runs.open_run(tmp_path, "name", overwrite=True, writes=False) as onlooker:
+        with runs.open_run(tmp_path / "name", overwrite=True, writes=False) as onlooker:
             assert onlooker.config == CONFIG and onlooker.load_last() == {} and onlooker.rows == run.rows
             onlooker.begin(CONFIG.model_copy(update={"device_name": "another"}))
             onlooker.end_epoch(epoch(2), {})

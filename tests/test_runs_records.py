@@ -105,13 +105,13 @@ def done(tiny_folder, tmp_path_factory) -> Path:
 
 
 def test_what_a_run_writes_is_read_as_what_it_was(done):
-    described = runs.read(done, "config.json", runs.Config)
+    described = runs.Config.read(done / "config.json")
     assert json.loads(described.to_json()) == json.loads((done / "config.json").read_text())
     assert described.options.milestones == (1, 2) and described.spec.classes == ("ash", "elm", "oak", "yew")
-    result = runs.read(done, "summary.json", runs.Summary)
+    result = runs.Summary.read(done / "summary.json")
     assert json.loads(result.to_json()) == summary(done) and result.status == "done"
     assert [json.loads(row.to_json()) for row in runs.read_epochs(done)] == metrics(done)
-    assert runs.read(done, "analysis.json", runs.Analysis) is None
+    assert runs.Analysis.read(done / "analysis.json") is None
 
 
 CHANGES = [
@@ -168,8 +168,8 @@ def test_a_record_that_does_not_fit_is_refused_with_its_file_and_field(done, tmp
     (folder / name).write_text("\n".join([*lines, json.dumps(record)]))
     with pytest.raises(runs.RunError) as refused:
         for file, kind in (("config.json", runs.Config), ("summary.json", runs.Summary)):
-            runs.read(folder, file, kind)
-        runs.read_epochs(folder)
+            kind.read(folder / file)
+        list(runs.read_epochs(folder))
     said = str(refused.value)
     assert f"{folder / name}" in said and field in said and "\n" not in said
     assert "line 3" in said or name != "metrics.jsonl"
@@ -191,16 +191,16 @@ HISTOGRAM = {"count": 3, "edges": [0.0, 0.5, 1.0], "counts": [2, 1]}
     ],
 )
 def test_a_histogram_whose_counts_and_edges_do_not_fit_is_refused(change, said):
-    runs.parse(runs.Histogram, json.dumps(HISTOGRAM), "analysis.json")
+    runs.Histogram.parse(json.dumps(HISTOGRAM), "analysis.json")
     with pytest.raises(runs.RunError, match=said):
-        runs.parse(runs.Histogram, json.dumps(HISTOGRAM | change), "analysis.json")
+        runs.Histogram.parse(json.dumps(HISTOGRAM | change), "analysis.json")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"options": {}} {}', "\x00"])
 def test_a_file_that_is_no_json_object_is_refused_by_name(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(runs.RunError, match=r"config\.json"):
-        runs.read(tmp_path, "config.json", runs.Config)
+        runs.Config.read(tmp_path / "config.json")
 
 
 def test_what_is_no_plain_file_of_text_is_refused_by_name(tmp_path):
@@ -215,7 +215,7 @@ def test_what_is_no_plain_file_of_text_is_refused_by_name(tmp_path):
         folder.mkdir()
         make(folder / "summary.json")
         with pytest.raises(runs.RunError, match=r"summary\.json"):
-            runs.read(folder, "summary.json", runs.Summary)
+            runs.Summary.read(folder / "summary.json")
 
 
 def test_characters_that_would_steer_a_terminal_are_replaced(done, tmp_path):
@@ -225,6 +225,6 @@ def test_characters_that_would_steer_a_terminal_are_replaced(done, tmp_path):
         record["data_title"] = "tiny\x1b[2J"
         (record if "arch" in record else record["options"])["arch"] = "resnet8\x07"
         (folder / name).write_text(json.dumps(record))
-        read = runs.read(folder, name, kind)
+        read = kind.read(folder / name)
         assert read.data_title == "tiny\N{REPLACEMENT CHARACTER}[2J"
         assert getattr(read, "options", read).arch == "resnet8\N{REPLACEMENT CHARACTER}"

@@ -162,7 +162,7 @@ def test_the_list_shows_how_far_every_cell_is(small, tmp_path, capsys):
     write_summary(cells[0], "done", 51.234)
     write_summary(cells[2], "diverged")
     (begun / "metrics.jsonl").write_text(metrics(2) + '{"epoch": 3, "epo')
-    with runs.open_run(tmp_path / "runs", running.name, resume=True):
+    with runs.open_run(tmp_path / "runs" / running.name, resume=True):
         assert main([*small, "--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:3] for line in lines[:4]] == [

@@ -147,7 +147,7 @@ def test_an_array_job_runs_a_cell_per_task_and_goes_on_when_requeued(cluster, ti
 
     def epochs(task: int) -> int:
         folders = sorted(out.glob(f"*-{('bn_only', 'random')[task // 2]}-s{task % 2}-*"))
-        return len(runs.read_epochs(folders[0])) if folders else 0
+        return len(list(runs.read_epochs(folders[0]))) if folders else 0
 
     # A requeued job gets SIGTERM; one whose time runs out gets SIGUSR1 before, and asks to be requeued.
     for task, command in ((0, ["scontrol", "requeue"]), (3, ["scancel", "--batch", "--signal=USR1"])):
