@@ -183,12 +183,13 @@ def show_results(run) -> None:
     if result.final_test_top5_acc is not None:
         accuracy += f"; top 5 {result.final_test_top5_acc:.2f} %"
     title = f"{result.arch}, {result.mode}, seed {result.seed}"
+    in_all = f"; {result.wall_s:,.1f} s in all" if result.wall_s else ""
     table = Table(Column(), Column(overflow="fold"), title=title, show_header=False)
     for name, value in {
         "data": f"{data}, --quick" if options.quick else data,
         "test accuracy": accuracy,
         "parameters trained": f"{result.params_trained:,} of {result.params_total:,}",
-        "time": f"{result.train_s:,.1f} s, after {result.startup_s:.1f} s of start-up",
+        "time": f"{result.train_s:,.1f} s, after {result.startup_s:.1f} s of start-up{in_all}",
         "seed checkpoint": f"{size:,} bytes, {100 * size / result.full_bytes:.2f} % of all weights",
         "folder": str(run.path),
     }.items():

@@ -172,6 +172,7 @@ class Config(Record):
     frozen_sha256: Sha256
     initial_sha256: Sha256 | None  # of all weights, where --init-from brought them
     device_name: Text
+    passes: Text | None = None  # whose kernels computed it: "cpp", "triton" or PyTorch's, "torch"
     versions: dict[Text, Text | None]
     git_commit: Text | None
 
@@ -265,7 +266,8 @@ class Summary(Record):
     epochs_done: Epochs
     train_s: Positive
     startup_s: Positive
-    peak_memory_bytes: Count | None
+    wall_s: Positive | None = None  # of its processes from start to end, all of it counted
+    peak_memory_bytes: Count | None  # of training
     checkpoint_bytes: Count | None
     full_bytes: Annotated[int, Field(ge=1, le=2**62)]
     frozen_sha256: Sha256

@@ -91,8 +91,10 @@ def train(
             note(f"no epoch of {run.path} is there to resume from: starting it")
         yield  # nothing is written before every run is known to be in order
 
+        passes = kernels.passes_name(device.type, spec.compiled and options.memory != "stock")
         came_to = {"options": options, "spec": spec, "parent": parent, "data_title": dataset.title}
-        run.begin(runs.Config(**came_to, **hashes, **runs.environment(device, bars.runs)))
+        own = runs.environment(device, bars.runs)
+        run.begin(runs.Config(**came_to, **hashes, passes=passes, **own))
         display = progress.Display(bars, run, len(training.loader))
         status, why, sealed = "failed", "an unforeseen error", b""
         try:
@@ -162,7 +164,8 @@ class Training:
         self.options, self.model, self.group = options, model, group
         # The shuffles and crops of parent runs are not drawn again
         self.epochs_before = parent.epochs_done_in_all if parent else 0
-        self.startup_s, self.train_s, self.starting = 0.0, 0.0, True  # the last: in this process
+        self.startup_s, self.train_s, self.wall_s = 0.0, 0.0, 0.0  # of the processes before this one
+        self.starting, self.peak_memory_bytes = True, None  # of this one
         self.lap_began, self.untimed_images = STARTED, 0
 
         if options.schedule == "step" and min(options.milestones, default=0) >= options.epochs:
@@ -188,6 +191,8 @@ class Training:
             self.group.stop_together()
             yield
         train_loss, train_acc = self.step.metrics()  # which waits for the device, and so stops the clock
+        peaks = self.peak_memory_bytes or 0, devices.peak_memory_bytes(self.step.device)
+        self.peak_memory_bytes = max(peaks)  # of training alone: evaluation takes larger batches
         images, self.untimed_images = self.step.seen - self.untimed_images, 0
         self.epoch_s = self.lap_s()
         images_per_s = images / self.epoch_s if images else None
@@ -206,6 +211,7 @@ class Training:
             loss, acc, top5_acc = self.scores(self.test)
             tested = {"test_loss": loss if math.isfinite(loss) else None, "test_acc": acc}
             tested |= {"test_top5_acc": top5_acc} if top5_acc is not None else {}
+        devices.reset_peak_memory(self.step.device)
         self.train_s += self.epoch_s
         return runs.Epoch(epoch=epoch, lr=float(f"{lrs[0]:.6g}"), **row, **tested, epoch_s=self.epoch_s)
 
@@ -244,6 +250,7 @@ class Training:
             "step": self.step.state_dict(),
             "schedule": self.schedule.state_dict(),
             **config.some(self, "epochs_before startup_s train_s"),
+            "wall_s": self.wall_s + time.perf_counter() - STARTED,
         }
 
     def resume(self, run: runs.Run) -> bool:
@@ -260,7 +267,8 @@ class Training:
             self.step.load_state_dict(state["step"])
             self.schedule.load_state_dict(state["schedule"])
             self.epochs_before = int(state["epochs_before"])
-            self.startup_s, self.train_s = float(state["startup_s"]), float(state["train_s"])
+            names = "startup_s", "train_s", "wall_s"
+            self.startup_s, self.train_s, self.wall_s = (float(state[name]) for name in names)
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise run.unusable(error) from None
         return True
@@ -285,12 +293,12 @@ class Training:
             **reached,
             **config.some(of.options, "arch mode seed"),
             **config.some(of, "data_title frozen_sha256"),
-            **config.some(self, "train_s startup_s"),
+            **config.some(self, "train_s startup_s peak_memory_bytes"),
+            wall_s=self.wall_s + time.perf_counter() - STARTED,
             data=of.spec.data,
             variant=dict(of.variant),
             best_test_acc=max((row.test_acc for row in rows if row.test_acc is not None), default=None),
             epochs_done=len(rows),
-            peak_memory_bytes=devices.peak_memory_bytes(self.step.device),
         )
 
 

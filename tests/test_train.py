@@ -65,6 +65,7 @@ def test_a_run_leaves_the_files_that_people_rely_on(small):
     assert {"status", "params_total", "params_trained", "final_test_acc", "best_test_acc", "train_s"} <= set(
         result
     )
+    assert result["wall_s"] > result["startup_s"] + result["train_s"] > 0, "all of it counts"
     assert {"startup_s", "peak_memory_bytes", "checkpoint_bytes", "full_bytes", "arch", "mode"} <= set(result)
     assert {"data", "seed", "variant"} <= set(result)
     assert result["final_test_acc"] == rows[-1]["test_acc"] <= result["best_test_acc"]
