@@ -2,6 +2,7 @@
 
     python bench.py speed --arch resnet32 --mode bn_only all   # images/s of a training step
     python bench.py memory --arch resnet32                     # bytes kept for the backward pass
+    python bench.py memory --budget 16GB                       # also the largest batch that so much allows
     python bench.py data                                       # images/s of the loaders by themselves
     python bench.py startup                                    # seconds until train.py's first step is done
     python bench.py profile                                    # a step of train.py, kernel by kernel
@@ -30,13 +31,14 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -86,6 +88,7 @@ COLUMNS = {  # keys of a row, None where there is nothing to tell: title, format
     "step_ms_max": ("max ms", ",.2f", 1),
     "peak_memory_bytes": ("peak MB", ",.1f", 1e6),
     "saved_bytes_per_image": ("saved KB/image", ",.1f", 1e3),
+    "largest_batch": ("largest batch", ",.0f", 1),
     "seconds": ("first s", ".2f", 1),  # until the first batch (data) or step (startup)
     "run_seconds": ("run s", ".2f", 1),
     "ratio_to_stock": ("/ stock", ".2f", 1),
@@ -95,6 +98,8 @@ COLUMNS = {  # keys of a row, None where there is nothing to tell: title, format
     "n": ("n", ",.0f", 1),
 }
 WHERE = "{device_name}, {threads} threads, torch {versions[torch]}, {date}"
+UNITS = {"": 1} | {f"{k}B": 1000**i for i, k in enumerate("KMGT", 1)}
+UNITS |= {f"{k}iB": 1024**i for i, k in enumerate("KMGT", 1)}
 LR = 0.1
 QUEUED = {"stock": 4, "stock_workers": 2 * WORKERS["stock_workers"], "ffcv": 4}  # batches prepared ahead
 LEAD_IN_S = {"cuda": 0.5, "cpu": 0.0}  # an idle GPU lowers its clocks, and needs a while to raise them
@@ -286,7 +291,11 @@ def speed(options: Namespace, dataset: data.Dataset) -> Measured:
 
 
 def memory(options: Namespace, dataset: data.Dataset) -> Measured:
-    """What autograd keeps of a step, and the least that a frozen network must keep."""
+    """What autograd keeps of a step, and the least that a frozen network must keep.
+
+    The largest batch for a budget is that whose kept bytes fit beside the weights, their gradients and the
+    momentum; on a GPU, as much as half as large a batch takes less is one image's share of the peak.
+    """
     dtype = DTYPES[options.dtype]
     images, labels = next(our_loader("plain", dataset, options).epoch(0))
     stock_batch = (images.float().contiguous(), labels, torch.float32)
@@ -300,11 +309,38 @@ def memory(options: Namespace, dataset: data.Dataset) -> Measured:
                 batch = stock_batch if impl in WORKERS else (images, labels, dtype)
                 saved[impl] = saved_bytes(model, *batch) / len(labels)
             for impl, each in saved.items():
-                ratio = {"ratio_to_stock": each / saved["stock"] if "stock" in saved else None}
-                yield impl, {"arch": arch, "mode": mode, "saved_bytes_per_image": each, **ratio, "n": 1}
+                told = {"ratio_to_stock": each / saved["stock"] if "stock" in saved else None}
+                if options.budget:
+                    told["largest_batch"] = largest_batch(impl, arch, mode, dataset, options, each)
+                yield impl, {"arch": arch, "mode": mode, "saved_bytes_per_image": each, **told, "n": 1}
         cost = roofline.cost(freeze.empty(arch), dataset.image_size)
         for limit, least in roofline.least_bytes(cost, dtype).items():
             yield limit, {"arch": arch, "saved_bytes_per_image": least}
+
+
+def largest_batch(
+    impl: str, arch: str, mode: str, dataset: data.Dataset, options: Namespace, each: float
+) -> int:
+    """How many images a step may have within options.budget bytes, `each` of which keeps so many."""
+    model = network(impl, arch, mode, len(dataset.classes), torch.device("cpu"))
+    fixed = sum(p.nbytes * (3 if p.requires_grad else 1) for p in model.parameters())
+    if options.device.type == "cuda":
+        sizes, peaks = (options.batch_size // 2, options.batch_size), []
+        for batch_size in sizes:
+            given = Namespace(**vars(options) | {"batch_size": batch_size})
+            peaks.append(peak_bytes(partial(training, impl, arch, mode, dataset, given), options.device))
+        each = (peaks[1] - peaks[0]) / (sizes[1] - sizes[0])
+        fixed = peaks[1] - each * sizes[1]
+    return max(0, int((options.budget - fixed) / each))
+
+
+def to_bytes(text: str) -> int:
+    """The bytes of, say, 16GB or 512MiB."""
+    number, unit = re.fullmatch(r"([\d.]*) *(.*)", text).groups()
+    try:
+        return int(float(number) * UNITS[unit])
+    except (KeyError, ValueError):
+        raise ArgumentTypeError(f"{text}: give bytes, as in 16GB or 512MiB") from None
 
 
 def saved_bytes(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype) -> int:
@@ -396,6 +432,7 @@ def parse_options(argv: list[str] | None) -> Namespace:
     add("--mode", nargs="+", help="what trains [bn_only; speed also all; memory also random and all]")
     add("--batch-size", type=int, default=128, help="images per step [128]")
     add("--dtype", choices=tuple(DTYPES), help="all but stock compute in it [the fastest; memory: bf16]")
+    add("--budget", type=to_bytes, help="memory: also the largest batch for so much, as in 16GB")
     add = parser.add_argument_group("where, and on which images").add_argument
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to measure [a GPU, if any]")
     add("--data", default="synthetic", help="the images, as in train.py [synthetic]")
@@ -430,6 +467,8 @@ def parse_options(argv: list[str] | None) -> Namespace:
         raise OptionError(f"--impl {unknown[0]}: {part} has {', '.join(IMPLS[part])}")
     if "none" in options.mode:
         raise OptionError("--mode none: nothing trains, so there is no backward pass to measure")
+    if options.budget is not None and part != "memory":
+        raise OptionError(f"--budget: {part} takes none; it goes with memory")
     if options.json and (Path(options.json).is_dir() or not Path(options.json).absolute().parent.is_dir()):
         raise OptionError(f"--json {options.json}: name a file in a folder that exists")
     for arch, mode in itertools.product(options.arch, options.mode):

@@ -46,7 +46,7 @@ short() {
 }
 speed() {
   local size
-  for size in "${sizes[@]}"; do bench "speed-$size" speed --arch "$small" --batch-size "$size"; done
+  for size in "${sizes[@]}"; do bench "speed-$size" speed --arch "$small" --batch-size "$size" "${impls[@]}"; done
 }
 full() { train --arch "$small" "${epochs[@]}" --out "$RESULTS/runs" --resume; }
 seeds() { train --arch "$small" "${epochs[@]}" --seed "${eight[@]}" --out "$RESULTS/seeds" --resume; }
@@ -62,7 +62,7 @@ grid() {
 }
 
 device=cuda small=resnet32 large=resnet866 few=() turns=() collect=(-n 8) sizes=(128 1024) epochs=()
-eight=(0 1 2 3 4 5 6 7) grid_archs="resnet14 resnet32 resnet56 resnet110 resnet218" asked=() dry=() only=
+eight=(0 1 2 3 4 5 6 7) impls=() grid_archs="resnet14 resnet32 resnet56 resnet110 resnet218" asked=() dry=() only=
 for argument; do
   case $argument in
     --list)
@@ -71,8 +71,8 @@ for argument; do
       exit
       ;;
     --dry-run)
-      device=cpu small=resnet8 large=resnet14 few=(--train-subset 640 --batch-size 64 --dtype fp32)
-      turns=(--repeats 1 --steps 1 --warm-up 1 --batch-size 16) collect=(--collect-only) sizes=(16) eight=(0 1)
+      device=cpu small=resnet8 large=resnet8 few=(--train-subset 640 --batch-size 64 --dtype fp32)
+      turns=(--repeats 1 --steps 1 --warm-up 1 --batch-size 16) collect=(--collect-only) sizes=(16) eight=(0 1) impls=(--impl stock amp lean)
       epochs=(--epochs 1 --milestones) grid_archs=resnet8 SEEDS=0 DATA=synthetic dry=(--dry-run)
       ;;
     --only) only=yes ;; # a slice by itself, as this script calls itself

@@ -31,6 +31,7 @@ KEYS = (  # of every row that --json writes, as people have read them since the 
     *("saved_bytes_per_image", "peak_memory_bytes", "seconds", "ratio_to_stock", "n"),
     *("step_ms_min", "step_ms_max", "run_seconds", "share_of_floor", "bytes_per_s", "flops_per_s"),
     *("device_name", "threads", "versions", "date", "warm_up", "passes", "kernel", "launches"),
+    "largest_batch",
 )
 
 
@@ -250,6 +251,43 @@ def test_unusable_options_end_in_a_line(small, capsys, monkeypatch, tmp_path, op
     captured = capsys.readouterr()
     assert said in captured.err and captured.err.startswith("bench.py: ") and not captured.out
     assert captured.err.count("\n") <= 2
+
+
+def test_the_largest_batch_fills_the_budget(small):
+    turns = ["--impl", "stock", "lean", "--mode", "bn_only", "--budget", "1GB"]
+    assert status_of("memory", *small, *turns) == 0
+    rows = {row["impl"]: row for row in rows_in(small, "memory")}
+    for impl in ("stock", "lean"):
+        kept = rows[impl]["largest_batch"] * rows[impl]["saved_bytes_per_image"]
+        assert 0.99e9 < kept < 1e9, "the weights take the rest"
+    assert rows["lean"]["largest_batch"] > 2 * rows["stock"]["largest_batch"]
+    assert rows["floor"]["largest_batch"] is None
+    assert [bench.to_bytes(text) for text in ("7", "1.5KB", "2 GiB")] == [7, 1500, 2**31]
+
+
+@pytest.mark.parametrize("given", [["memory", "--budget", "much"], ["speed", "--budget", "1GB"]])
+def test_a_budget_that_cannot_be_used_is_one_line(given, capsys):
+    assert status_of(*given) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_profile_has_every_operator_and_their_sum(small):
+    assert status_of("profile", *small, "--steps", "2", "--warm-up", "1") == 0
+    *rows, total = rows_in(small, "profile")
+    assert total["kernel"] == "all" and {"_Block", "_BlockBackward"} <= {row["kernel"] for row in rows}
+    assert total["step_ms"] == pytest.approx(sum(row["step_ms"] for row in rows))
+    assert total["launches"] == pytest.approx(sum(row["launches"] for row in rows)) and total["n"] == 2
+
+
+def test_rows_are_shown_in_markdown(small, capsys):
+    assert status_of("memory", *small, "--impl", "lean", "--mode", "bn_only") == 0
+    file = small[-1]
+    capsys.readouterr()
+    assert status_of("table", file) == 0
+    title, _, head, rule, *rows = capsys.readouterr().out.splitlines()
+    assert title.startswith("rows.jsonl, ") and "batches of 16" in title and set(rule) <= set("|:-")
+    assert "saved KB/image" in head and rows[0].split("|")[3].strip() == "lean"
+    assert status_of("table", __file__) == 2 and "is not what --json has written" in capsys.readouterr().err
 
 
 @pytest.mark.gpu

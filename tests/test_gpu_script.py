@@ -1,0 +1,54 @@
+"""gpu.sh on a CPU, in small: every slice runs, says what it left, and can go on elsewhere."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import bench
+
+ROOT = Path(bench.__file__).parent
+SLICES = ["tests", "short", "speed", "full", "seeds", "deep", "memory", "grid"]
+
+
+def run(*arguments: str, folder: Path) -> subprocess.CompletedProcess:
+    where = {"RESULTS": f"{folder}/results", "CACHE": f"{folder}/cache", "DATA_DIR": f"{folder}/data"}
+    command = ["bash", str(ROOT / "gpu.sh"), *arguments]
+    return subprocess.run(command, env=os.environ | where, capture_output=True, text=True)
+
+
+def test_the_list_says_what_every_slice_does_and_what_was_done(tmp_path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "slices.txt").write_text("speed 212 s, done, 2026-12-01, a GPU\n")
+    lines = run("--list", folder=tmp_path).stdout.splitlines()
+    assert [line.split()[0] for line in lines] == [*SLICES, "speed"] and lines[-1].endswith("a GPU")
+
+
+def test_an_unknown_slice_and_a_missing_gpu_are_one_line(tmp_path):
+    ended = run("nonsense", folder=tmp_path)
+    assert ended.returncode == 2 and "there is no such slice; choose from tests short" in ended.stderr
+    if not torch.cuda.is_available():
+        ended = run("speed", folder=tmp_path)
+        assert ended.returncode == 2 and ended.stderr.count("\n") == 1 and "--dry-run" in ended.stderr
+
+
+@pytest.mark.parametrize("slices", [["short", "full", "seeds", "deep"], ["speed", "memory"], ["grid"]])
+def test_every_slice_runs_in_small_on_a_cpu_and_says_what_comes_next(tmp_path, slices):
+    ended = run("--dry-run", *slices, folder=tmp_path)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    for name in slices:
+        (said,) = (line for line in ended.stdout.splitlines() if line.startswith(f"gpu.sh: {name} "))
+        follows = SLICES[SLICES.index(name) + 1 :]
+        assert " s, done, " in said and said.endswith(
+            f"next: bash gpu.sh {follows[0]}" if follows else "results"
+        )
+    done = (tmp_path / "results" / "slices.txt").read_text().splitlines()
+    assert [line.split()[0] for line in done] == slices
+    for rows in (tmp_path / "results").glob("*.jsonl"):
+        table = subprocess.run(
+            [sys.executable, str(ROOT / "bench.py"), "table", str(rows)], capture_output=True, text=True
+        )
+        assert table.returncode == 0 and "| n " in table.stdout.replace("|:", "| "), rows
