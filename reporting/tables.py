@@ -32,7 +32,6 @@ class Table(NamedTuple):
     columns: list[str]  # a unit stands in parentheses at the end
     rows: list[list]
     digits: int = 2
-    says_n: bool = False  # beside each mean, where no column does
 
     @property
     def numeric(self) -> list[bool]:
@@ -47,7 +46,7 @@ class Table(NamedTuple):
 
     def _text(self, cell: object) -> str:
         if isinstance(cell, Mean):
-            return cell.text(self.digits) + (f" (n = {cell.n})" if self.says_n else "")
+            return cell.text(self.digits) + ("" if "n" in self.columns else f" (n = {cell.n})")
         if isinstance(cell, (int, float)):
             return f"{cell:,}" if isinstance(cell, int) else f"{cell:,.{self.digits}f}"
         return cell or ""
@@ -80,30 +79,32 @@ def accuracy(series: list[Series], cifar10: bool, epochs: int) -> Table:
     """A row per architecture, mode and variant; on all of CIFAR-10 beside what others report, after the
     published 160 epochs also of what has no run here.
     """
-    others = REPORTED if cifar10 else REPORTED[:0]
-    sources, shown = others["source"].unique(), others.set_index(["mode", "architecture", "source"])["shown"]
-    some = {
+    others = (REPORTED if cifar10 else REPORTED[:0]).set_index("source")
+    sources = others.index.unique()
+    theirs = {
+        network: of.reindex(sources, fill_value="").tolist()
+        for network, of in others.groupby(["mode", "architecture"])["shown"]
+    }
+    means = {
+        "final_test_acc": "test accuracy (%)",
         "final_test_top5_acc": "top 5 (%)",
         "best_val_acc": "best on validation (%)",
         "chosen_test_acc": "test, at validation's best epoch (%)",
+        "best_test_acc": "best epoch (%)",
     }
-    some = {name: column for name, column in some.items() if any(len(s.by_seed(name)) for s in series)}
-    means = {"final_test_acc": "test accuracy (%)", **some, "best_test_acc": "best epoch (%)"}
-
-    def beside(mode: str, arch: str) -> list[str]:
-        return [shown.get((mode, arch, source), "") for source in sources]
-
-    rows = []
+    for name in ("final_test_top5_acc", "best_val_acc", "chosen_test_acc"):
+        if not any(len(s.by_seed(name)) for s in series):
+            del means[name]
+    rows, nothing = [], [""] * len(sources)
     for s in series:
         diverged = f"{s.diverged} of {s.done + s.diverged} diverged" if s.diverged else ""
-        theirs = [""] * len(sources) if s.variant else beside(s.mode, s.arch)
-        rows.append([s.arch, s.mode, s.variant_text, *map(s.mean, means), diverged, *theirs])
-    named = {key[:2] for key in shown.index} - {(s.mode, s.arch) for s in series if not s.variant}
-    for mode, arch in sorted(named, key=lambda key: (key[0] == "all", int(key[1].removeprefix("resnet")))):
+        beside = nothing if s.variant else theirs.pop((s.mode, s.arch), nothing)
+        rows.append([s.arch, s.mode, s.variant_text, *map(s.mean, means), diverged, *beside])
+    for mode, arch in sorted(theirs, key=lambda key: (key[0] == "all", int(key[1].removeprefix("resnet")))):
         if epochs == 160:
-            rows.append([arch, mode, "", *[None] * len(means), "", *beside(mode, arch)])
+            rows.append([arch, mode, "", *[None] * len(means), "", *theirs[mode, arch]])
     columns = [*CELL, *means.values(), "diverged", *(f"{source} (%)" for source in sources)]
-    return Table("accuracy", columns, rows, says_n=True)
+    return Table("accuracy", columns, rows)
 
 
 def parameters(found: list[Run]) -> Table:
@@ -149,7 +150,7 @@ def not_finished(found: list[Run]) -> Table:
 
 
 def machines(found: list[Run]) -> Table:
-    made: Counter = Counter()
+    made = Counter()
     for of in (run.config for run in found):
         versions = [of.versions.get(name) or "" for name in ("python", "torch", "cuda")]
         made[of.device_name, *versions, of.git_commit or ""] += 1
