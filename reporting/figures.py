@@ -85,24 +85,22 @@ def against(
     """Test accuracy against `x_of`, a line per mode and variant, with ticks of this form; beside what others
     report, at the column `others` of REPORTED. None where there is a single place.
     """
-    placed = [(x, s) for s in series if (x := x_of(s))]
-    if any(not s.variant for _, s in placed):  # initialisations have a figure of their own
-        placed = [(x, s) for x, s in placed if not s.variant or s.variant_but(*INITIALISATIONS)]
-    spans = grouped(placed, lambda at: at[1].variant_text)
-    spans = {variant: len({x for x, _ in of}) for variant, of in spans.items()}
+    placed, modes = sorted(filter(x_of, series), key=x_of), dict.fromkeys(s.mode for s in series)
+    if not all(s.variant for s in placed):  # initialisations have a figure of their own
+        placed = [s for s in placed if not s.variant or s.variant_but(*INITIALISATIONS)]
+    spans = grouped(placed, lambda s: s.variant_text)
+    spans = {variant: len(set(map(x_of, of))) for variant, of in spans.items()}
     longest = sorted(spans, key=lambda variant: (-spans[variant], variant))
     kept = [v for v in longest if not v or spans[v] > 1][:4] or longest[:4]
-    drawn, used, modes = [], [], dict.fromkeys(s.mode for s in series)
-    each = grouped(placed, lambda at: (at[1].variant_text, at[1].mode))
+    drawn, used = [], []
     for variant, mode in itertools.product(kept, modes):
-        if found := sorted(each.get((variant, mode), ()), key=lambda at: at[0]):
-            xs, of = zip(*found, strict=True)
+        if of := [s for s in placed if (s.variant_text, s.mode) == (variant, mode)]:
             means = [s.mean("final_test_acc") for s in of]
-            drawn.append(points(of[0].label, mode, xs, means, kept.index(variant)))
+            drawn.append(points(of[0].label, mode, list(map(x_of, of)), means, kept.index(variant)))
             used += of
     reported = REPORTED[REPORTED["depth"].notna() & REPORTED["mode"].isin(modes)]
     for (source, mode), of in reported.groupby(["source", "mode"], sort=False) if drawn and others else ():
-        look = "paper" if source == "paper" else "port"
+        look = source.split()[-1]  # paper or port
         drawn.append(Line(f"{mode}, {look}", mode, of[others].tolist(), of["accuracy"].tolist(), None, look))
     ticks, last = {}, 0.0
     for x in sorted({x for line in drawn for x in line.x}):

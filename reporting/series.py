@@ -28,6 +28,9 @@ class Mean(NamedTuple):
         return f"{self.mean:,.{digits}f}" + (f" ± {self.std:,.{digits}f}" if self.n > 1 else "")
 
 
+NO_MEAN = Mean(math.nan, math.nan, 0)
+
+
 class Setting(NamedTuple):
     """Runs that may be compared, in the order in which they are shown."""
 
@@ -38,8 +41,8 @@ class Setting(NamedTuple):
     @property
     def whole_cifar10(self) -> bool:
         """Whether all training images of CIFAR-10 trained, as in what others report."""
-        title, _, *apart, _, _ = self.runs[0].config.setting
-        return title in CIFAR10 and not any(apart)
+        title, _, *fewer, _, _ = self.runs[0].config.setting
+        return title in CIFAR10 and not any(fewer)
 
 
 class Series(NamedTuple):

@@ -10,7 +10,7 @@ import pandas as pd
 
 import runs
 from reporting.reading import Run
-from reporting.series import Mean, Series
+from reporting.series import NO_MEAN, Mean, Series, Setting
 
 # Test accuracy on CIFAR-10 in percent, as shown and as a number, and trained parameters: of the paper (arXiv
 # 2003.00152; about, where everything trains), of the TensorFlow community port, and of a Keras study (Adam,
@@ -60,7 +60,7 @@ class Table(NamedTuple):
             if any(isinstance(cell, Mean) for cell in cells):
                 name, *unit = re.split(r"(?= \()", column)
                 heads = "".join([name, " mean", *unit]), "".join([name, " std", *unit]), f"{name} n"
-                means = [cell or Mean(None, None, 0) for cell in cells]
+                means = [cell or NO_MEAN for cell in cells]
                 full |= zip(heads, zip(*means, strict=True), strict=True)
             else:
                 full[column] = cells
@@ -75,11 +75,12 @@ class Table(NamedTuple):
         }
 
 
-def accuracy(series: list[Series], cifar10: bool, epochs: int) -> Table:
+def accuracy(series: list[Series], setting: Setting) -> Table:
     """A row per architecture, mode and variant; on all of CIFAR-10 beside what others report, after the
     published 160 epochs also of what has no run here.
     """
-    others = (REPORTED if cifar10 else REPORTED[:0]).set_index("source")
+    _, epochs, *_ = setting.runs[0].config.setting
+    others = (REPORTED if setting.whole_cifar10 else REPORTED[:0]).set_index("source")
     sources = others.index.unique()
     theirs = {
         network: of.reindex(sources, fill_value="").tolist()
