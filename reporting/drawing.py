@@ -23,6 +23,7 @@ from PIL import Image
 
 from reporting.series import NO_MEAN, Mean, Series
 
+warnings.filterwarnings("ignore", message="Glyph .* missing")  # of a name in another script
 matplotlib.style.use(Path(__file__).with_name("report.mplstyle"))
 MODES = pd.read_csv(Path(__file__).with_name("modes.csv"), index_col="mode", keep_default_na=False)
 TRAIN = (0, (3, 1.5))  # dashes
@@ -77,16 +78,13 @@ def look_of(mode: str) -> tuple[str, str, object]:
 
 def render(figure: Figure) -> dict[str, bytes]:
     """The figure as PDF, and as PNG and WebP (160 dpi, 256 colours: a third of the bytes); without dates."""
-    files = {name: io.BytesIO() for name in ("png", "pdf", "webp")}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # of a name in another script
-        figure.get_layout_engine().execute(figure)
-        figure.set_layout_engine(None)  # "none" would lay out again for each file
-        figure.savefig(files["pdf"], format="pdf", metadata={"CreationDate": None})
-        figure.savefig(files["png"], format="png", dpi=160)
-    image = Image.open(files["png"]).convert("RGB").quantize(256)
+    files, drawn = {name: io.BytesIO() for name in ("png", "pdf", "webp")}, io.BytesIO()
+    figure.get_layout_engine().execute(figure)
+    figure.set_layout_engine(None)  # "none" would lay out again for each file
+    figure.savefig(files["pdf"], format="pdf", metadata={"CreationDate": None})
+    figure.savefig(drawn, format="png", dpi=160)
+    image = Image.open(drawn).convert("RGB").quantize(256)
     image.save(files["webp"], "webp", lossless=True)
-    files["png"] = io.BytesIO()
     image.save(files["png"], "png", optimize=True, dpi=(160, 160))
     return {name: file.getvalue() for name, file in files.items()}
 

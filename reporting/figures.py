@@ -18,6 +18,7 @@ MAX_MODES = 6  # in a panel
 INITIALISATIONS = {"conv_init", "bn_init"}
 MODES_COMPARED = {"bn_only", "bn_main", "all", "random"}  # every other mode trains other parts
 ACCURACY = "test accuracy (%)"
+LinesOf = Callable[[Series], list[Line]]
 
 
 class Arch(NamedTuple):
@@ -45,9 +46,7 @@ def name_of(s: Series) -> str:
 
 
 def figures_of(series: list[Series], machines: list[Series], others: bool) -> dict[str, Drawn]:
-    """Every figure of a setting but the answers', by name. `machines`: the series by machine; `others`: what
-    others report of CIFAR-10 is drawn beside.
-    """
+    """Every figure of a setting but the answers', by name; `others`: beside what others report of CIFAR-10."""
     done, analysed = [s for s in series if s.done], [s for s in series if s.analyses]
     deep, begun = [s for s in done if arch_of(s.arch).depth], [s for s in series if len(s.epochs)]
     learned = [s for s in analysed if s.mode == "all" or s.mode.startswith("bn")]  # else gamma is as drawn
@@ -110,14 +109,10 @@ def against(
 
 
 def panelled(
-    series: list[Series],
-    lines_of: Callable[[Series], list[Line]],
-    labels: Labels,
-    ticks: Ticks = None,
-    more: Callable[[list[Series]], str] = lambda shown: "",
+    series: list[Series], lines_of: LinesOf, labels: Labels, ticks: Ticks = None, more=lambda shown: ""
 ) -> Drawn:
     """The lines of each series, in a panel per architecture and variant, split evenly where there are too
-    many modes; `more` ends the panels' titles.
+    many modes; `more` of the series shown ends a panel's title.
     """
     ordered = sorted(series, key=lambda s: (bool(s.variant), arch_of(s.arch).depth is None))  # stable
     panels = []
@@ -142,10 +137,8 @@ def curves(what: str, s: Series) -> list[Line]:
 
 def histograms(series: list[Series], part: str, *labels: str) -> Drawn:
     """`part` (gamma or relu) of the analyses; how much of it is next to nothing is in the titles."""
-    scale, share, told = {
-        "gamma": (1, "share_near_zero", "|γ| < 0.01"),
-        "relu": (100, "silent", "always silent"),
-    }[part]
+    gamma, relu = (1, "share_near_zero", "|γ| < 0.01"), (100, "silent", "always silent")
+    scale, share, told = gamma if part == "gamma" else relu
 
     def steps(s: Series) -> list[Line]:
         found = [getattr(analysis, part) for analysis in s.analyses]
@@ -177,13 +170,11 @@ def pruned(series: list[Series]) -> Drawn:
 
 
 def checkpoints(series: list[Series]) -> Drawn:
-    """The seed checkpoint's bytes, before the outlined bar of every weight's; by architecture and mode, for
-    other options hardly change them.
-    """
-    used = [of[0] for of in grouped(series, lambda s: (s.arch, s.mode)).values()]
+    """The seed checkpoint's bytes, before the outlined bar of every weight's, by architecture and mode."""
+    used = [of[0] for of in grouped(series, lambda s: (s.arch, s.mode)).values()]  # whatever the options
     sizes, full = [s.mean("checkpoint_bytes") for s in used], [s.mean("full_bytes").mean for s in used]
-    each = [(m.mean, f) for m, f in zip(sizes, full, strict=True)]
-    texts = [f"{short(mean)} of {short(f)}, {100 * mean / f:.3g} %" for mean, f in each]
+    each = zip((size.mean for size in sizes), full, strict=True)
+    texts = [f"{short(size)} of {short(all_)}, {100 * size / all_:.3g} %" for size, all_ in each]
     names = [f"{arch_of(s.arch).label}, {s.mode}" for s in used]
     return bars(used, names, [Column("bytes; outlined: every weight", sizes, texts, full)])
 
@@ -192,11 +183,8 @@ def costs(series: list[Series]) -> Drawn:
     """Training time and peak memory; a bar per architecture, mode, machine and number format."""
     longest = max((s.mean("train_s").mean for s in series), default=0)
     unit, seconds = ("s", 1) if longest < 300 else ("min", 60) if longest < 10800 else ("h", 3600)
-    columns = []
-    for label, name, size in (
-        (f"training time ({unit})", "train_s", seconds),
-        ("peak memory (MiB)", "peak_memory_bytes", 2**20),
-    ):
+    columns, memory = [], ("peak memory (MiB)", "peak_memory_bytes", 2**20)
+    for label, name, size in ((f"training time ({unit})", "train_s", seconds), memory):
         means = [s.mean(name, size) for s in series]
         texts = ["" if m is None else f"{m.mean:,.4g}" if m.mean < 1000 else f"{m.mean:,.0f}" for m in means]
         columns.append(Column(label, means, texts))

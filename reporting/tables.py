@@ -2,7 +2,6 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,13 +35,14 @@ class Table(NamedTuple):
     @property
     def numeric(self) -> list[bool]:
         """Which columns hold numbers, and stand at the right."""
-        numbers = int, float, Mean
-        return [any(isinstance(row[i], numbers) for row in self.rows) for i in range(len(self.columns))]
+        return [
+            any(isinstance(cell, (int, float, Mean)) for cell in of) for of in zip(*self.rows, strict=True)
+        ]
 
-    def texts(self, form: Callable[[str], str] = str) -> pd.DataFrame:
-        """The cells as people read them, in which `form` escapes what must be."""
-        cells = [[form(self._text(cell)) for cell in row] for row in self.rows]
-        return pd.DataFrame(cells, columns=list(map(form, self.columns)))
+    def texts(self, escapes: dict[int, str]) -> pd.DataFrame:
+        """The cells as people read them, with these `escapes`."""
+        cells = [[self._text(cell).translate(escapes) for cell in row] for row in self.rows]
+        return pd.DataFrame(cells, columns=[column.translate(escapes) for column in self.columns])
 
     def _text(self, cell: object) -> str:
         if isinstance(cell, Mean):
@@ -64,8 +64,7 @@ class Table(NamedTuple):
                 full |= zip(heads, zip(*means, strict=True), strict=True)
             else:
                 full[column] = cells
-        latex = self.texts(lambda text: text.translate(LATEX)).style.hide(axis="index")
-        markdown = self.texts(lambda text: text.translate(MARKDOWN))
+        markdown, latex = self.texts(MARKDOWN), self.texts(LATEX).style.hide(axis="index")
         sides = ["right" if numbers else "left" for numbers in self.numeric]
         form = "".join(side[0] for side in sides)
         return {
@@ -80,22 +79,17 @@ def accuracy(series: list[Series], setting: Setting) -> Table:
     published 160 epochs also of what has no run here.
     """
     _, epochs, *_ = setting.runs[0].config.setting
-    others = (REPORTED if setting.whole_cifar10 else REPORTED[:0]).set_index("source")
-    sources = others.index.unique()
-    theirs = {
-        network: of.reindex(sources, fill_value="").tolist()
-        for network, of in others.groupby(["mode", "architecture"])["shown"]
-    }
-    means = {
-        "final_test_acc": "test accuracy (%)",
+    others = REPORTED if setting.whole_cifar10 else REPORTED[:0]
+    sources = others["source"].unique()
+    shown = others.pivot(index=["mode", "architecture"], columns="source", values="shown")[sources]
+    theirs = {network: list(of) for network, of in shown.fillna("").iterrows()}
+    some = {
         "final_test_top5_acc": "top 5 (%)",
         "best_val_acc": "best on validation (%)",
         "chosen_test_acc": "test, at validation's best epoch (%)",
-        "best_test_acc": "best epoch (%)",
     }
-    for name in ("final_test_top5_acc", "best_val_acc", "chosen_test_acc"):
-        if not any(len(s.by_seed(name)) for s in series):
-            del means[name]
+    some = {name: column for name, column in some.items() if any(len(s.by_seed(name)) for s in series)}
+    means = {"final_test_acc": "test accuracy (%)", **some, "best_test_acc": "best epoch (%)"}
     rows, nothing = [], [""] * len(sources)
     for s in series:
         diverged = f"{s.diverged} of {s.done + s.diverged} diverged" if s.diverged else ""
