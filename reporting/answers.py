@@ -43,9 +43,7 @@ class Change(NamedTuple):
 
 
 def change(of: pd.Series, to: pd.Series, tried: int = 1) -> Change:
-    """Of accuracies by seed; empty where they have no seed in common. The interval holds for all of `tried`
-    such changes at once, with 95 % confidence (Student's t, Bonferroni's bound).
-    """
+    """Of accuracies by seed, at 95 % confidence for all `tried` at once (Student's t, Bonferroni's bound)."""
     mean = mean_of(of - to)
     if mean is None or mean.n == 1:
         return Change(mean)

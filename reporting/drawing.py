@@ -52,9 +52,7 @@ Ticks = dict[float, str] | None  # of the axis x, and what stands there
 
 
 class Column(NamedTuple):
-    """What `bars` draws side by side: a number per bar, its text, and, on a logarithmic axis, an outlined
-    number behind it.
-    """
+    """What `bars` draws: a number per bar, its text and, on a logarithmic axis, an outlined number behind."""
 
     label: str
     values: list[Mean | None]

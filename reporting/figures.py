@@ -46,18 +46,14 @@ def name_of(s: Series) -> str:
 
 
 def figures_of(series: list[Series], machines: list[Series], others: bool) -> dict[str, Drawn]:
-    """Every figure of a setting but the answers', by name; `others`: beside what others report of CIFAR-10."""
+    """A setting's figures but the answers', by name; `others`: beside what others report of CIFAR-10."""
     done, analysed = [s for s in series if s.done], [s for s in series if s.analyses]
     deep, begun = [s for s in done if arch_of(s.arch).depth], [s for s in series if len(s.epochs)]
     learned = [s for s in analysed if s.mode == "all" or s.mode.startswith("bn")]  # else gamma is as drawn
-    at_depth, at_trained = ("depth", "trained") if others else ("", "")
-
-    def trained(s: Series) -> int:
-        return s.results["params_trained"].iloc[0]
-
+    at = ("depth", "trained") if others else ("", "")
     return {
-        "depth": against(deep, lambda s: arch_of(s.arch).depth, "depth (layers)", "{:g}", at_depth),
-        "trained": against(deep, trained, "trained parameters", "", at_trained),
+        "depth": against(deep, lambda s: arch_of(s.arch).depth, "depth (layers)", "{:g}", at[0]),
+        "trained": against(deep, lambda s: s.mean("params_trained").mean, "trained parameters", "", at[1]),
         "loss": panelled(begun, partial(curves, "loss"), ("epoch", "loss (cross-entropy)")),
         "accuracy": panelled(begun, partial(curves, "acc"), ("epoch", "accuracy (%)")),
         "width": against(done, lambda s: arch_of(s.arch).width, "width of ResNet-14", "×{}"),

@@ -112,9 +112,7 @@ def grouped(each: Iterable, key: Callable[..., Hashable]) -> dict[Hashable, list
 
 
 def setting_names(setting: tuple) -> tuple[str, str]:
-    """What runs.Config.setting is called, the fingerprint left out: as `CIFAR-10, 12 epochs, 20,000 training
-    images`, and as a folder, `cifar10/12-epochs-20000-images`.
-    """
+    """The label and the folder of a runs.Config.setting: `CIFAR-10, 12 epochs` and `cifar10/12-epochs`."""
     title, epochs, quick, subset, held_out, size, _ = setting
     usual = quick and subset == config.QUICK["train_subset"]
     parts = (
@@ -133,10 +131,10 @@ def by_setting(found: list[Run]) -> list[Setting]:
     """The runs of each setting, the longest training first; no two have a label or a folder in common."""
 
     def rank(run: Run) -> tuple:  # depths and widths as numbers, the modes most compared first
-        first, of, variant = ("all", "bn_only", "bn_main", "random"), run.config.options, run.config.variant
+        of, variant = run.config.options, run.config.variant
         arch = re.split("([0-9]{1,9})", of.arch)
         arch[1::2] = map(int, arch[1::2])
-        at = first.index(of.mode) if of.mode in first else len(first)
+        at = ("all", "bn_only", "bn_main", "random", of.mode).index(of.mode)
         return arch, at, of.mode, len(variant), str(variant), of.seed, run.name
 
     settings, made, places = grouped(found, lambda run: run.config.setting), [], Counter()

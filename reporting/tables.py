@@ -75,9 +75,7 @@ class Table(NamedTuple):
 
 
 def accuracy(series: list[Series], setting: Setting) -> Table:
-    """A row per architecture, mode and variant; on all of CIFAR-10 beside what others report, after the
-    published 160 epochs also of what has no run here.
-    """
+    """A row per architecture, mode and variant, beside what others report: after 160 epochs, all of it."""
     _, epochs, *_ = setting.runs[0].config.setting
     others = REPORTED if setting.whole_cifar10 else REPORTED[:0]
     sources = others["source"].unique()
