@@ -92,7 +92,7 @@ def warm_starts(series: Sequence[Series]) -> Answer:
     """Test accuracy against the epochs of BatchNorm alone at first, at equal epochs and at equal time."""
     rows, panels, used, sentences = [], [], [], []
     for name, after in first_parts(series):
-        epochs = sorted(after)
+        epochs, tried = sorted(after), len(after) - 1
         times = pd.DataFrame({k: seconds_by_seed(after[k]) for k in epochs})
         machines = pd.DataFrame({k: after[k].results["machine"] for k in epochs})
         common = times.dropna()
@@ -100,16 +100,14 @@ def warm_starts(series: Sequence[Series]) -> Answer:
         timed = {k: at_time(after[k], common.min(axis=1)) for k in epochs}
         accs = {k: after[k].by_seed("final_test_acc") for k in epochs}
         finals, in_time = ({k: mean_of(of[k]) for k in epochs} for of in (accs, timed))
-        changes, sooner = (
-            {k: change(of[k], of[0], len(epochs) - 1) for k in epochs[1:]} for of in (accs, timed)
-        )
+        changes, sooner = ({k: change(of[k], of[0], tried) for k in epochs[1:]} for of in (accs, timed))
         for k in epochs:
             rows.append([name, k, finals[k], *changes.get(k, Change()), mean_of(times[k]), in_time[k]])
         in_time = {k: mean for k, mean in in_time.items() if mean}
         equal = ("at equal epochs", "all", finals), ("at equal time", "bn_only", in_time)
         panels.append((name, [points(*of, list(means), list(means.values())) for *of, means in equal]))
         used += [after[k] for k in epochs]
-        best = changes, most(changes), sooner, most(sooner)
+        best = most(changes), changes, most(sooner), sooner
         sentences.append(WORDS.warmstart(name, after[0].last_epoch, *best, common))
     columns = ["architecture", "epochs of BatchNorm first", "test accuracy (%)", *CHANGE, "training (s)"]
     table = Table("warmstart", [*columns, "in the shortest time (%)"], rows)

@@ -104,11 +104,10 @@ def draw_line(ax: Axes, line: Line) -> object:
         return ax.plot(line.x, line.y, color=colour, marker="s" if line.look == "paper" else "D", **hollow)[0]
     if line.look == "points":
         return ax.errorbar(line.x, line.y, line.std, color=colour, marker=marker, linestyle=dashes, capsize=3)
-    tested, x, y = line.look == "test", np.asarray(line.x), np.asarray(line.y)
+    tested, (x, y, std) = line.look == "test", line[2:5]
     dots = {"marker": marker if tested or len(x) == 1 else "", "markersize": 4}
     look = {"linestyle": "-", "linewidth": 1.3} if tested else {"linestyle": TRAIN, "linewidth": 1}
-    if line.std is not None:
-        ax.fill_between(x, y - line.std, y + line.std, color=colour, alpha=0.18, linewidth=0)
+    ax.fill_between(x, y - std, y + std, color=colour, alpha=0.18, linewidth=0)
     return ax.plot(x, y, color=colour, markevery=max(1, len(x) // 6), **dots, **look)[0]
 
 
@@ -191,8 +190,7 @@ def bars(used: list[Series], names: list[str], columns: list[Column], title: str
             ax.annotate(text, (x, y), (4, 0), textcoords="offset points", va="center", fontsize=8)
         ax.set_xlabel(label)
         ax.grid(False, axis="y")
-    axes[0].set_yticks(at, labels)
-    axes[0].set_ylim(heights.sum(), 0)
+    axes[0].set(yticks=at, yticklabels=labels, ylim=(heights.sum(), 0))
     if title:
         figure.suptitle(wrap(title, 100), fontsize=9)
     return figure, used

@@ -125,9 +125,8 @@ def curves(what: str, s: Series) -> list[Line]:
     drawn = []
     for look in ("train", "test"):
         values = s.curves(f"{look}_{what}").dropna()  # of epochs at which every seed has a value
-        std = values.std(axis=1, ddof=1).to_numpy() if values.shape[1] > 1 else None
-        label, epochs = s.mode if look == "test" else "", values.index.to_numpy()
-        drawn.append(Line(label, s.mode, epochs, values.mean(axis=1).to_numpy(), std, look))
+        label, mean, std = s.mode if look == "test" else "", values.mean(axis=1), values.std(axis=1)
+        drawn.append(Line(label, s.mode, values.index.to_numpy(), mean.to_numpy(), std.to_numpy(), look))
     return drawn
 
 

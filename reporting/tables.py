@@ -11,10 +11,7 @@ import runs
 from reporting.reading import Run
 from reporting.series import NO_MEAN, Mean, Series, Setting
 
-# Test accuracy on CIFAR-10 in percent, as shown and as a number, and trained parameters: of the paper (arXiv
-# 2003.00152; about, where everything trains), of the TensorFlow community port, and of a Keras study (Adam,
-# batches of 1024; without and with augmentation)
-REPORTED = pd.read_csv(Path(__file__).with_name("reported.csv"))
+REPORTED = pd.read_csv(Path(__file__).with_name("reported.csv"), comment="#")
 CELL = ["architecture", "mode", "other options"]  # how the first columns of most tables are named
 MARKDOWN = str.maketrans({sign: f"\\{sign}" for sign in r"\`*_{}[]<>#|~$&"})
 LATEX = str.maketrans(
@@ -58,10 +55,9 @@ class Table(NamedTuple):
         full = {}
         for column, *cells in zip(self.columns, *self.rows, strict=True):
             if any(isinstance(cell, Mean) for cell in cells):
-                name, *unit = re.split(r"(?= \()", column)
-                heads = "".join([name, " mean", *unit]), "".join([name, " std", *unit]), f"{name} n"
-                means = [cell or NO_MEAN for cell in cells]
-                full |= zip(heads, zip(*means, strict=True), strict=True)
+                name, unit = re.fullmatch(r"(.*?)( \(.*)?", column).groups("")
+                means = zip(*(cell or NO_MEAN for cell in cells), strict=True)
+                full |= zip((f"{name} mean{unit}", f"{name} std{unit}", f"{name} n"), means, strict=True)
             else:
                 full[column] = cells
         markdown, latex = self.texts(MARKDOWN), self.texts(LATEX).style.hide(axis="index")
