@@ -35,8 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     given = parser.parse_args(argv)
     found = reading.read_runs(given.runs, lambda text: progress.note("report.py", runs.printable(text)))
     if given.pack:
-        for run in found:
-            print(run.to_json(None), end="")
+        sys.stdout.writelines(run.to_json(None) for run in found)
         return
     try:
         write_report(found, Path(given.out))
@@ -51,24 +50,24 @@ def write_report(found: list[Run], out: Path) -> None:
     with concurrent.futures.ProcessPoolExecutor(min(len(settings), os.cpu_count() or 1)) as pool:
         apart = pool.map if len(settings) > 1 else map  # drawing takes most of the time
         sections = list(apart(write_section, settings, [out] * len(settings)))
-    templates = jinja2.FileSystemLoader(Path(__file__).parent / "reporting")
-    pages = jinja2.Environment(loader=templates, autoescape=True, undefined=jinja2.StrictUndefined)
-    page = pages.get_template("page.html").render(sections=sections, machines=tables.machines(found))
-    runs.write_atomically(out / "index.html", page)
+    template = (Path(__file__).parent / "reporting" / "page.html").read_text()
+    page = jinja2.Template(template, autoescape=True, undefined=jinja2.StrictUndefined)
+    sections = list(zip(settings, sections, strict=True))
+    text = page.render(sections=sections, machines=tables.machines(found))
+    runs.write_atomically(out / "index.html", text)
 
 
 def write_section(setting: Setting, out: Path) -> dict[str, Any]:
     """What the page says of one setting, whose figures and tables are written on the way."""
-    members, folder = setting.runs, out / setting.folder
-    of, machines = series.series_of(members), series.series_of(members, by_machine=True)
-    title, epochs, *apart = members[0].config.setting
-    others = title in series.CIFAR10 and not any(apart[:3])  # report of all of its training images
+    of, machines = series.series_of(setting.runs), series.series_of(setting.runs, by_machine=True)
     answered = [ask(of) for ask in (answers.warm_starts, answers.retraining, answers.tuning)]
-    made = [tables.accuracy(of, others, epochs), *(answer.table for answer in answered)]
-    made += [tables.parameters(members), tables.time(machines), tables.not_finished(members)]
-    made = [table for table in (*made, tables.every_run(members)) if table.rows]
+    made = [tables.accuracy(of, setting), *(answer.table for answer in answered)]
+    made += [tables.parameters(setting.runs), tables.time(machines)]
+    made += [tables.not_finished(setting.runs), tables.every_run(setting.runs)]
+    made = [table for table in made if table.rows]
     files = {f"{table.name}.{end}": text for table in made for end, text in table.files().items()}
-    drawn, shown = figures.figures_of(of, machines, others) | {a.table.name: a.drawn for a in answered}, {}
+    drawn, shown = figures.figures_of(of, machines, setting.whole_cifar10), {}
+    drawn |= {answer.table.name: answer.drawn for answer in answered}
     for name, (figure, used) in ((name, one) for name, one in drawn.items() if one):
         pictures, counts = render(figure), [figures.counted(name, s) for s in used]
         shown[name] = {
@@ -78,19 +77,11 @@ def write_section(setting: Setting, out: Path) -> dict[str, Any]:
             "diverged": sum(s.diverged for s in used),
         }
         files |= {f"{name}.{end}": content for end, content in pictures.items()}
-    folder.mkdir(parents=True, exist_ok=True)
+    (out / setting.folder).mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        runs.write_atomically(folder / name, content)
-    return {
-        "label": setting.label,
-        "folder": setting.folder,
-        "done": sum(run.done for run in members),
-        "not_finished": sum(not run.done for run in members),
-        "others": others,
-        "tables": made,
-        "figures": shown,
-        "answers": {answer.table.name: answer.text for answer in answered},
-    }
+        runs.write_atomically(out / setting.folder / name, content)
+    answer_texts = {answer.table.name: answer.text for answer in answered}
+    return {"tables": made, "figures": shown, "answers": answer_texts}
 
 
 if __name__ == "__main__":

@@ -8,8 +8,10 @@ time of those on the same machine; one is beyond chance where it exceeds its con
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import jinja2
 import pandas as pd
 from scipy import stats
 
@@ -21,6 +23,7 @@ from reporting.tables import Table
 from runs import variant_text
 
 INHERITED = ("init_from", "reset_bn", "warmup_epochs")  # by the first part, from the plain run's options
+WORDS = jinja2.Template(Path(__file__).with_name("answers.txt").read_text()).module  # of the sentences
 CHANGE = ["change (points)", "interval (points)"]
 
 
@@ -35,24 +38,15 @@ class Answer(NamedTuple):
 class Change(NamedTuple):
     """By how many points the test accuracy of the same seeds differs, and the interval's half width."""
 
-    mean: Mean | None
-    interval: float | None  # None where n is 1
-
-    def __str__(self) -> str:
-        shown = f"{abs(self.mean.mean):.2f} points {'above' if self.mean.mean >= 0 else 'below'}"
-        if self.interval is None:
-            return f"{shown} (n = 1, so nothing is known of chance)"
-        sure = "beyond" if abs(self.mean.mean) > self.interval else "within"
-        return f"{shown} (± {self.interval:.2f}, n = {self.mean.n}: {sure} chance)"
+    mean: Mean | None = None
+    interval: float | None = None  # None where n is 1
 
 
 def change(of: pd.Series, to: pd.Series, tried: int = 1) -> Change:
-    """Of accuracies by seed; empty where they have no seed in common. The interval holds for all of `tried`
-    such changes at once, with 95 % confidence (Student's t, Bonferroni's bound).
-    """
-    mean = mean_of((of - to).dropna())
-    if mean is None or mean.std is None:
-        return Change(mean, None)
+    """Of accuracies by seed, at 95 % confidence for all `tried` at once (Student's t, Bonferroni's bound)."""
+    mean = mean_of(of - to)
+    if mean is None or mean.n == 1:
+        return Change(mean)
     t = float(stats.t.ppf(1 - 0.025 / tried, mean.n - 1))
     return Change(mean, t * mean.std / math.sqrt(mean.n))
 
@@ -107,28 +101,16 @@ def warm_starts(series: Sequence[Series]) -> Answer:
         accs = {k: after[k].by_seed("final_test_acc") for k in epochs}
         finals, in_time = ({k: mean_of(of[k]) for k in epochs} for of in (accs, timed))
         changes, sooner = ({k: change(of[k], of[0], tried) for k in epochs[1:]} for of in (accs, timed))
-        best, soonest = (
-            "no seed is in common with" if k is None else f"the best, with {k}, ends {of[k]}"
-            for k, of in ((most(changes), changes), (most(sooner), sooner))
-        )
         for k in epochs:
-            changed = changes.get(k, Change(None, None))
-            rows.append([name, k, finals[k], *changed, mean_of(times[k].dropna()), in_time[k]])
+            rows.append([name, k, finals[k], *changes.get(k, Change()), mean_of(times[k]), in_time[k]])
         in_time = {k: mean for k, mean in in_time.items() if mean}
         equal = ("at equal epochs", "all", finals), ("at equal time", "bn_only", in_time)
         panels.append((name, [points(*of, list(means), list(means.values())) for *of, means in equal]))
         used += [after[k] for k in epochs]
-        sentences.append(
-            f"{name}, {after[0].last_epoch} epochs in all: with BatchNorm alone for the first "
-            f"{', '.join(map(str, epochs[1:]))} of them, {best} everything from the start."
-        )
-        if len(common):
-            sentences.append(
-                f"In the time of the shortest ({common.min(axis=1).mean():,.0f} s of training; everything "
-                f"from the start takes {common[0].mean():,.0f} s), {soonest} it."
-            )
+        best = most(changes), changes, most(sooner), sooner
+        sentences.append(WORDS.warmstart(name, after[0].last_epoch, *best, common))
     columns = ["architecture", "epochs of BatchNorm first", "test accuracy (%)", *CHANGE, "training (s)"]
-    table = Table("warmstart", [*columns, "in the shortest time (%)"], rows, says_n=True)
+    table = Table("warmstart", [*columns, "in the shortest time (%)"], rows)
     labels = "first epochs, of BatchNorm alone", ACCURACY
     return Answer(table, lines(panels, used, labels, size=(3.4, 2.6)), " ".join(sentences))
 
@@ -144,9 +126,10 @@ def most(changes: dict[Any, Change]) -> Any:
 WAYS = ("as it was", "BatchNorm, kept", "BatchNorm, redrawn", "everything")
 
 
-def way_of(s: Series) -> int:
-    """Which of WAYS a series went on in."""
-    return 2 if dict(s.variant).get("reset_bn") else 3 if s.mode == "all" else 1
+def way_of(s: Series) -> int | None:
+    """Which of WAYS a series went on in, if any."""
+    ways = {("bn_only", False): 1, ("bn_only", True): 2, ("all", False): 3}
+    return ways.get((s.mode, dict(s.variant).get("reset_bn", False)))
 
 
 def rate_of(s: Series) -> float:
@@ -157,9 +140,8 @@ def rate_of(s: Series) -> float:
 def retraining(series: Sequence[Series]) -> Answer:
     """Test accuracy before, and after BatchNorm alone, or everything, was trained some epochs more."""
     rows, panels, used, sentences, varied = [], [], [], [], ("lr", "min_lr", "reset_bn")
-    having = [s for s in series if s.done and s.origin and s.origin.mode == "all"]
+    having = [s for s in series if s.done and s.origin and s.origin.mode == "all" and way_of(s)]
     having = [s for s in having if len(s.by_seed("parent_test_acc")) == s.done]
-    having = [s for s in having if s.mode == "bn_only" or (s.mode == "all" and way_of(s) == 3)]
     for group in grouped(having, lambda s: (s.arch, s.variant_but(*varied))).values():
         if not any(s.mode == "bn_only" for s in group):
             continue
@@ -170,33 +152,24 @@ def retraining(series: Sequence[Series]) -> Answer:
         name = ", ".join(filter(None, [arch_of(group[0].arch).label, variant_text(more)]))
         longest = max(group, key=lambda s: s.done)
         before = longest.mean("parent_test_acc")
-        each, told = [points("", "all", [0], [before])], {}
+        each, found = [points("", "all", [0], [before])], {}
         for way, tried in grouped(group, way_of).items():
             changes = {}
             for s in tried:
-                rate, final = rate_of(s), s.mean("final_test_acc")
+                rate, final, parents = rate_of(s), s.mean("final_test_acc"), s.by_seed("parent_test_acc")
                 x = way + 0.12 * (rates.index(rate) - (len(rates) - 1) / 2)
                 each.append(points(f"learning rate {rate:g}", s.mode, [x], [final], rates.index(rate)))
-                changes[rate] = change(s.by_seed("final_test_acc"), s.by_seed("parent_test_acc"), len(tried))
-                rows.append([name, WAYS[way], f"{rate:g}", s.mean("parent_test_acc"), final, *changes[rate]])
-            rate = most(changes)
-            better = f", the better of {len(changes)}," if len(changes) > 1 else ""
-            told[way] = f"{changes[rate]} at learning rate {rate:g}{better}"
+                changes[rate] = change(s.by_seed("final_test_acc"), parents, len(tried))
+                rows.append([name, WAYS[way], f"{rate:g}", mean_of(parents), final, *changes[rate]])
+            found[WAYS[way]] = most(changes), changes
         panels.append((name, each))
         used += group
-        hows, epochs = {1: "kept", 2: "drawn anew"}, longest.mean("epochs_done").mean
-        kept = [f"{told[way]} with gamma and beta {how}" for way, how in hows.items() if way in told]
-        sentences.append(
-            f"{name}: after {epochs:g} more epochs, of BatchNorm alone, a network of {before.mean:.2f} % "
-            f"after {longest.origin.epochs} epochs of everything ends {', and '.join(kept)}."
-        )
-        if 3 in told:
-            sentences.append(f"After as many more of everything it ends {told[3].rstrip(',')}.")
+        epochs = longest.origin.epochs, longest.mean("epochs_done").mean
+        sentences.append(WORDS.retrain(name, before.mean, *epochs, found))
     columns = ["architecture", "trained on", "learning rate", "before (%)", "after (%)", *CHANGE]
-    table = Table("retrain", columns, rows, says_n=True)
     ticks = {i: text.replace(", ", ",\n") for i, text in enumerate(WAYS)}
     drawn = lines(panels, used, ("what was trained on", ACCURACY), ticks, size=(4.6, 2.8))
-    return Answer(table, drawn, " ".join(sentences))
+    return Answer(Table("retrain", columns, rows), drawn, " ".join(sentences))
 
 
 # ---- which settings ----
@@ -216,19 +189,16 @@ def tuning(series: Sequence[Series]) -> Answer:
         seeds = max(shared, key=len)
         for s in sorted(group, key=lambda s: -s.mean("best_val_acc").mean):
             told = variant_text(o for o in s.variant if o not in common) or "as it comes"
-            test, found = s.by_seed("final_test_acc"), Change(None, None)
-            if s is not base:
-                found = change(test, base.by_seed("final_test_acc"))
+            test = s.by_seed("final_test_acc")
+            found = Change() if s is base else change(test, base.by_seed("final_test_acc"))
             rows.append([arch, mode, told, s.mean("best_val_acc"), mean_of(test), *found])
             names.append(f"{name}, {told}")
             used.append(s)
             if len(seeds) and seeds.isin(s.results.index).all():
-                told += f": in test {found} the setting as it comes" if s is not base else ""
-                tried[told] = s.results["best_val_acc"][seeds].sum()
+                tried[told, found] = s.results["best_val_acc"][seeds].sum()
         if tried:
-            best_of = f"of {len(tried)} settings, the best on validation images is"
-            sentences.append(f"{name}: {best_of} {max(tried, key=tried.get)}.")
+            sentences.append(WORDS.tuning(name, len(tried), *max(tried, key=tried.get)))
     columns = ["architecture", "mode", "other options", "best on validation (%)", "test accuracy (%)"]
-    table = Table("tuning", [*columns, "change in test (points)", "interval (points)"], rows, says_n=True)
+    table = Table("tuning", [*columns, "change in test (points)", "interval (points)"], rows)
     drawn = accuracy_bars(used, names, best_val_acc="best on validation (%)")
     return Answer(table, drawn, " ".join(sentences))

@@ -21,8 +21,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
 from PIL import Image
 
-from reporting.series import Mean, Series
+from reporting.series import NO_MEAN, Mean, Series
 
+warnings.filterwarnings("ignore", message="Glyph .* missing")  # of a name in another script
 matplotlib.style.use(Path(__file__).with_name("report.mplstyle"))
 MODES = pd.read_csv(Path(__file__).with_name("modes.csv"), index_col="mode", keep_default_na=False)
 TRAIN = (0, (3, 1.5))  # dashes
@@ -40,7 +41,7 @@ class Line(NamedTuple):
     mode: str
     x: list[float]
     y: list[float]
-    std: list[float] | None = None  # NaN where n is 1
+    std: list[float] | None = None
     look: str = "points"
     variant: int = 0
 
@@ -51,9 +52,7 @@ Ticks = dict[float, str] | None  # of the axis x, and what stands there
 
 
 class Column(NamedTuple):
-    """What `bars` draws side by side: a number per bar, its text, and, on a logarithmic axis, an outlined
-    number behind it.
-    """
+    """What `bars` draws: a number per bar, its text and, on a logarithmic axis, an outlined number behind."""
 
     label: str
     values: list[Mean | None]
@@ -77,24 +76,20 @@ def look_of(mode: str) -> tuple[str, str, object]:
 
 def render(figure: Figure) -> dict[str, bytes]:
     """The figure as PDF, and as PNG and WebP (160 dpi, 256 colours: a third of the bytes); without dates."""
-    files = {name: io.BytesIO() for name in ("png", "pdf", "webp")}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # of a name in another script
-        figure.get_layout_engine().execute(figure)
-        figure.set_layout_engine(None)  # "none" would lay out again for each file
-        figure.savefig(files["pdf"], format="pdf", metadata={"CreationDate": None})
-        figure.savefig(files["png"], format="png", dpi=160)
-    image = Image.open(files["png"]).convert("RGB").quantize(256)
+    files, drawn = {name: io.BytesIO() for name in ("png", "pdf", "webp")}, io.BytesIO()
+    figure.get_layout_engine().execute(figure)
+    figure.set_layout_engine(None)  # "none" would lay out again for each file
+    figure.savefig(files["pdf"], format="pdf", metadata={"CreationDate": None})
+    figure.savefig(drawn, format="png", dpi=160)
+    image = Image.open(drawn).convert("RGB").quantize(256)
     image.save(files["webp"], "webp", lossless=True)
-    files["png"] = io.BytesIO()
     image.save(files["png"], "png", optimize=True, dpi=(160, 160))
     return {name: file.getvalue() for name, file in files.items()}
 
 
 def points(label: str, mode: str, x: list[float], means: list[Mean], variant: int = 0) -> Line:
     """Means over seeds, with their standard deviations."""
-    std = [np.nan if mean.std is None else mean.std for mean in means]
-    return Line(label, mode, x, [mean.mean for mean in means], std, "points", variant)
+    return Line(label, mode, x, [m.mean for m in means], [m.std for m in means], "points", variant)
 
 
 def draw_line(ax: Axes, line: Line) -> object:
@@ -109,11 +104,10 @@ def draw_line(ax: Axes, line: Line) -> object:
         return ax.plot(line.x, line.y, color=colour, marker="s" if line.look == "paper" else "D", **hollow)[0]
     if line.look == "points":
         return ax.errorbar(line.x, line.y, line.std, color=colour, marker=marker, linestyle=dashes, capsize=3)
-    tested, x, y = line.look == "test", np.asarray(line.x), np.asarray(line.y)
+    tested, (x, y, std) = line.look == "test", line[2:5]
     dots = {"marker": marker if tested or len(x) == 1 else "", "markersize": 4}
     look = {"linestyle": "-", "linewidth": 1.3} if tested else {"linestyle": TRAIN, "linewidth": 1}
-    if line.std is not None:
-        ax.fill_between(x, y - line.std, y + line.std, color=colour, alpha=0.18, linewidth=0)
+    ax.fill_between(x, y - std, y + std, color=colour, alpha=0.18, linewidth=0)
     return ax.plot(x, y, color=colour, markevery=max(1, len(x) // 6), **dots, **look)[0]
 
 
@@ -128,13 +122,11 @@ def lines(
     rows = -(-len(panels) // columns)
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
     for i, (ax, (title, each)) in enumerate(zip(axes, panels, strict=False)):
-        ax.set_title(title)
+        ax.set(title=title, ylabel=labels[1] if i % columns == 0 else "")
         for line in each:
             handle = draw_line(ax, line)
             if line.label:
                 handles.setdefault(line.label, handle)
-        if i % columns == 0:
-            ax.set_ylabel(labels[1])
         if i + columns >= len(panels):  # the lowest of its column
             ax.set_xlabel(labels[0])
             ax.tick_params(labelbottom=True)
@@ -155,9 +147,8 @@ def lines(
         figure.suptitle(f"the first {len(panels)} of {count}", fontsize=9)
     width = max(columns * size[0] + 0.4, 5.2)
     abreast = max(1, min(len(handles), int(width * 12.5 / (min(60, max(map(len, handles))) + 7))))
-    figure.legend(
-        handles.values(), [wrap(name, 60) for name in handles], loc="outside lower center", ncols=abreast
-    )
+    names = [wrap(name, 60) for name in handles]
+    figure.legend(handles.values(), names, loc="outside lower center", ncols=abreast)
     title_lines = max(title.count("\n") for title, _ in panels)
     height = rows * (size[1] + 0.17 * title_lines) + 0.5 + 0.19 * -(-len(handles) // abreast)
     figure.set_size_inches(width, height)
@@ -179,21 +170,19 @@ def bars(used: list[Series], names: list[str], columns: list[Column], title: str
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
     for ax, (label, values, texts, outlines) in zip(axes, columns, strict=True):
-        means = np.array([value.mean if value else np.nan for value in values[:MAX_BARS]])
-        stds = np.array([(value and value.std) or np.nan for value in values[:MAX_BARS]])
+        means, stds, _ = np.array([value or NO_MEAN for value in values[:MAX_BARS]], dtype=float).T
+        stds[stds == 0] = np.nan  # no bar
         behind = (outlines or [0.0] * len(used))[:MAX_BARS]
         ends = np.fmax(np.fmax(means, means + stds), behind)
         top = max(ends.max(), 1e-9)
         if outlines:
             ax.barh(at, behind, 0.72, color="none", edgecolor="#888888", linewidth=0.8)
-        ax.barh(at, means, 0.72, color=colours, edgecolor="#333333", linewidth=0.5)
-        ax.errorbar(means, at, xerr=stds, fmt="none", ecolor="#333333", capsize=2.5, elinewidth=0.9)
-        if outlines:
-            ax.set_xscale("log")
             low = 10 ** np.floor(np.log10(max(np.nanmin(means), 1)) - 0.3)
-            ax.set_xlim(low, top * (top / low) ** 0.6)
+            ax.set(xscale="log", xlim=(low, top * (top / low) ** 0.6))
         else:
             ax.set_xlim(0, top * (1.18 + 0.022 * max(map(len, texts))))
+        ax.barh(at, means, 0.72, color=colours, edgecolor="#333333", linewidth=0.5)
+        ax.errorbar(means, at, xerr=stds, fmt="none", ecolor="#333333", capsize=2.5, elinewidth=0.9)
         ax.xaxis.set(major_formatter=short, minor_formatter=NullFormatter())
         if label.endswith("(%)"):
             ax.set_xticks([tick for tick in ax.get_xticks() if 0 <= tick <= 100])
@@ -201,8 +190,7 @@ def bars(used: list[Series], names: list[str], columns: list[Column], title: str
             ax.annotate(text, (x, y), (4, 0), textcoords="offset points", va="center", fontsize=8)
         ax.set_xlabel(label)
         ax.grid(False, axis="y")
-    axes[0].set_yticks(at, labels)
-    axes[0].set_ylim(heights.sum(), 0)
+    axes[0].set(yticks=at, yticklabels=labels, ylim=(heights.sum(), 0))
     if title:
         figure.suptitle(wrap(title, 100), fontsize=9)
     return figure, used

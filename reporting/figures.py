@@ -18,6 +18,7 @@ MAX_MODES = 6  # in a panel
 INITIALISATIONS = {"conv_init", "bn_init"}
 MODES_COMPARED = {"bn_only", "bn_main", "all", "random"}  # every other mode trains other parts
 ACCURACY = "test accuracy (%)"
+LinesOf = Callable[[Series], list[Line]]
 
 
 class Arch(NamedTuple):
@@ -45,20 +46,14 @@ def name_of(s: Series) -> str:
 
 
 def figures_of(series: list[Series], machines: list[Series], others: bool) -> dict[str, Drawn]:
-    """Every figure of a setting but the answers', by name. `machines`: the series by machine; `others`: what
-    others report of CIFAR-10 is drawn beside.
-    """
+    """A setting's figures but the answers', by name; `others`: beside what others report of CIFAR-10."""
     done, analysed = [s for s in series if s.done], [s for s in series if s.analyses]
     deep, begun = [s for s in done if arch_of(s.arch).depth], [s for s in series if len(s.epochs)]
     learned = [s for s in analysed if s.mode == "all" or s.mode.startswith("bn")]  # else gamma is as drawn
-    at_depth, at_trained = ("depth", "trained") if others else ("", "")
-
-    def trained(s: Series) -> int:
-        return s.results["params_trained"].iloc[0]
-
+    at = ("depth", "trained") if others else ("", "")
     return {
-        "depth": against(deep, lambda s: arch_of(s.arch).depth, "depth (layers)", "{:g}", at_depth),
-        "trained": against(deep, trained, "trained parameters", "", at_trained),
+        "depth": against(deep, lambda s: arch_of(s.arch).depth, "depth (layers)", "{:g}", at[0]),
+        "trained": against(deep, lambda s: s.mean("params_trained").mean, "trained parameters", "", at[1]),
         "loss": panelled(begun, partial(curves, "loss"), ("epoch", "loss (cross-entropy)")),
         "accuracy": panelled(begun, partial(curves, "acc"), ("epoch", "accuracy (%)")),
         "width": against(done, lambda s: arch_of(s.arch).width, "width of ResNet-14", "×{}"),
@@ -85,24 +80,22 @@ def against(
     """Test accuracy against `x_of`, a line per mode and variant, with ticks of this form; beside what others
     report, at the column `others` of REPORTED. None where there is a single place.
     """
-    placed = [(x, s) for s in series if (x := x_of(s))]
-    if any(not s.variant for _, s in placed):  # initialisations have a figure of their own
-        placed = [(x, s) for x, s in placed if not s.variant or s.variant_but(*INITIALISATIONS)]
-    spans = grouped(placed, lambda at: at[1].variant_text)
-    spans = {variant: len({x for x, _ in of}) for variant, of in spans.items()}
+    placed, modes = sorted(filter(x_of, series), key=x_of), dict.fromkeys(s.mode for s in series)
+    if not all(s.variant for s in placed):  # initialisations have a figure of their own
+        placed = [s for s in placed if not s.variant or s.variant_but(*INITIALISATIONS)]
+    spans = grouped(placed, lambda s: s.variant_text)
+    spans = {variant: len(set(map(x_of, of))) for variant, of in spans.items()}
     longest = sorted(spans, key=lambda variant: (-spans[variant], variant))
     kept = [v for v in longest if not v or spans[v] > 1][:4] or longest[:4]
-    drawn, used, modes = [], [], dict.fromkeys(s.mode for s in series)
-    each = grouped(placed, lambda at: (at[1].variant_text, at[1].mode))
+    drawn, used = [], []
     for variant, mode in itertools.product(kept, modes):
-        if found := sorted(each.get((variant, mode), ()), key=lambda at: at[0]):
-            xs, of = zip(*found, strict=True)
+        if of := [s for s in placed if (s.variant_text, s.mode) == (variant, mode)]:
             means = [s.mean("final_test_acc") for s in of]
-            drawn.append(points(of[0].label, mode, xs, means, kept.index(variant)))
+            drawn.append(points(of[0].label, mode, list(map(x_of, of)), means, kept.index(variant)))
             used += of
     reported = REPORTED[REPORTED["depth"].notna() & REPORTED["mode"].isin(modes)]
     for (source, mode), of in reported.groupby(["source", "mode"], sort=False) if drawn and others else ():
-        look = "paper" if source == "paper" else "port"
+        look = source.split()[-1]  # paper or port
         drawn.append(Line(f"{mode}, {look}", mode, of[others].tolist(), of["accuracy"].tolist(), None, look))
     ticks, last = {}, 0.0
     for x in sorted({x for line in drawn for x in line.x}):
@@ -112,14 +105,10 @@ def against(
 
 
 def panelled(
-    series: list[Series],
-    lines_of: Callable[[Series], list[Line]],
-    labels: Labels,
-    ticks: Ticks = None,
-    more: Callable[[list[Series]], str] = lambda shown: "",
+    series: list[Series], lines_of: LinesOf, labels: Labels, ticks: Ticks = None, more=lambda shown: ""
 ) -> Drawn:
     """The lines of each series, in a panel per architecture and variant, split evenly where there are too
-    many modes; `more` ends the panels' titles.
+    many modes; `more` of the series shown ends a panel's title.
     """
     ordered = sorted(series, key=lambda s: (bool(s.variant), arch_of(s.arch).depth is None))  # stable
     panels = []
@@ -136,18 +125,15 @@ def curves(what: str, s: Series) -> list[Line]:
     drawn = []
     for look in ("train", "test"):
         values = s.curves(f"{look}_{what}").dropna()  # of epochs at which every seed has a value
-        std = values.std(axis=1, ddof=1).to_numpy() if values.shape[1] > 1 else None
-        label, epochs = s.mode if look == "test" else "", values.index.to_numpy()
-        drawn.append(Line(label, s.mode, epochs, values.mean(axis=1).to_numpy(), std, look))
+        label, mean, std = s.mode if look == "test" else "", values.mean(axis=1), values.std(axis=1)
+        drawn.append(Line(label, s.mode, values.index.to_numpy(), mean.to_numpy(), std.to_numpy(), look))
     return drawn
 
 
 def histograms(series: list[Series], part: str, *labels: str) -> Drawn:
     """`part` (gamma or relu) of the analyses; how much of it is next to nothing is in the titles."""
-    scale, share, told = {
-        "gamma": (1, "share_near_zero", "|γ| < 0.01"),
-        "relu": (100, "silent", "always silent"),
-    }[part]
+    gamma, relu = (1, "share_near_zero", "|γ| < 0.01"), (100, "silent", "always silent")
+    scale, share, told = gamma if part == "gamma" else relu
 
     def steps(s: Series) -> list[Line]:
         found = [getattr(analysis, part) for analysis in s.analyses]
@@ -179,13 +165,11 @@ def pruned(series: list[Series]) -> Drawn:
 
 
 def checkpoints(series: list[Series]) -> Drawn:
-    """The seed checkpoint's bytes, before the outlined bar of every weight's; by architecture and mode, for
-    other options hardly change them.
-    """
-    used = [of[0] for of in grouped(series, lambda s: (s.arch, s.mode)).values()]
+    """The seed checkpoint's bytes, before the outlined bar of every weight's, by architecture and mode."""
+    used = [of[0] for of in grouped(series, lambda s: (s.arch, s.mode)).values()]  # whatever the options
     sizes, full = [s.mean("checkpoint_bytes") for s in used], [s.mean("full_bytes").mean for s in used]
-    each = [(m.mean, f) for m, f in zip(sizes, full, strict=True)]
-    texts = [f"{short(mean)} of {short(f)}, {100 * mean / f:.3g} %" for mean, f in each]
+    each = zip((size.mean for size in sizes), full, strict=True)
+    texts = [f"{short(size)} of {short(all_)}, {100 * size / all_:.3g} %" for size, all_ in each]
     names = [f"{arch_of(s.arch).label}, {s.mode}" for s in used]
     return bars(used, names, [Column("bytes; outlined: every weight", sizes, texts, full)])
 
@@ -194,11 +178,8 @@ def costs(series: list[Series]) -> Drawn:
     """Training time and peak memory; a bar per architecture, mode, machine and number format."""
     longest = max((s.mean("train_s").mean for s in series), default=0)
     unit, seconds = ("s", 1) if longest < 300 else ("min", 60) if longest < 10800 else ("h", 3600)
-    columns = []
-    for label, name, size in (
-        (f"training time ({unit})", "train_s", seconds),
-        ("peak memory (MiB)", "peak_memory_bytes", 2**20),
-    ):
+    columns, memory = [], ("peak memory (MiB)", "peak_memory_bytes", 2**20)
+    for label, name, size in ((f"training time ({unit})", "train_s", seconds), memory):
         means = [s.mean(name, size) for s in series]
         texts = ["" if m is None else f"{m.mean:,.4g}" if m.mean < 1000 else f"{m.mean:,.0f}" for m in means]
         columns.append(Column(label, means, texts))

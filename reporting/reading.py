@@ -37,20 +37,16 @@ class Run(Record):
 
 
 def read_runs(given: Sequence[str], say: Say) -> list[Run]:
-    """Every usable run in or under `given`, each once; `say` is told what is left out, and why.
-
-    RunError where nothing is left, or where there is no such folder or file.
-    """
+    """Every usable run in or under `given`, once; `say` is told what is left out. RunError where none is."""
     kept: dict[tuple, list[tuple[str, Run]]] = {}
     edges = None
     for place, read in _places(given, say):
         try:
             run = read()
+            if wrong := _wrong(run):
+                raise RunError(f"{place}: {wrong}")
         except RunError as error:
             say(f"left out {error}")
-            continue
-        if wrong := _wrong(run):
-            say(f"left out {place}: {wrong}")
             continue
         config, options, of = run.config, run.config.options, run.analysis
         if of:
@@ -77,8 +73,8 @@ def _places(given: Sequence[str], say: Say) -> Iterator[tuple[str, Callable[[], 
     folders = [Path(path) for path in given if Path(path) not in packed]
     for folder, name in runs.run_folders(folders, say):
         yield str(folder), partial(read_run, folder, name, say)
-    found = (file for top in folders for file in sorted(top.glob("*.jsonl")))
-    packed += (file for file in found if file.name != "metrics.jsonl")
+    for top in folders:
+        packed += sorted(file for file in top.glob("*.jsonl") if file.name != "metrics.jsonl")
     for file in {file.resolve(): file for file in packed}.values():
         try:
             lines = file.read_bytes().splitlines()
@@ -108,11 +104,9 @@ def _wrong(run: Run) -> str | None:
     config, summary, options = run.config, run.summary, run.config.options
     if config.parent and not options.init_from:
         return "config.json has a parent run, and no option init_from"
-    owners = {"data": config.spec, "data_title": config, "arch": options, "mode": options, "seed": options}
-    found = {name: getattr(of, name) for name, of in owners.items()}
-    found |= {"variant": dict(config.variant), "frozen_sha256": config.frozen_sha256}
-    for name, value in found.items() if summary else ():
-        if getattr(summary, name) != value:
+    found = vars(options) | vars(config) | {"data": config.spec.data, "variant": dict(config.variant)}
+    for name in ("data", "data_title", "arch", "mode", "seed", "variant", "frozen_sha256"):
+        if summary and getattr(summary, name) != found[name]:
             return f"config.json and summary.json are of different runs: their {name} differs"
     if not run.done:
         return None

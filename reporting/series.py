@@ -18,14 +18,17 @@ CIFAR10 = {"CIFAR-10": "cifar10", "CIFAR-10 (not the official bytes)": "cifar10-
 
 
 class Mean(NamedTuple):
-    """A mean, its sample standard deviation (None where n is 1), and of how many."""
+    """A mean, its sample standard deviation (NaN where n is 1), and of how many."""
 
     mean: float
-    std: float | None
+    std: float
     n: int
 
     def text(self, digits: int = 2) -> str:
-        return f"{self.mean:,.{digits}f}" + ("" if self.std is None else f" ± {self.std:,.{digits}f}")
+        return f"{self.mean:,.{digits}f}" + (f" ± {self.std:,.{digits}f}" if self.n > 1 else "")
+
+
+NO_MEAN = Mean(math.nan, math.nan, 0)
 
 
 class Setting(NamedTuple):
@@ -34,6 +37,12 @@ class Setting(NamedTuple):
     label: str  # as shown
     folder: str  # of its files in a report
     runs: list[Run]
+
+    @property
+    def whole_cifar10(self) -> bool:
+        """Whether all training images of CIFAR-10 trained, as in what others report."""
+        title, _, *fewer, _, _ = self.runs[0].config.setting
+        return title in CIFAR10 and not any(fewer)
 
 
 class Series(NamedTuple):
@@ -88,9 +97,9 @@ class Series(NamedTuple):
 
 
 def mean_of(values: Iterable[float]) -> Mean | None:
-    """Mean and sample standard deviation; None of nothing."""
-    each = list(values)
-    std = statistics.stdev(each) if len(each) > 1 else None
+    """Mean and sample standard deviation of numbers, NaN left out; None of nothing."""
+    each = [value for value in values if not math.isnan(value)]
+    std = statistics.stdev(each) if len(each) > 1 else math.nan
     return Mean(statistics.fmean(each), std, len(each)) if each else None
 
 
@@ -103,9 +112,7 @@ def grouped(each: Iterable, key: Callable[..., Hashable]) -> dict[Hashable, list
 
 
 def setting_names(setting: tuple) -> tuple[str, str]:
-    """What runs.Config.setting is called, the fingerprint left out: as `CIFAR-10, 12 epochs, 20,000 training
-    images`, and as a folder, `cifar10/12-epochs-20000-images`.
-    """
+    """The label and the folder of a runs.Config.setting: `CIFAR-10, 12 epochs` and `cifar10/12-epochs`."""
     title, epochs, quick, subset, held_out, size, _ = setting
     usual = quick and subset == config.QUICK["train_subset"]
     parts = (
@@ -124,10 +131,10 @@ def by_setting(found: list[Run]) -> list[Setting]:
     """The runs of each setting, the longest training first; no two have a label or a folder in common."""
 
     def rank(run: Run) -> tuple:  # depths and widths as numbers, the modes most compared first
-        first, of, variant = ("all", "bn_only", "bn_main", "random"), run.config.options, run.config.variant
+        of, variant = run.config.options, run.config.variant
         arch = re.split("([0-9]{1,9})", of.arch)
         arch[1::2] = map(int, arch[1::2])
-        at = first.index(of.mode) if of.mode in first else len(first)
+        at = ("all", "bn_only", "bn_main", "random", of.mode).index(of.mode)
         return arch, at, of.mode, len(variant), str(variant), of.seed, run.name
 
     settings, made, places = grouped(found, lambda run: run.config.setting), [], Counter()
@@ -167,9 +174,10 @@ def _frames(done: list[Run]) -> tuple[pd.DataFrame, pd.DataFrame]:
         if parent:
             known = parent.device_name == of.device_name and parent.seconds_in_all is not None
             before, seconds = parent.epochs_done_in_all, parent.seconds_in_all if known else math.nan
-        more = {"parent_test_acc": parent and parent.test_acc, "machine": of.machine}
-        rows.append(vars(run.summary) | more)
         typical = statistics.median(row.epoch_s for row in run.epochs) if run.epochs else math.nan
+        rows.append(
+            vars(run.summary) | {"parent_test_acc": parent and parent.test_acc, "machine": of.machine}
+        )
         for row in run.epochs:
             at = {"epoch": before + row.epoch, "seconds": seconds + row.epoch * typical}
             epoch_rows.append(vars(row) | at | {"seed": of.options.seed})
@@ -177,6 +185,5 @@ def _frames(done: list[Run]) -> tuple[pd.DataFrame, pd.DataFrame]:
     results = pd.DataFrame(rows, columns=columns, dtype=object).set_index("seed")
     columns = [*runs.Epoch.model_fields, "seconds", "seed"]
     epochs = pd.DataFrame(epoch_rows, columns=columns).set_index(["epoch", "seed"])
-    for name in ("epoch_s", "images_per_s"):  # of a typical epoch: the first ones may wait or compile
-        results[name] = epochs[name].astype(float).groupby("seed").median()
-    return results, epochs
+    typical = epochs[["epoch_s", "images_per_s"]].astype(float).groupby("seed").median()
+    return results.join(typical), epochs  # the first epochs may wait or compile

@@ -2,7 +2,6 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,12 +9,9 @@ import pandas as pd
 
 import runs
 from reporting.reading import Run
-from reporting.series import Mean, Series
+from reporting.series import NO_MEAN, Mean, Series, Setting
 
-# Test accuracy on CIFAR-10 in percent, as shown and as a number, and trained parameters: of the paper (arXiv
-# 2003.00152; about, where everything trains), of the TensorFlow community port, and of a Keras study (Adam,
-# batches of 1024; without and with augmentation)
-REPORTED = pd.read_csv(Path(__file__).with_name("reported.csv"))
+REPORTED = pd.read_csv(Path(__file__).with_name("reported.csv"), comment="#")
 CELL = ["architecture", "mode", "other options"]  # how the first columns of most tables are named
 MARKDOWN = str.maketrans({sign: f"\\{sign}" for sign in r"\`*_{}[]<>#|~$&"})
 LATEX = str.maketrans(
@@ -32,22 +28,22 @@ class Table(NamedTuple):
     columns: list[str]  # a unit stands in parentheses at the end
     rows: list[list]
     digits: int = 2
-    says_n: bool = False  # beside each mean, where no column does
 
     @property
     def numeric(self) -> list[bool]:
         """Which columns hold numbers, and stand at the right."""
-        numbers = int, float, Mean
-        return [any(isinstance(row[i], numbers) for row in self.rows) for i in range(len(self.columns))]
+        return [
+            any(isinstance(cell, (int, float, Mean)) for cell in of) for of in zip(*self.rows, strict=True)
+        ]
 
-    def texts(self, form: Callable[[str], str] = str) -> pd.DataFrame:
-        """The cells as people read them, in which `form` escapes what must be."""
-        cells = [[form(self._text(cell)) for cell in row] for row in self.rows]
-        return pd.DataFrame(cells, columns=list(map(form, self.columns)))
+    def texts(self, escapes: dict[int, str]) -> pd.DataFrame:
+        """The cells as people read them, with these `escapes`."""
+        cells = [[self._text(cell).translate(escapes) for cell in row] for row in self.rows]
+        return pd.DataFrame(cells, columns=[column.translate(escapes) for column in self.columns])
 
     def _text(self, cell: object) -> str:
         if isinstance(cell, Mean):
-            return cell.text(self.digits) + (f" (n = {cell.n})" if self.says_n else "")
+            return cell.text(self.digits) + ("" if "n" in self.columns else f" (n = {cell.n})")
         if isinstance(cell, (int, float)):
             return f"{cell:,}" if isinstance(cell, int) else f"{cell:,.{self.digits}f}"
         return cell or ""
@@ -59,14 +55,12 @@ class Table(NamedTuple):
         full = {}
         for column, *cells in zip(self.columns, *self.rows, strict=True):
             if any(isinstance(cell, Mean) for cell in cells):
-                name, *unit = re.split(r"(?= \()", column)
-                heads = "".join([name, " mean", *unit]), "".join([name, " std", *unit]), f"{name} n"
-                means = [cell or Mean(None, None, 0) for cell in cells]
-                full |= zip(heads, zip(*means, strict=True), strict=True)
+                name, unit = re.fullmatch(r"(.*?)( \(.*)?", column).groups("")
+                means = zip(*(cell or NO_MEAN for cell in cells), strict=True)
+                full |= zip((f"{name} mean{unit}", f"{name} std{unit}", f"{name} n"), means, strict=True)
             else:
                 full[column] = cells
-        latex = self.texts(lambda text: text.translate(LATEX)).style.hide(axis="index")
-        markdown = self.texts(lambda text: text.translate(MARKDOWN))
+        markdown, latex = self.texts(MARKDOWN), self.texts(LATEX).style.hide(axis="index")
         sides = ["right" if numbers else "left" for numbers in self.numeric]
         form = "".join(side[0] for side in sides)
         return {
@@ -76,12 +70,13 @@ class Table(NamedTuple):
         }
 
 
-def accuracy(series: list[Series], cifar10: bool, epochs: int) -> Table:
-    """A row per architecture, mode and variant; on all of CIFAR-10 beside what others report, after the
-    published 160 epochs also of what has no run here.
-    """
-    others = REPORTED if cifar10 else REPORTED[:0]
-    sources, shown = others["source"].unique(), others.set_index(["mode", "architecture", "source"])["shown"]
+def accuracy(series: list[Series], setting: Setting) -> Table:
+    """A row per architecture, mode and variant, beside what others report: after 160 epochs, all of it."""
+    _, epochs, *_ = setting.runs[0].config.setting
+    others = REPORTED if setting.whole_cifar10 else REPORTED[:0]
+    sources = others["source"].unique()
+    shown = others.pivot(index=["mode", "architecture"], columns="source", values="shown")[sources]
+    theirs = {network: list(of) for network, of in shown.fillna("").iterrows()}
     some = {
         "final_test_top5_acc": "top 5 (%)",
         "best_val_acc": "best on validation (%)",
@@ -89,21 +84,16 @@ def accuracy(series: list[Series], cifar10: bool, epochs: int) -> Table:
     }
     some = {name: column for name, column in some.items() if any(len(s.by_seed(name)) for s in series)}
     means = {"final_test_acc": "test accuracy (%)", **some, "best_test_acc": "best epoch (%)"}
-
-    def beside(mode: str, arch: str) -> list[str]:
-        return [shown.get((mode, arch, source), "") for source in sources]
-
-    rows = []
+    rows, nothing = [], [""] * len(sources)
     for s in series:
         diverged = f"{s.diverged} of {s.done + s.diverged} diverged" if s.diverged else ""
-        theirs = [""] * len(sources) if s.variant else beside(s.mode, s.arch)
-        rows.append([s.arch, s.mode, s.variant_text, *map(s.mean, means), diverged, *theirs])
-    named = {key[:2] for key in shown.index} - {(s.mode, s.arch) for s in series if not s.variant}
-    for mode, arch in sorted(named, key=lambda key: (key[0] == "all", int(key[1].removeprefix("resnet")))):
+        beside = nothing if s.variant else theirs.pop((s.mode, s.arch), nothing)
+        rows.append([s.arch, s.mode, s.variant_text, *map(s.mean, means), diverged, *beside])
+    for mode, arch in sorted(theirs, key=lambda key: (key[0] == "all", int(key[1].removeprefix("resnet")))):
         if epochs == 160:
-            rows.append([arch, mode, "", *[None] * len(means), "", *beside(mode, arch)])
+            rows.append([arch, mode, "", *[None] * len(means), "", *theirs[mode, arch]])
     columns = [*CELL, *means.values(), "diverged", *(f"{source} (%)" for source in sources)]
-    return Table("accuracy", columns, rows, says_n=True)
+    return Table("accuracy", columns, rows)
 
 
 def parameters(found: list[Run]) -> Table:
@@ -149,7 +139,7 @@ def not_finished(found: list[Run]) -> Table:
 
 
 def machines(found: list[Run]) -> Table:
-    made: Counter = Counter()
+    made = Counter()
     for of in (run.config for run in found):
         versions = [of.versions.get(name) or "" for name in ("python", "torch", "cuda")]
         made[of.device_name, *versions, of.git_commit or ""] += 1

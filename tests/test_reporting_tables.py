@@ -16,7 +16,7 @@ def files() -> dict[str, str]:
         ["# & $ % {}", None, None, "007"],
         ["± ×", Mean(1000.5, 0.25, 3), 7, ""],
     ]
-    return Table("t", ["what", "acc (%)", "bytes", "text"], rows, says_n=True).files()
+    return Table("t", ["what", "acc (%)", "bytes", "text"], rows).files()
 
 
 def test_csv_has_full_precision_and_three_columns_of_a_mean(files):
