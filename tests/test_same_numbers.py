@@ -1,4 +1,4 @@
-"""Training gives the same bits as before the rooms were rebuilt, on the machine on which these were recorded."""
+"""Training gives the same bits as before the rooms were rebuilt, on the machine that recorded them."""
 
 import json
 import os
