@@ -24,8 +24,6 @@ from datasets import DataError, augment, prepare, sources
 from datasets import download as downloading
 from datasets.prepare import Dataset
 
-SPLITS = {"train": "train", "validation": "train", "test": "test"}  # where each one's images lie
-
 
 def open_dataset(
     name: str,
@@ -46,7 +44,8 @@ def open_dataset(
     """
     data_dir = Path(data_dir).expanduser()
     home = store = data_dir.parent if data_dir.is_file() else data_dir
-    if not _writable(home):
+    there = next(path for path in (home, *home.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
         store = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "batchnorm-only"
     places = list(dict.fromkeys((data_dir, store)))
     try:
@@ -64,8 +63,8 @@ def open_dataset(
                     found = sources.locate(name, places, image_size, say)
                 dataset = prepare.load(folder, found) or prepare.prepare(folder, found, say)
     except OSError as error:  # no permission, say, or a disk that fails
-        why = sources.brief(error)
-        raise DataError(f"--data {name}: {why}; mend that or give another --data-dir") from error
+        mend = "mend that or give another --data-dir"
+        raise DataError(f"--data {name}: {sources.brief(error)}; {mend}") from error
     if name in sources.SETS and dataset.title != sources.SETS[name].title:  # whose bytes are not verified
         say(f"{found.path}: {dataset.title}")
     return dataset
@@ -140,9 +139,8 @@ class Loader:
 
     def __post_init__(self) -> None:
         dataset, self.train = self.dataset, self.split == "train"
-        self.source = getattr(dataset, SPLITS[self.split])
-        every = np.arange(len(self.source.labels))
-        self.positions = every if self.subset is None else np.asarray(self.subset, np.int64)
+        self.source = {"train": dataset.train, "validation": dataset.train, "test": dataset.test}[self.split]
+        self.positions = np.arange(len(self.source.labels)) if self.subset is None else self.subset
         self.num_images = len(self.positions)
         if self.batch_size < 1 or (self.train and self.num_images < self.batch_size):
             what = f"give 1 to {self.num_images}, the number of images to train on"
@@ -277,11 +275,6 @@ def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
-
-
-def _writable(folder: Path) -> bool:
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,9 +1,8 @@
 """Official archives, downloaded: what arrives is checked, and only then gets its name."""
 
-import contextlib
 import os
 import shutil
-import threading
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import pooch
@@ -51,14 +50,13 @@ def fetch(name: str, places: list[Path], say: sources.Say) -> None:
 
 
 def _wait_for_an_answer(url: str) -> None:
-    """Raise TimeoutError if none comes in time, even while the name is looked up, which no timeout ends."""
+    """Raise TimeoutError if none comes in time, even while the name is looked up, which no timeout ends.
 
-    def ask() -> None:
-        with contextlib.suppress(Exception):  # the download meets the same error, and reports it
-            pooch.HTTPDownloader(timeout=2 * PATIENCE_S)(url, None, None, check_only=True)
-
-    asking = threading.Thread(target=ask, daemon=True)  # left behind if it hangs
-    asking.start()
-    asking.join(PATIENCE_S)
-    if asking.is_alive():
+    Any other error is left for the download to meet.
+    """
+    with ThreadPool(1) as pool:  # of daemons: one that hangs is left behind
+        ask = pooch.HTTPDownloader(timeout=2 * PATIENCE_S)
+        answer = pool.apply_async(ask, (url, None, None), {"check_only": True})
+        answer.wait(PATIENCE_S)
+    if not answer.ready():
         raise TimeoutError(f"no answer within {PATIENCE_S:g} s")

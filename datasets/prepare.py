@@ -113,9 +113,10 @@ def prepare(folder: Path, found: sources.Found, say: sources.Say) -> Dataset:
                         histogram += np.reshape(pixels.histogram(), (3, 256))
                     bar.update(len(block))
                 digest.update(labels.astype("<i8"))
-        fingerprint = digest.hexdigest()[:16]
-        classes, scale = tuple(source.classes), _mean_and_std(histogram)
-        facts = [found.name, source.title, fingerprint, classes, size, *scale]
+        mean, square = (histogram @ np.arange(256.0) ** power / histogram[0].sum() for power in (1, 2))
+        std = np.maximum(np.sqrt(square - mean**2), 1.0)  # a channel without contrast is not blown up
+        fingerprint, scale = digest.hexdigest()[:16], (tuple(mean.tolist()), tuple(std.tolist()))
+        facts = [found.name, source.title, fingerprint, tuple(source.classes), size, *scale]
         if not with_ffcv:
             return Dataset(*facts, *(Split(images[split], source.labels[split], None) for split in counts))
         images.clear()
@@ -129,13 +130,6 @@ def prepare(folder: Path, found: sources.Found, say: sources.Say) -> Dataset:
         for path in folder.glob("*.part"):
             path.unlink()
     return load(folder, found)
-
-
-def _mean_and_std(histogram: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Of each channel's pixels, on the scale from 0 to 255; `histogram` [3, 256] counts their values."""
-    mean, square = (histogram @ np.arange(256.0) ** power / histogram[0].sum() for power in (1, 2))
-    std = np.maximum(np.sqrt(square - mean**2), 1.0)  # a channel without contrast is not blown up
-    return tuple(mean.tolist()), tuple(std.tolist())
 
 
 def _index(folder: Path) -> dict[str, dict]:
@@ -171,11 +165,10 @@ def _new_beton(path: Path, labels: np.ndarray, size: int) -> dict[str, object]:
         try:
             os.posix_fallocate(file.fileno(), 0, end + table.nbytes)
         except OSError as error:
-            what = (
-                f"{path.parent}: {end:,} bytes for prepared data are not to be had ({sources.brief(error)})"
-            )
-            mend = "free as much, or name a folder on another disk with --data-dir"
-            raise DataError(f"{what}\n{mend}") from error
+            raise DataError(
+                f"{path.parent}: {end:,} bytes for prepared data are not to be had ({sources.brief(error)})\n"
+                "free as much, or name a folder on another disk with --data-dir"
+            ) from error
         file.write(header.tobytes() + fields.tobytes() + rows.tobytes())
         file.seek(end)
         file.write(table.tobytes())
