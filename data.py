@@ -35,7 +35,7 @@ def open_dataset(
 ) -> Dataset:
     """Find, check and, the first time, prepare a data set; `say` receives notes of one line.
 
-    `name` is one of sources.NAMES, or a folder with train/<class>/* and test/<class>/* or val/<class>/*.
+    `name` is one of sources.SETS, or a folder with train/<class>/* and test/<class>/* or val/<class>/*.
     `data_dir` is where the named sets are looked for (it may also be an archive) and where prepared files are
     kept, in its folder beton; where it cannot be written to, the user's cache takes its place. Later starts
     recognise a source by the names, sizes and times of its files, and map the prepared pixels without FFCV.
@@ -81,11 +81,10 @@ def share_out(
     """
     every, held_out = np.arange(len(labels)), np.empty(0, np.int64)
     if validation:
-        held_out = class_subset(labels, validation, rng("validation", 0), "--val-split", spare=1)
+        held_out = class_subset(labels, validation, rng("validation", 0), validates=True)
         every = np.setdiff1d(every, held_out)
     if training:
-        left = f" ({len(held_out)} are set apart to validate on)" if validation else ""
-        every = every[class_subset(labels[every], training, rng("subset", 0), note=left)]
+        every = every[class_subset(labels[every], training, rng("subset", 0), set_apart=len(held_out))]
     return every, held_out
 
 
@@ -96,25 +95,22 @@ def tenth(labels: np.ndarray) -> int:
 
 
 def class_subset(
-    labels: np.ndarray,
-    count: int,
-    rng: np.random.RandomState,
-    option: str = "--train-subset",
-    spare: int = 0,
-    note: str = "",
+    labels: np.ndarray, count: int, rng: np.random.RandomState, validates: bool = False, set_apart: int = 0
 ) -> np.ndarray:
     """Sorted positions, int64 [count], of images chosen at random, the same number of every class.
 
-    Raises DataError, which names `option`, if `count` is not a multiple of the number of classes, or leaves
-    fewer than `spare` of one.
+    DataError if `count` is no multiple of the number of classes, or more than there are; where they are to
+    validate on (`validates`), one of each class must be left. `set_apart` are left out of `labels` already.
     """
     classes, sizes = np.unique(labels, return_counts=True)
-    (each, rest), most = divmod(count, len(classes)), sizes.min() - spare
-    if most < 1:
-        raise DataError(f"{option} {count}: a class has too few images; give it more, or leave it out")
+    (each, rest), most = divmod(count, len(classes)), sizes.min() - validates
     if rest or not 1 <= each <= most:
-        fits = f"a multiple of {len(classes)} (classes), up to {most * len(classes)}{note}"
-        raise DataError(f"{option} {count}: give {fits}")
+        option = "--val-split" if validates else "--train-subset"
+        others = f" ({set_apart} are set apart to validate on)" if set_apart else ""
+        mend = f"give a multiple of {len(classes)} (classes), up to {most * len(classes)}{others}"
+        if most < 1:
+            mend = "a class has too few images; give it more, or leave it out"
+        raise DataError(f"{option} {count}: {mend}")
     return np.sort(np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:each] for c in classes]))
 
 
@@ -279,7 +275,7 @@ def _free_bytes(device: torch.device) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     parser = progress.Parser("data.py", __doc__)
-    parser.add_argument("name", help=f"{', '.join(sources.NAMES)}, or a folder")
+    parser.add_argument("name", help=f"{', '.join(sources.SETS)}, or a folder")
     parser.add_argument("--data-dir", default="data", help="where archives are looked for and kept [data]")
     parser.add_argument("--image-size", type=int, help="pixels a side")
     options = parser.parse_args(argv)

@@ -50,13 +50,10 @@ def fetch(name: str, places: list[Path], say: sources.Say) -> None:
 
 
 def _wait_for_an_answer(url: str) -> None:
-    """Raise TimeoutError if none comes in time, even while the name is looked up, which no timeout ends.
-
-    Any other error is left for the download to meet.
-    """
+    """Raise TimeoutError if none comes in time, even while the name is looked up, which no timeout ends."""
+    ask = pooch.HTTPDownloader(timeout=2 * PATIENCE_S)
     with ThreadPool(1) as pool:  # of daemons: one that hangs is left behind
-        ask = pooch.HTTPDownloader(timeout=2 * PATIENCE_S)
         answer = pool.apply_async(ask, (url, None, None), {"check_only": True})
-        answer.wait(PATIENCE_S)
+        answer.wait(PATIENCE_S)  # and not get(): the download meets the same error, and reports it
     if not answer.ready():
         raise TimeoutError(f"no answer within {PATIENCE_S:g} s")

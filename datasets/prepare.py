@@ -119,7 +119,6 @@ def prepare(folder: Path, found: sources.Found, say: sources.Say) -> Dataset:
         facts = [found.name, source.title, fingerprint, tuple(source.classes), size, *scale]
         if not with_ffcv:
             return Dataset(*facts, *(Split(images[split], source.labels[split], None) for split in counts))
-        images.clear()
         for split in counts:
             entry[split]["file"] = f"{found.name}-{size}px-{fingerprint}-{split}.beton"
             os.replace(folder / f"{split}.beton.part", folder / entry[split]["file"])

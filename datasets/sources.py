@@ -66,7 +66,6 @@ class NamedSet:
 
 with open(Path(__file__).with_name("named_sets.toml"), "rb") as _file:
     SETS = {name: NamedSet(**fields) for name, fields in tomllib.load(_file).items()}
-NAMES = tuple(SETS)
 
 
 def short_name(name: str) -> str:
@@ -210,11 +209,10 @@ def _files(found: Found) -> dict[str, Path | bytes]:
 
 def _read_images(found: Found, files: dict[str, Path | bytes]) -> tuple[list[str], dict, dict]:
     """Classes, and by split the images' names and files, and their labels, of <split>/<class>/<name>."""
-    images, classes, labels = {"train": [], "test": []}, {}, {}
-    for name, file in files.items():
-        images["train" if name.startswith("train/") else "test"].append((name, file))
-    for split, part in images.items():
-        owners = [os.path.basename(os.path.dirname(name)) for name, _ in part]
+    images, classes, labels = {}, {}, {}
+    for split, trains in (("train", True), ("test", False)):
+        images[split] = [item for item in files.items() if item[0].startswith("train/") == trains]
+        owners = [os.path.basename(os.path.dirname(name)) for name, _ in images[split]]
         classes[split], labels[split] = np.unique(owners, return_inverse=True)
     odd = set(classes["train"]) ^ set(classes["test"])
     if odd or not files:
@@ -260,19 +258,17 @@ def _fit(image: Image.Image, size: int) -> np.ndarray:
 
 def _read_rows(found: Found, files: dict[str, bytes]) -> tuple[list[str], dict, dict]:
     """Classes, and by split the images, uint8 [N, 32, 32, 3], and labels, int64 [N], of row files."""
-    path, known = found.path, SETS[found.name]
+    known, images, labels = SETS[found.name], {}, {}
     suffix = "" if any(name in files for name in known.checksums) else ".bin"
-    images, labels = {}, {}
     for split, parts in known.files.items():
-        read_parts = []
-        for name in [part + suffix for part in parts]:
-            try:
-                read_parts.append(_rows(files[name], bool(suffix), known, known.counts[split] // len(parts)))
-            except Exception as error:
-                what = f"{name} is missing, truncated or not {known.title}'s ({brief(error)})"
-                mend = f"copy or unpack it again, or remove {path} to download it"
-                raise DataError(f"{path}: {what}\n{mend}") from error
-        pixels, numbers = map(np.concatenate, zip(*read_parts, strict=True))
+        count = known.counts[split] // len(parts)
+        try:
+            rows = [_rows(files[name := part + suffix], bool(suffix), known, count) for part in parts]
+        except Exception as error:  # of the file `name`
+            what = f"{name} is missing, truncated or not {known.title}'s ({brief(error)})"
+            mend = f"copy or unpack it again, or remove {found.path} to download it"
+            raise DataError(f"{found.path}: {what}\n{mend}") from error
+        pixels, numbers = map(np.concatenate, zip(*rows, strict=True))
         images[split] = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         labels[split] = numbers.astype(np.int64)
     return known.classes, images, labels
@@ -282,10 +278,9 @@ def _doubt(found: Found, files: dict[str, Path | bytes], images: Sequence) -> st
     """What the title says of a named set whose bytes are not known to be the official ones."""
     known = SETS[found.name]
     digests = {name: hashlib.md5(files[name]).hexdigest() for name in known.checksums if name in files}
-    official = bool(digests) and digests == known.checksums
-    if not official and found.path.is_file():
-        official = hashlib.md5(found.path.read_bytes()).hexdigest() in known.archives.values()
-    if official:
+    if digests and digests == known.checksums:
+        return ""
+    if found.path.is_file() and hashlib.md5(found.path.read_bytes()).hexdigest() in known.archives.values():
         return ""
     # Unpacked binary files have no checksums to go by. With the published mean their pixels may be official.
     binary = found.kind == "batches" and not digests
