@@ -20,18 +20,13 @@ import numpy as np
 import torch
 
 import progress
-from datasets import DataError, augment, prepare, sources
+from datasets import DataError, Say, augment, prepare, sources
 from datasets import download as downloading
 from datasets.prepare import Dataset
 
 
 def open_dataset(
-    name: str,
-    data_dir: str | Path = "data",
-    *,
-    image_size: int | None = None,
-    download: bool = True,
-    say: sources.Say = print,
+    name: str, data_dir: str | Path, *, image_size: int | None = None, download: bool = True, say: Say = print
 ) -> Dataset:
     """Find, check and, the first time, prepare a data set; `say` receives notes of one line.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pooch
 from tqdm import tqdm
 
-from datasets import DataError, sources
+from datasets import DataError, Say, sources
 
 PATIENCE_S = 8.0  # until a site that does not answer, or a connection on which nothing arrives, is given up
 
@@ -22,7 +22,7 @@ def missing(name: str, places: list[Path], why: str) -> str:
     )
 
 
-def fetch(name: str, places: list[Path], say: sources.Say) -> None:
+def fetch(name: str, places: list[Path], say: Say) -> None:
     """Download a named set's archive into the last place, on which the lock is held. Raises DataError."""
     url = sources.SETS[name].url
     file = places[-1] / url.rpartition("/")[2]

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from datasets import DataError, sources
+from datasets import DataError, Say, sources
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Dataset:
     test: Split
 
 
-def locked(folder: Path, say: sources.Say) -> contextlib.AbstractContextManager:
+def locked(folder: Path, say: Say) -> contextlib.AbstractContextManager:
     """Let one process at a time prepare data in a folder, so that the others find it done."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / ".lock")
@@ -78,7 +78,7 @@ def load(folder: Path, found: sources.Found) -> Dataset | None:
         return None
 
 
-def prepare(folder: Path, found: sources.Found, say: sources.Say) -> Dataset:
+def prepare(folder: Path, found: sources.Found, say: Say) -> Dataset:
     """Write a source's files and, last, its entry in index.json; the lock on the folder is held.
 
     Without FFCV nothing is written, and the images stay in memory. Raises DataError or OSError.

@@ -22,13 +22,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from datasets import DataError, synthetic
+from datasets import DataError, Say, synthetic
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 BLOCK = 1000  # images handled together while preparing
 FORMAT = 1  # part of every key in index.json: raised when data is read, drawn or written another way
-
-Say = Callable[[str], None]  # receives notes of one line
 
 
 # ---- known by name ----
