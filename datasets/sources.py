@@ -192,8 +192,7 @@ def _files(found: Found) -> dict[str, Path | bytes]:
     """Row files by name, or image files by <split>/<class>/<name>; an archive is not unpacked to the disk."""
     rows, path = found.kind == "batches", found.path
     if path.is_dir():
-        files = {name: path / name for name in found.stamps}
-        return {name: file.read_bytes() for name, file in files.items()} if rows else files
+        return {name: (path / name).read_bytes() if rows else path / name for name in found.stamps}
     wanted, depth = (SETS[found.name].file_names.__contains__, 1) if rows else (_is_image, 3)
     try:
         with tarfile.open(path) as tar:
@@ -208,8 +207,8 @@ def _files(found: Found) -> dict[str, Path | bytes]:
 def _read_images(found: Found, files: dict[str, Path | bytes]) -> tuple[list[str], dict, dict]:
     """Classes, and by split the images' names and files, and their labels, of <split>/<class>/<name>."""
     images, classes, labels = {}, {}, {}
-    for split, trains in (("train", True), ("test", False)):
-        images[split] = [item for item in files.items() if item[0].startswith("train/") == trains]
+    for split in ("train", "test"):
+        images[split] = [item for item in files.items() if item[0].startswith("train/") == (split == "train")]
         owners = [os.path.basename(os.path.dirname(name)) for name, _ in images[split]]
         classes[split], labels[split] = np.unique(owners, return_inverse=True)
     odd = set(classes["train"]) ^ set(classes["test"])
