@@ -146,7 +146,7 @@ def look_at(run: runs.Run, options: argparse.Namespace, device: torch.device, op
         return "has analysis.json; --overwrite makes it again"
     model, spec = checkpoint.restore(run.path)
     name, folder = evaluation.image_place(run.path, spec, options.data_dir)
-    if name not in sources.NAMES and not Path(name).is_dir():
+    if name not in sources.SETS and not Path(name).is_dir():
         raise data.DataError(f"there is no folder {name}, its images; start this where the run was started")
     place = name, folder, spec.image_size
     if place not in opened:

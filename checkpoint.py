@@ -69,7 +69,7 @@ def create(spec: NetworkSpec, say: Callable[[str], None] = lambda line: None) ->
         for name in load_weights(model, given, spec.init_from):
             say(f"{name} is drawn anew: {spec.init_from} has another number of classes")
     if spec.reset_bn:
-        models.initialise_batchnorm(model, spec.seed, spec.bn_init)
+        models.initialise(model, spec.seed, conv_init=None, bn_init=spec.bn_init)
     freeze.freeze(model, spec.mode, spec.per_channel, spec.seed)
     return model
 

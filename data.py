@@ -22,24 +22,17 @@ import torch
 
 import kernels
 import progress
-from datasets import DataError, augment, prepare, sources
+from datasets import DataError, Say, augment, prepare, sources
 from datasets import download as downloading
 from datasets.prepare import Dataset
 
-SPLITS = {"train": "train", "validation": "train", "test": "test"}  # where each one's images lie
-
 
 def open_dataset(
-    name: str,
-    data_dir: str | Path = "data",
-    *,
-    image_size: int | None = None,
-    download: bool = True,
-    say: sources.Say = print,
+    name: str, data_dir: str | Path, *, image_size: int | None = None, download: bool = True, say: Say = print
 ) -> Dataset:
     """Find, check and, the first time, prepare a data set; `say` receives notes of one line.
 
-    `name` is one of sources.NAMES, or a folder with train/<class>/* and test/<class>/* or val/<class>/*.
+    `name` is one of sources.SETS, or a folder with train/<class>/* and test/<class>/* or val/<class>/*.
     `data_dir` is where the named sets are looked for (it may also be an archive) and where prepared files are
     kept, in its folder beton; where it cannot be written to, the user's cache takes its place. Later starts
     recognise a source by the names, sizes and times of its files, and map the prepared pixels without FFCV.
@@ -48,7 +41,8 @@ def open_dataset(
     """
     data_dir = Path(data_dir).expanduser()
     home = store = data_dir.parent if data_dir.is_file() else data_dir
-    if not _writable(home):
+    there = next(path for path in (home, *home.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
         store = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "batchnorm-only"
     places = list(dict.fromkeys((data_dir, store)))
     try:
@@ -66,8 +60,8 @@ def open_dataset(
                     found = sources.locate(name, places, image_size, say)
                 dataset = prepare.load(folder, found) or prepare.prepare(folder, found, say)
     except OSError as error:  # no permission, say, or a disk that fails
-        why = sources.brief(error)
-        raise DataError(f"--data {name}: {why}; mend that or give another --data-dir") from error
+        mend = "mend that or give another --data-dir"
+        raise DataError(f"--data {name}: {sources.brief(error)}; {mend}") from error
     if name in sources.SETS and dataset.title != sources.SETS[name].title:  # whose bytes are not verified
         say(f"{found.path}: {dataset.title}")
     return dataset
@@ -84,11 +78,10 @@ def share_out(
     """
     every, held_out = np.arange(len(labels)), np.empty(0, np.int64)
     if validation:
-        held_out = class_subset(labels, validation, rng("validation", 0), "--val-split", spare=1)
+        held_out = class_subset(labels, validation, rng("validation", 0), validates=True)
         every = np.setdiff1d(every, held_out)
     if training:
-        left = f" ({len(held_out)} are set apart to validate on)" if validation else ""
-        every = every[class_subset(labels[every], training, rng("subset", 0), note=left)]
+        every = every[class_subset(labels[every], training, rng("subset", 0), set_apart=len(held_out))]
     return every, held_out
 
 
@@ -99,25 +92,22 @@ def tenth(labels: np.ndarray) -> int:
 
 
 def class_subset(
-    labels: np.ndarray,
-    count: int,
-    rng: np.random.RandomState,
-    option: str = "--train-subset",
-    spare: int = 0,
-    note: str = "",
+    labels: np.ndarray, count: int, rng: np.random.RandomState, validates: bool = False, set_apart: int = 0
 ) -> np.ndarray:
     """Sorted positions, int64 [count], of images chosen at random, the same number of every class.
 
-    Raises DataError, which names `option`, if `count` is not a multiple of the number of classes, or leaves
-    fewer than `spare` of one.
+    DataError if `count` is no multiple of the number of classes, or more than there are; where they are to
+    validate on (`validates`), one of each class must be left. `set_apart` are left out of `labels` already.
     """
     classes, sizes = np.unique(labels, return_counts=True)
-    (each, rest), most = divmod(count, len(classes)), sizes.min() - spare
-    if most < 1:
-        raise DataError(f"{option} {count}: a class has too few images; give it more, or leave it out")
+    (each, rest), most = divmod(count, len(classes)), sizes.min() - validates
     if rest or not 1 <= each <= most:
-        fits = f"a multiple of {len(classes)} (classes), up to {most * len(classes)}{note}"
-        raise DataError(f"{option} {count}: give {fits}")
+        option = "--val-split" if validates else "--train-subset"
+        others = f" ({set_apart} are set apart to validate on)" if set_apart else ""
+        mend = f"give a multiple of {len(classes)} (classes), up to {most * len(classes)}{others}"
+        if most < 1:
+            mend = "a class has too few images; give it more, or leave it out"
+        raise DataError(f"{option} {count}: {mend}")
     return np.sort(np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:each] for c in classes]))
 
 
@@ -142,9 +132,8 @@ class Loader:
 
     def __post_init__(self) -> None:
         dataset, self.train = self.dataset, self.split == "train"
-        self.source = getattr(dataset, SPLITS[self.split])
-        every = np.arange(len(self.source.labels))
-        self.positions = every if self.subset is None else np.asarray(self.subset, np.int64)
+        self.source = {"train": dataset.train, "validation": dataset.train, "test": dataset.test}[self.split]
+        self.positions = np.arange(len(self.source.labels)) if self.subset is None else self.subset
         self.num_images = len(self.positions)
         if self.batch_size < 1 or (self.train and self.num_images < self.batch_size):
             what = f"give 1 to {self.num_images}, the number of images to train on"
@@ -296,14 +285,9 @@ def _free_bytes(device: torch.device) -> int:
     return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
 
 
-def _writable(folder: Path) -> bool:
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = progress.Parser("data.py", __doc__)
-    parser.add_argument("name", help=f"{', '.join(sources.NAMES)}, or a folder")
+    parser.add_argument("name", help=f"{', '.join(sources.SETS)}, or a folder")
     parser.add_argument("--data-dir", default="data", help="where archives are looked for and kept [data]")
     parser.add_argument("--image-size", type=int, help="pixels a side")
     options = parser.parse_args(argv)

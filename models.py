@@ -11,6 +11,7 @@ All networks take images of any size from 32x32 up, and end in a global average 
 import hashlib
 import math
 import re
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -83,39 +84,32 @@ class Projection(nn.Sequential):
         return kernels.conv_bn_relu(x, [(self[0], self[1])], relu=False, execution=self.execution)
 
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions, and a shortcut that `downsample` fits to their output where shapes differ."""
+def basic_block(c_in: int, width: int, stride: int) -> list[Conv2d]:
+    """Two 3x3 convolutions."""
+    return [Conv2d(c_in, width, 3, stride), Conv2d(width, width, 3)]
 
-    expansion, execution = 1, kernels.Execution()
 
-    def __init__(self, c_in: int, width: int, stride: int, downsample: nn.Module | None):
+def bottleneck(c_in: int, width: int, stride: int) -> list[Conv2d]:
+    """1x1, 3x3 and 1x1 convolutions, the last with four times as many channels."""
+    return [Conv2d(c_in, width, 1), Conv2d(width, width, 3, stride), Conv2d(width, 4 * width, 1)]
+
+
+class Block(nn.Module):
+    """Convolutions conv1, conv2 ... with BatchNorm bn1, bn2 ..., and a shortcut around them, `downsample`."""
+
+    execution = kernels.Execution()
+
+    def __init__(self, convolutions: list[Conv2d], downsample: nn.Module):
         super().__init__()
-        self.conv1, self.bn1 = Conv2d(c_in, width, 3, stride), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = Conv2d(width, width, 3), nn.BatchNorm2d(width)
+        for i, convolution in enumerate(convolutions, start=1):
+            self.add_module(f"conv{i}", convolution)
+            self.add_module(f"bn{i}", nn.BatchNorm2d(convolution.out_channels))
         self.downsample = downsample
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        shortcut = x if self.downsample is None else self.downsample(x)
-        units = [(self.conv1, self.bn1), (self.conv2, self.bn2)]
-        return kernels.conv_bn_relu(x, units, shortcut, execution=self.execution)
-
-
-class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions and a shortcut; the last has four times as many channels."""
-
-    expansion, execution = 4, kernels.Execution()
-
-    def __init__(self, c_in: int, width: int, stride: int, downsample: nn.Module | None):
-        super().__init__()
-        self.conv1, self.bn1 = Conv2d(c_in, width, 1), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = Conv2d(width, width, 3, stride), nn.BatchNorm2d(width)
-        self.conv3, self.bn3 = Conv2d(width, 4 * width, 1), nn.BatchNorm2d(4 * width)
-        self.downsample = downsample
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        shortcut = x if self.downsample is None else self.downsample(x)
-        units = [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)]
-        return kernels.conv_bn_relu(x, units, shortcut, execution=self.execution)
+        *layers, downsample = self.children()
+        units = list(zip(layers[::2], layers[1::2], strict=True))
+        return kernels.conv_bn_relu(x, units, downsample(x), execution=self.execution)
 
 
 class Network(nn.Module):
@@ -135,24 +129,22 @@ class ResNet(Network):
 
     execution = kernels.Execution()
 
-    def __init__(
-        self, block: type, layers: tuple, width: int, imagenet_stem: bool, shortcut: str, num_classes: int
-    ):
+    def __init__(self, block: Callable, layers: tuple, width: int, shortcut: str, num_classes: int):
         super().__init__()
-        self.stages, channels = len(layers), width
-        self.conv1 = Conv2d(3, width, 7, 2) if imagenet_stem else Conv2d(3, width, 3)
+        self.stages, channels, of_imagenet = len(layers), width, len(layers) == 4  # CIFAR's have three
+        self.conv1 = Conv2d(3, width, 7, 2) if of_imagenet else Conv2d(3, width, 3)
         self.bn1 = nn.BatchNorm2d(width)
-        self.maxpool = nn.MaxPool2d(3, 2, 1) if imagenet_stem else nn.Identity()
+        self.maxpool = nn.MaxPool2d(3, 2, 1) if of_imagenet else nn.Identity()
         for stage, count in enumerate(layers, start=1):
-            blocks = nn.Sequential()
+            blocks, stride = nn.Sequential(), 1 if stage == 1 else 2
             for i in range(count):
-                out, stride = width * block.expansion, 2 if i == 0 and stage > 1 else 1
-                downsample = None
+                convolutions, downsample = block(channels, width, stride), nn.Identity()
+                out = convolutions[-1].out_channels
                 if stride > 1 or channels != out or (i == 0 and shortcut == "projection_all"):
                     pads = shortcut == "pad"
                     downsample = Pad(out - channels, stride) if pads else Projection(channels, out, stride)
-                blocks.append(block(channels, width, stride, downsample))
-                channels = out
+                blocks.append(Block(convolutions, downsample))
+                channels, stride = out, 1
             setattr(self, f"layer{stage}", blocks)
             width *= 2
         self.fc = nn.Linear(channels, num_classes)
@@ -209,11 +201,11 @@ def build(arch: str, num_classes: int = 10, shortcut: str = "projection") -> Net
         depth, width = int(resnet[1]), int(resnet[2] or 1)
         if depth > 10_000 or width > 1_000:
             raise ModelError(f"--arch {arch} is too large: at most 10000 layers, 1000 times as wide")
-        block, layers = BasicBlock if depth in BASIC_LAYERS else Bottleneck, BASIC_LAYERS | BOTTLENECK_LAYERS
+        block, layers = basic_block if depth in BASIC_LAYERS else bottleneck, BASIC_LAYERS | BOTTLENECK_LAYERS
         if depth in layers and resnet[2] is None:
-            return ResNet(block, layers[depth], 64, True, shortcut, num_classes)
+            return ResNet(block, layers[depth], 64, shortcut, num_classes)
         if depth not in layers and depth >= 8 and depth % 6 == 2:
-            return ResNet(BasicBlock, ((depth - 2) // 6,) * 3, 16 * width, False, shortcut, num_classes)
+            return ResNet(basic_block, ((depth - 2) // 6,) * 3, 16 * width, shortcut, num_classes)
     raise ModelError(
         f"--arch {arch} is not known; try resnet14, 20, 32, 44, 56, 110 (any depth 6n+2 from 8), "
         "resnet14_w2 (any width),\nvgg11, 13, 16, 19, or the ImageNet family resnet18, 34, 50, 101, 152, 200"
@@ -246,67 +238,50 @@ def stream(seed: int, name: str, index: int = 0) -> np.random.RandomState:
 
 @torch.no_grad()
 def initialise(
-    model: nn.Module, seed: int, conv_init: str = "kaiming_normal", bn_init: str = "uniform"
+    model: nn.Module, seed: int, conv_init: str | None = "kaiming_normal", bn_init: str = "uniform"
 ) -> None:
-    """Draw every parameter of `model` from `seed`, each tensor from a stream of its own.
+    """Draw every parameter of `model` from `seed`, each tensor from a stream of its own; reset statistics.
 
     `conv_init` is the distribution of convolutions, with fan-in and ReLU's gain: kaiming_normal and
     kaiming_uniform (He et al. 2015), orthogonal (Saxe et al. 2014, gain 1), or binary (plus or minus the
-    standard deviation of He et al.). The output layer is kaiming_normal with bias 0. `bn_init` is how gamma
-    and beta begin: uniform is U[0, 1] and 0, ones is 1 and 0, one_one is 1 and 1, signed_uniform is U[-1, 1]
-    and 0, he_normal is Keras's (a normal truncated at two deviations, variance 2/C) and 0.
+    standard deviation of He et al.); None leaves all but BatchNorm as it is. The output layer is
+    kaiming_normal with bias 0. `bn_init` is how gamma and beta begin: uniform is U[0, 1] and 0, ones is 1 and
+    0, one_one is 1 and 1, signed_uniform is U[-1, 1] and 0, he_normal is Keras's (a normal truncated at two
+    deviations, variance 2/C) and 0. Raises ModelError for a name that is none of these.
     """
-    if conv_init not in CONV_INITS:
-        raise ModelError(f"the initialisation {conv_init} is not known; choose from {', '.join(CONV_INITS)}")
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            draw = CONV_INITS[conv_init] if isinstance(module, nn.Conv2d) else _kaiming_normal
-            weight = draw(stream(seed, f"weights/{name}"), tuple(module.weight.shape))
-            module.weight.copy_(torch.from_numpy(weight.astype(np.float32)))
-            if module.bias is not None:
-                module.bias.zero_()
-    initialise_batchnorm(model, seed, bn_init)
-
-
-@torch.no_grad()
-def initialise_batchnorm(model: nn.Module, seed: int, bn_init: str = "uniform") -> None:
-    """Draw gamma and beta as `initialise` does, and reset the running statistics."""
-    if bn_init not in BN_INITS:
-        raise ModelError(f"the initialisation {bn_init} is not known; choose from {', '.join(BN_INITS)}")
+    for init, known in ((conv_init or "kaiming_normal", CONV_INITS), (bn_init, BN_INITS)):
+        if init not in known:
+            raise ModelError(f"the initialisation {init} is not known; choose from {', '.join(known)}")
     for name, module in model.named_modules():
         if isinstance(module, nn.BatchNorm2d):
             gamma = BN_INITS[bn_init](stream(seed, f"batchnorm/{name}"), module.num_features)
             module.weight.copy_(torch.from_numpy(np.asarray(gamma, np.float32)))
             module.bias.fill_(1.0 if bn_init == "one_one" else 0.0)
             module.reset_running_stats()
+        elif conv_init and isinstance(module, nn.Conv2d | nn.Linear):
+            draw = CONV_INITS[conv_init if isinstance(module, nn.Conv2d) else "kaiming_normal"]
+            weight = draw(stream(seed, f"weights/{name}"), tuple(module.weight.flatten(1).shape))
+            module.weight.copy_(torch.from_numpy(weight.astype(np.float32)).view_as(module.weight))
+            if module.bias is not None:
+                module.bias.zero_()
 
 
-def _kaiming_normal(rng: np.random.RandomState, shape: tuple) -> np.ndarray:
-    return rng.standard_normal(shape) * math.sqrt(2 / math.prod(shape[1:]))
+def _uniform(rng: np.random.RandomState, shape: tuple | int, bound: float) -> np.ndarray:
+    return rng.random_sample(shape) * (2 * bound) - bound  # NumPy's own may round otherwise on some machines
 
 
-def _kaiming_uniform(rng: np.random.RandomState, shape: tuple) -> np.ndarray:
-    bound = math.sqrt(6 / math.prod(shape[1:]))
-    return rng.random_sample(shape) * (2 * bound) - bound
-
-
-def _binary(rng: np.random.RandomState, shape: tuple) -> np.ndarray:
-    return np.where(rng.random_sample(shape) < 0.5, -1.0, 1.0) * math.sqrt(2 / math.prod(shape[1:]))
-
-
-def _orthogonal(rng: np.random.RandomState, shape: tuple) -> np.ndarray:
+def _orthogonal(rng: np.random.RandomState, shape: tuple[int, int]) -> np.ndarray:
     """A matrix whose rows (or columns, if fewer) are orthonormal, uniform over all such matrices.
 
     It is Gram-Schmidt on a normal draw; not LAPACK's, whose last bits depend on the machine. Products and
     sums here are single IEEE operations in a fixed order, so that every machine gets the same bits.
     """
-    rows, columns = shape[0], math.prod(shape[1:])
-    q = rng.standard_normal((min(rows, columns), max(rows, columns)))
+    q = rng.standard_normal((min(shape), max(shape)))
     for i in range(len(q)):
         q[i] /= math.sqrt(_fixed_order_sum((q[i] * q[i])[None])[0])
         rest = q[i + 1 :]
         rest -= _fixed_order_sum(rest * q[i])[:, None] * q[i]
-    return (q if rows <= columns else q.T).reshape(shape)
+    return q if q.shape == shape else q.T
 
 
 def _fixed_order_sum(x: np.ndarray) -> np.ndarray:
@@ -326,11 +301,16 @@ def _keras_he_normal(rng: np.random.RandomState, channels: int) -> np.ndarray:
     return draw * (math.sqrt(2 / channels) / 0.87962566103423978)  # the deviation left after truncation
 
 
-CONV_INITS = {f.__name__[1:]: f for f in (_kaiming_normal, _kaiming_uniform, _orthogonal, _binary)}
+CONV_INITS = {  # of [C_out, fan-in] weights
+    "kaiming_normal": lambda rng, shape: rng.standard_normal(shape) * math.sqrt(2 / shape[1]),
+    "kaiming_uniform": lambda rng, shape: _uniform(rng, shape, math.sqrt(6 / shape[1])),
+    "orthogonal": _orthogonal,
+    "binary": lambda rng, shape: np.copysign(math.sqrt(2 / shape[1]), rng.random_sample(shape) - 0.5),
+}
 BN_INITS = {
     "uniform": lambda rng, channels: rng.random_sample(channels),
     "ones": lambda rng, channels: np.ones(channels),
     "one_one": lambda rng, channels: np.ones(channels),
-    "signed_uniform": lambda rng, channels: rng.random_sample(channels) * 2 - 1,
+    "signed_uniform": lambda rng, channels: _uniform(rng, channels, 1),
     "he_normal": _keras_he_normal,
 }

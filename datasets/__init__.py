@@ -1,6 +1,8 @@
 """Where images come from, how they are prepared once, and how they are changed at random."""
 
-__all__ = ["DataError", "augment", "download", "prepare", "sources", "synthetic"]
+from collections.abc import Callable
+
+Say = Callable[[str], None]  # receives notes of one line
 
 
 class DataError(ValueError):

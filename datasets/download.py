@@ -1,15 +1,14 @@
 """Official archives, downloaded: what arrives is checked, and only then gets its name."""
 
-import contextlib
 import os
 import shutil
-import threading
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import pooch
 from tqdm import tqdm
 
-from datasets import DataError, sources
+from datasets import DataError, Say, sources
 
 PATIENCE_S = 8.0  # until a site that does not answer, or a connection on which nothing arrives, is given up
 
@@ -23,7 +22,7 @@ def missing(name: str, places: list[Path], why: str) -> str:
     )
 
 
-def fetch(name: str, places: list[Path], say: sources.Say) -> None:
+def fetch(name: str, places: list[Path], say: Say) -> None:
     """Download a named set's archive into the last place, on which the lock is held. Raises DataError."""
     url = sources.SETS[name].url
     file = places[-1] / url.rpartition("/")[2]
@@ -52,13 +51,9 @@ def fetch(name: str, places: list[Path], say: sources.Say) -> None:
 
 def _wait_for_an_answer(url: str) -> None:
     """Raise TimeoutError if none comes in time, even while the name is looked up, which no timeout ends."""
-
-    def ask() -> None:
-        with contextlib.suppress(Exception):  # the download meets the same error, and reports it
-            pooch.HTTPDownloader(timeout=2 * PATIENCE_S)(url, None, None, check_only=True)
-
-    asking = threading.Thread(target=ask, daemon=True)  # left behind if it hangs
-    asking.start()
-    asking.join(PATIENCE_S)
-    if asking.is_alive():
+    ask = pooch.HTTPDownloader(timeout=2 * PATIENCE_S)
+    with ThreadPool(1) as pool:  # of daemons: one that hangs is left behind
+        answer = pool.apply_async(ask, (url, None, None), {"check_only": True})
+        answer.wait(PATIENCE_S)  # and not get(): the download meets the same error, and reports it
+    if not answer.ready():
         raise TimeoutError(f"no answer within {PATIENCE_S:g} s")

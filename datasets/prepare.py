@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from datasets import DataError, sources
+from datasets import DataError, Say, sources
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Dataset:
     test: Split
 
 
-def locked(folder: Path, say: sources.Say) -> contextlib.AbstractContextManager:
+def locked(folder: Path, say: Say) -> contextlib.AbstractContextManager:
     """Let one process at a time prepare data in a folder, so that the others find it done."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / ".lock")
@@ -78,7 +78,7 @@ def load(folder: Path, found: sources.Found) -> Dataset | None:
         return None
 
 
-def prepare(folder: Path, found: sources.Found, say: sources.Say) -> Dataset:
+def prepare(folder: Path, found: sources.Found, say: Say) -> Dataset:
     """Write a source's files and, last, its entry in index.json; the lock on the folder is held.
 
     Without FFCV nothing is written, and the images stay in memory. Raises DataError or OSError.
@@ -113,12 +113,12 @@ def prepare(folder: Path, found: sources.Found, say: sources.Say) -> Dataset:
                         histogram += np.reshape(pixels.histogram(), (3, 256))
                     bar.update(len(block))
                 digest.update(labels.astype("<i8"))
-        fingerprint = digest.hexdigest()[:16]
-        classes, scale = tuple(source.classes), _mean_and_std(histogram)
-        facts = [found.name, source.title, fingerprint, classes, size, *scale]
+        mean, square = (histogram @ np.arange(256.0) ** power / histogram[0].sum() for power in (1, 2))
+        std = np.maximum(np.sqrt(square - mean**2), 1.0)  # a channel without contrast is not blown up
+        fingerprint, scale = digest.hexdigest()[:16], (tuple(mean.tolist()), tuple(std.tolist()))
+        facts = [found.name, source.title, fingerprint, tuple(source.classes), size, *scale]
         if not with_ffcv:
             return Dataset(*facts, *(Split(images[split], source.labels[split], None) for split in counts))
-        images.clear()
         for split in counts:
             entry[split]["file"] = f"{found.name}-{size}px-{fingerprint}-{split}.beton"
             os.replace(folder / f"{split}.beton.part", folder / entry[split]["file"])
@@ -129,13 +129,6 @@ def prepare(folder: Path, found: sources.Found, say: sources.Say) -> Dataset:
         for path in folder.glob("*.part"):
             path.unlink()
     return load(folder, found)
-
-
-def _mean_and_std(histogram: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Of each channel's pixels, on the scale from 0 to 255; `histogram` [3, 256] counts their values."""
-    mean, square = (histogram @ np.arange(256.0) ** power / histogram[0].sum() for power in (1, 2))
-    std = np.maximum(np.sqrt(square - mean**2), 1.0)  # a channel without contrast is not blown up
-    return tuple(mean.tolist()), tuple(std.tolist())
 
 
 def _index(folder: Path) -> dict[str, dict]:
@@ -171,11 +164,10 @@ def _new_beton(path: Path, labels: np.ndarray, size: int) -> dict[str, object]:
         try:
             os.posix_fallocate(file.fileno(), 0, end + table.nbytes)
         except OSError as error:
-            what = (
-                f"{path.parent}: {end:,} bytes for prepared data are not to be had ({sources.brief(error)})"
-            )
-            mend = "free as much, or name a folder on another disk with --data-dir"
-            raise DataError(f"{what}\n{mend}") from error
+            raise DataError(
+                f"{path.parent}: {end:,} bytes for prepared data are not to be had ({sources.brief(error)})\n"
+                "free as much, or name a folder on another disk with --data-dir"
+            ) from error
         file.write(header.tobytes() + fields.tobytes() + rows.tobytes())
         file.seek(end)
         file.write(table.tobytes())

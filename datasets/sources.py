@@ -22,13 +22,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from datasets import DataError, synthetic
+from datasets import DataError, Say, synthetic
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 BLOCK = 1000  # images handled together while preparing
 FORMAT = 1  # part of every key in index.json: raised when data is read, drawn or written another way
-
-Say = Callable[[str], None]  # receives notes of one line
 
 
 # ---- known by name ----
@@ -66,7 +64,6 @@ class NamedSet:
 
 with open(Path(__file__).with_name("named_sets.toml"), "rb") as _file:
     SETS = {name: NamedSet(**fields) for name, fields in tomllib.load(_file).items()}
-NAMES = tuple(SETS)
 
 
 def short_name(name: str) -> str:
@@ -195,8 +192,7 @@ def _files(found: Found) -> dict[str, Path | bytes]:
     """Row files by name, or image files by <split>/<class>/<name>; an archive is not unpacked to the disk."""
     rows, path = found.kind == "batches", found.path
     if path.is_dir():
-        files = {name: path / name for name in found.stamps}
-        return {name: file.read_bytes() for name, file in files.items()} if rows else files
+        return {name: (path / name).read_bytes() if rows else path / name for name in found.stamps}
     wanted, depth = (SETS[found.name].file_names.__contains__, 1) if rows else (_is_image, 3)
     try:
         with tarfile.open(path) as tar:
@@ -210,11 +206,10 @@ def _files(found: Found) -> dict[str, Path | bytes]:
 
 def _read_images(found: Found, files: dict[str, Path | bytes]) -> tuple[list[str], dict, dict]:
     """Classes, and by split the images' names and files, and their labels, of <split>/<class>/<name>."""
-    images, classes, labels = {"train": [], "test": []}, {}, {}
-    for name, file in files.items():
-        images["train" if name.startswith("train/") else "test"].append((name, file))
-    for split, part in images.items():
-        owners = [os.path.basename(os.path.dirname(name)) for name, _ in part]
+    images, classes, labels = {}, {}, {}
+    for split in ("train", "test"):
+        images[split] = [item for item in files.items() if item[0].startswith("train/") == (split == "train")]
+        owners = [os.path.basename(os.path.dirname(name)) for name, _ in images[split]]
         classes[split], labels[split] = np.unique(owners, return_inverse=True)
     odd = set(classes["train"]) ^ set(classes["test"])
     if odd or not files:
@@ -260,19 +255,17 @@ def _fit(image: Image.Image, size: int) -> np.ndarray:
 
 def _read_rows(found: Found, files: dict[str, bytes]) -> tuple[list[str], dict, dict]:
     """Classes, and by split the images, uint8 [N, 32, 32, 3], and labels, int64 [N], of row files."""
-    path, known = found.path, SETS[found.name]
+    known, images, labels = SETS[found.name], {}, {}
     suffix = "" if any(name in files for name in known.checksums) else ".bin"
-    images, labels = {}, {}
     for split, parts in known.files.items():
-        read_parts = []
-        for name in [part + suffix for part in parts]:
-            try:
-                read_parts.append(_rows(files[name], bool(suffix), known, known.counts[split] // len(parts)))
-            except Exception as error:
-                what = f"{name} is missing, truncated or not {known.title}'s ({brief(error)})"
-                mend = f"copy or unpack it again, or remove {path} to download it"
-                raise DataError(f"{path}: {what}\n{mend}") from error
-        pixels, numbers = map(np.concatenate, zip(*read_parts, strict=True))
+        count = known.counts[split] // len(parts)
+        try:
+            rows = [_rows(files[name := part + suffix], bool(suffix), known, count) for part in parts]
+        except Exception as error:  # of the file `name`
+            what = f"{name} is missing, truncated or not {known.title}'s ({brief(error)})"
+            mend = f"copy or unpack it again, or remove {found.path} to download it"
+            raise DataError(f"{found.path}: {what}\n{mend}") from error
+        pixels, numbers = map(np.concatenate, zip(*rows, strict=True))
         images[split] = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         labels[split] = numbers.astype(np.int64)
     return known.classes, images, labels
@@ -282,10 +275,9 @@ def _doubt(found: Found, files: dict[str, Path | bytes], images: Sequence) -> st
     """What the title says of a named set whose bytes are not known to be the official ones."""
     known = SETS[found.name]
     digests = {name: hashlib.md5(files[name]).hexdigest() for name in known.checksums if name in files}
-    official = bool(digests) and digests == known.checksums
-    if not official and found.path.is_file():
-        official = hashlib.md5(found.path.read_bytes()).hexdigest() in known.archives.values()
-    if official:
+    if digests and digests == known.checksums:
+        return ""
+    if found.path.is_file() and hashlib.md5(found.path.read_bytes()).hexdigest() in known.archives.values():
         return ""
     # Unpacked binary files have no checksums to go by. With the published mean their pixels may be official.
     binary = found.kind == "batches" and not digests

@@ -161,7 +161,7 @@ def test_zeros_are_those_that_hooks_on_a_plain_network_see(arch, shortcut, mode)
     images = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     found, of = analysis.relu_zeros(model, Batches(images, 3, 2), torch.float32)
 
-    seen, blocks = [], [m for m in model.modules() if isinstance(m, (models.BasicBlock, models.Bottleneck))]
+    seen, blocks = [], [m for m in model.modules() if isinstance(m, models.Block)]
     before_shortcut = [block.bn3 if hasattr(block, "bn3") else block.bn2 for block in blocks]
     for name, module in model.named_modules():
         inside = isinstance(module, torch.nn.BatchNorm2d) and ".downsample." not in name
