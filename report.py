@@ -62,11 +62,11 @@ def write_section(setting: Setting, out: Path) -> dict[str, Any]:
     of, machines = series.series_of(setting.runs), series.series_of(setting.runs, by_machine=True)
     answered = [ask(of) for ask in (answers.warm_starts, answers.retraining, answers.tuning)]
     made = [tables.accuracy(of, setting), *(answer.table for answer in answered)]
-    made += [tables.parameters(setting.runs), tables.time(machines)]
+    made += [tables.stored(of), tables.parameters(setting.runs), tables.time(machines)]
     made += [tables.not_finished(setting.runs), tables.every_run(setting.runs)]
     made = [table for table in made if table.rows]
     files = {f"{table.name}.{end}": text for table in made for end, text in table.files().items()}
-    drawn, shown = figures.figures_of(of, machines, setting.whole_cifar10), {}
+    drawn, shown = figures.figures_of(of, machines, setting.known == "cifar10"), {}
     drawn |= {answer.table.name: answer.drawn for answer in answered}
     for name, (figure, used) in ((name, one) for name, one in drawn.items() if one):
         pictures, counts = render(figure), [figures.counted(name, s) for s in used]

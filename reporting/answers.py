@@ -1,9 +1,9 @@
 """Three questions, answered by the runs at hand: a figure, a table and plain sentences each.
 
-Does training BatchNorm first, and everything after, reach more or reach it sooner than everything from the
-start? Does retraining BatchNorm alone improve a finished network? Which settings reach the most? The sweep's
-grids `warmstart`, `retrain` and `tuning` make the runs. Differences are of the same seed's runs, at equal
-time of those on the same machine; one is beyond chance where it exceeds its confidence interval.
+Does training BatchNorm first, and everything after, reach more than everything from the start? Does
+retraining BatchNorm alone improve a finished network? Which settings reach the most? The sweep's grids
+`warmstart`, `retrain` and `tuning` make the runs. Differences are of the same seed's runs; one is beyond
+chance where it exceeds its confidence interval.
 """
 
 import math
@@ -51,19 +51,32 @@ def change(of: pd.Series, to: pd.Series, tried: int = 1) -> Change:
     return Change(mean, t * mean.std / math.sqrt(mean.n))
 
 
+def pooled(accs: pd.DataFrame) -> dict[Any, Change]:
+    """Of each column of accuracies, by seed, to the first one, at 95 % confidence for all at once.
+
+    What chance does is estimated from all columns together, in which each seed is a block: the variance that
+    is left of them once the means of seeds and of columns are taken away (a randomised block design).
+    """
+    accs, (first, *others) = accs.dropna().astype(float), accs.columns
+    n, freedom = len(accs), (len(accs) - 1) * len(others)
+    changes = {k: mean_of(accs[k] - accs[first]) for k in others}
+    if n < 2:
+        return {k: Change(mean) for k, mean in changes.items()}
+    left = accs.sub(accs.mean(axis=1), axis=0)
+    variance = ((left - left.mean()) ** 2).to_numpy().sum() / freedom
+    t = float(stats.t.ppf(1 - 0.025 / len(others), freedom))
+    return {k: Change(mean, t * math.sqrt(2 * variance / n)) for k, mean in changes.items()}
+
+
+def trend(accs: pd.DataFrame) -> Change:
+    """What a doubling of the number that names a column changes: the slope in its logarithm, by seed."""
+    x = pd.Series([math.log2(k) for k in accs.columns], index=accs.columns)
+    x -= x.mean()
+    slopes = (accs.dropna().astype(float) * x).sum(axis=1) / (x**2).sum()
+    return change(slopes, slopes * 0)
+
+
 # ---- BatchNorm first, everything after ----
-
-
-def seconds_by_seed(s: Series) -> pd.Series:
-    """Of training in all, were every epoch the run's median one; of the runs of which it is known."""
-    return s.curves("seconds").iloc[-1].dropna()
-
-
-def at_time(s: Series, seconds: pd.Series) -> pd.Series:
-    """Test accuracy, by seed, at the last tested epoch within that seed's `seconds` of training."""
-    accs, times = s.curves("test_acc"), s.curves("seconds")
-    within = times <= seconds.reindex(times.columns).astype(float) * (1 + 1e-9)
-    return accs.where(within).ffill().iloc[-1].dropna()
 
 
 def first_parts(series: Sequence[Series]) -> list[tuple[str, dict[int, Series]]]:
@@ -89,28 +102,20 @@ def first_parts(series: Sequence[Series]) -> list[tuple[str, dict[int, Series]]]
 
 
 def warm_starts(series: Sequence[Series]) -> Answer:
-    """Test accuracy against the epochs of BatchNorm alone at first, at equal epochs and at equal time."""
+    """Test accuracy against the epochs of BatchNorm alone at first, of as many epochs in all."""
     rows, panels, used, sentences = [], [], [], []
     for name, after in first_parts(series):
-        epochs, tried = sorted(after), len(after) - 1
-        times = pd.DataFrame({k: seconds_by_seed(after[k]) for k in epochs})
-        machines = pd.DataFrame({k: after[k].results["machine"] for k in epochs})
-        common = times.dropna()
-        common = common[machines.loc[common.index].nunique(axis=1) == 1]
-        timed = {k: at_time(after[k], common.min(axis=1)) for k in epochs}
-        accs = {k: after[k].by_seed("final_test_acc") for k in epochs}
-        finals, in_time = ({k: mean_of(of[k]) for k in epochs} for of in (accs, timed))
-        changes, sooner = ({k: change(of[k], of[0], tried) for k in epochs[1:]} for of in (accs, timed))
-        for k in epochs:
-            rows.append([name, k, finals[k], *changes.get(k, Change()), mean_of(times[k]), in_time[k]])
-        in_time = {k: mean for k, mean in in_time.items() if mean}
-        equal = ("at equal epochs", "all", finals), ("at equal time", "bn_only", in_time)
-        panels.append((name, [points(*of, list(means), list(means.values())) for *of, means in equal]))
+        epochs = sorted(after)
+        accs = pd.DataFrame({k: after[k].by_seed("final_test_acc") for k in epochs})
+        means, changes = {k: mean_of(accs[k]) for k in epochs}, pooled(accs)
+        rows += [[name, k, means[k], *changes.get(k, Change())] for k in epochs]
+        panels.append((name, [points("everything, after them", "all", epochs, list(means.values()))]))
         used += [after[k] for k in epochs]
-        best = most(changes), changes, most(sooner), sooner
-        sentences.append(WORDS.warmstart(name, after[0].last_epoch, *best, common))
-    columns = ["architecture", "epochs of BatchNorm first", "test accuracy (%)", *CHANGE, "training (s)"]
-    table = Table("warmstart", [*columns, "in the shortest time (%)"], rows)
+        doubling = trend(accs[epochs[1:]]) if len(epochs) > 3 else Change()
+        sentences.append(WORDS.warmstart(name, after[0].last_epoch, changes, doubling))
+    table = Table(
+        "warmstart", ["architecture", "epochs of BatchNorm first", "test accuracy (%)", *CHANGE], rows
+    )
     labels = "first epochs, of BatchNorm alone", ACCURACY
     return Answer(table, lines(panels, used, labels, size=(3.4, 2.6)), " ".join(sentences))
 
@@ -176,29 +181,38 @@ def retraining(series: Sequence[Series]) -> Answer:
 
 
 def tuning(series: Sequence[Series]) -> Answer:
-    """Validation and test accuracy of each set of options that was tried on validation images."""
+    """Validation and test accuracy of each set of options that was tried on validation images.
+
+    The seeds that all have choose. How much the chosen one gains, other seeds tell, where there are any.
+    """
     rows, used, names, sentences = [], [], [], []
     having = [s for s in series if s.done and not s.origin and len(s.by_seed("best_val_acc")) == s.done]
     for (arch, mode), group in grouped(having, lambda s: (s.arch, s.mode)).items():
         common = set.intersection(*(set(s.variant) for s in group))
         base = next((s for s in group if set(s.variant) == common), None)
-        if not base or len(group) == 1:
+        group = [s for s in group if base and len(s.results.index.intersection(base.results.index))]
+        if len(group) < 2:
             continue
+        choosing = set.intersection(*(set(s.results.index) for s in group))
+        choosing = sorted(choosing or base.results.index)
         name, tried = f"{arch_of(arch).label}, {mode}", {}
-        shared = [s.results.index.intersection(base.results.index) for s in group if s is not base]
-        seeds = max(shared, key=len)
-        for s in sorted(group, key=lambda s: -s.mean("best_val_acc").mean):
+        own = [s._replace(results=s.results[s.results.index.isin(choosing)]) for s in group]
+        tests = {id(s): whole.by_seed("final_test_acc") for s, whole in zip(own, group, strict=True)}
+        (at_base,) = (tests[id(s)] for s, whole in zip(own, group, strict=True) if whole is base)
+        for s in sorted((s for s in own if s.done), key=lambda s: -s.mean("best_val_acc").mean):
             told = variant_text(o for o in s.variant if o not in common) or "as it comes"
-            test = s.by_seed("final_test_acc")
-            found = Change() if s is base else change(test, base.by_seed("final_test_acc"))
-            rows.append([arch, mode, told, s.mean("best_val_acc"), mean_of(test), *found])
+            test, fresh = tests[id(s)], tests[id(s)].drop(choosing, errors="ignore")
+            fresh = fresh if len(fresh.index.intersection(at_base.index)) else fresh[:0]
+            gain = change(fresh if len(fresh) else test, at_base) if test is not at_base else Change()
+            rows.append(
+                [arch, mode, told, s.mean("best_val_acc"), s.mean("final_test_acc"), mean_of(fresh), *gain]
+            )
             names.append(f"{name}, {told}")
             used.append(s)
-            if len(seeds) and seeds.isin(s.results.index).all():
-                tried[told, found] = s.results["best_val_acc"][seeds].sum()
-        if tried:
-            sentences.append(WORDS.tuning(name, len(tried), *max(tried, key=tried.get)))
+            if s.done == len(choosing):
+                tried[told, gain, len(fresh)] = s.mean("best_val_acc").mean
+        sentences.append(WORDS.tuning(name, len(tried), choosing, *max(tried, key=tried.get)))
     columns = ["architecture", "mode", "other options", "best on validation (%)", "test accuracy (%)"]
-    table = Table("tuning", [*columns, "change in test (points)", "interval (points)"], rows)
+    table = Table("tuning", [*columns, "test accuracy of other seeds (%)", *CHANGE], rows)
     drawn = accuracy_bars(used, names, best_val_acc="best on validation (%)")
     return Answer(table, drawn, " ".join(sentences))

@@ -61,6 +61,9 @@ def figures_of(series: list[Series], machines: list[Series], others: bool) -> di
         "pruned": pruned(analysed),
         "relu": histograms(analysed, "relu", "(image, position) pairs silent (%)", "channels (%)"),
         "checkpoint": checkpoints(done),
+        "stored": against(
+            done, lambda s: s.mean("checkpoint_bytes").mean, "stored beside the seed (bytes)", ""
+        ),
         "cost": costs([s for s in machines if s.done]),
         "parts": parts(done),
         "init": initialisations(done),
@@ -93,7 +96,7 @@ def against(
             means = [s.mean("final_test_acc") for s in of]
             drawn.append(points(of[0].label, mode, list(map(x_of, of)), means, kept.index(variant)))
             used += of
-    reported = REPORTED[REPORTED["depth"].notna() & REPORTED["mode"].isin(modes)]
+    reported = REPORTED[REPORTED["depth"].notna() & REPORTED["mode"].isin(modes)]  # all of them of CIFAR-10
     for (source, mode), of in reported.groupby(["source", "mode"], sort=False) if drawn and others else ():
         look = source.split()[-1]  # paper or port
         drawn.append(Line(f"{mode}, {look}", mode, of[others].tolist(), of["accuracy"].tolist(), None, look))

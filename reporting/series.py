@@ -39,19 +39,19 @@ class Setting(NamedTuple):
     runs: list[Run]
 
     @property
-    def whole_cifar10(self) -> bool:
-        """Whether all training images of CIFAR-10 trained, as in what others report."""
-        title, _, *fewer, _, _ = self.runs[0].config.setting
-        return title in CIFAR10 and not any(fewer)
+    def known(self) -> str:
+        """The data set in `reported.csv`, where all of its training images trained, as others have it."""
+        title, _, quick, subset, held_out, *_ = self.runs[0].config.setting
+        cifar10 = "cifar10" if title in CIFAR10 and not held_out else ""
+        return "" if quick or subset else "imagenette" if title == "Imagenette" else cifar10
 
 
 class Series(NamedTuple):
     """Runs that differ in their seed alone: of one architecture and mode, with the same other options.
 
-    results: a row per run that is done, by seed, of the fields of its summary; of the seconds and images/s of
-    its median epoch; of its parent's test accuracy; and of its machine. epochs: a row per epoch, counted from
-    the first one of what the runs went on from, and seed, of the columns of metrics.jsonl; and of `seconds`,
-    the training time until then, were all epochs of a run as long as its median one.
+    results: a row per run that is done, by seed, of the fields of its summary; of the seconds and images/s
+    of its median epoch; and of its parent's test accuracy. epochs: a row per epoch, counted from the first
+    one of what the runs went on from, and seed, of the columns of metrics.jsonl.
     """
 
     arch: str
@@ -149,11 +149,17 @@ def by_setting(found: list[Run]) -> list[Setting]:
 
 
 def series_of(members: list[Run], by_machine: bool = False) -> list[Series]:
-    """The runs of one setting gathered over seeds: what is done, and how many diverged."""
+    """The runs of one setting gathered over seeds: what is done, and how many diverged.
+
+    A number format other than the one in which most of them computed sets a run apart, like an option.
+    """
+    dtypes = Counter(run.config.spec.dtype for run in members)
+    usual = max(sorted(dtypes), key=dtypes.get)
 
     def key(run: Run) -> tuple:
-        of = run.config
-        return of.options.arch, of.options.mode, of.variant, of.machine if by_machine else ("", "", "")
+        of, dtype = run.config, run.config.spec.dtype
+        variant = of.variant if dtype == usual else (*of.variant, ("dtype", dtype))
+        return of.options.arch, of.options.mode, variant, of.machine if by_machine else ("", "", "")
 
     gathered = []
     for names, group in grouped((r for r in members if r.status in ("done", "diverged")), key).items():
@@ -170,20 +176,14 @@ def _frames(done: list[Run]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The results and the epochs of runs, see Series."""
     rows, epoch_rows = [], []
     for run in done:
-        of, parent, before, seconds = run.config, run.config.parent if run.config.origin else None, 0, 0.0
-        if parent:
-            known = parent.device_name == of.device_name and parent.seconds_in_all is not None
-            before, seconds = parent.epochs_done_in_all, parent.seconds_in_all if known else math.nan
-        typical = statistics.median(row.epoch_s for row in run.epochs) if run.epochs else math.nan
-        rows.append(
-            vars(run.summary) | {"parent_test_acc": parent and parent.test_acc, "machine": of.machine}
-        )
+        of, parent = run.config, run.config.parent if run.config.origin else None
+        before = parent.epochs_done_in_all if parent else 0
+        rows.append(vars(run.summary) | {"parent_test_acc": parent and parent.test_acc})
         for row in run.epochs:
-            at = {"epoch": before + row.epoch, "seconds": seconds + row.epoch * typical}
-            epoch_rows.append(vars(row) | at | {"seed": of.options.seed})
-    columns = [*runs.Summary.model_fields, "parent_test_acc", "machine"]
+            epoch_rows.append(vars(row) | {"epoch": before + row.epoch, "seed": of.options.seed})
+    columns = [*runs.Summary.model_fields, "parent_test_acc"]
     results = pd.DataFrame(rows, columns=columns, dtype=object).set_index("seed")
-    columns = [*runs.Epoch.model_fields, "seconds", "seed"]
+    columns = [*runs.Epoch.model_fields, "seed"]
     epochs = pd.DataFrame(epoch_rows, columns=columns).set_index(["epoch", "seed"])
     typical = epochs[["epoch_s", "images_per_s"]].astype(float).groupby("seed").median()
     return results.join(typical), epochs  # the first epochs may wait or compile

@@ -73,7 +73,7 @@ class Table(NamedTuple):
 def accuracy(series: list[Series], setting: Setting) -> Table:
     """A row per architecture, mode and variant, beside what others report: after 160 epochs, all of it."""
     _, epochs, *_ = setting.runs[0].config.setting
-    others = REPORTED if setting.whole_cifar10 else REPORTED[:0]
+    others = REPORTED[REPORTED["data"] == setting.known]
     sources = others["source"].unique()
     shown = others.pivot(index=["mode", "architecture"], columns="source", values="shown")[sources]
     theirs = {network: list(of) for network, of in shown.fillna("").iterrows()}
@@ -90,10 +90,20 @@ def accuracy(series: list[Series], setting: Setting) -> Table:
         beside = nothing if s.variant else theirs.pop((s.mode, s.arch), nothing)
         rows.append([s.arch, s.mode, s.variant_text, *map(s.mean, means), diverged, *beside])
     for mode, arch in sorted(theirs, key=lambda key: (key[0] == "all", int(key[1].removeprefix("resnet")))):
-        if epochs == 160:
+        if epochs == 160 or setting.known != "cifar10":
             rows.append([arch, mode, "", *[None] * len(means), "", *theirs[mode, arch]])
     columns = [*CELL, *means.values(), "diverged", *(f"{source} (%)" for source in sources)]
     return Table("accuracy", columns, rows)
+
+
+def stored(series: list[Series]) -> Table:
+    """What of a network must be kept beside its seed, and how accurate it is: the smallest first."""
+    rows = []
+    for s in sorted((s for s in series if s.done), key=lambda s: s.mean("checkpoint_bytes").mean):
+        kept, full = (round(s.mean(name).mean) for name in ("checkpoint_bytes", "full_bytes"))
+        rows.append([s.arch, s.mode, s.variant_text, kept, 100 * kept / full, s.mean("final_test_acc")])
+    columns = [*CELL, "stored (bytes)", "of all weights (%)", "test accuracy (%)"]
+    return Table("stored", columns, rows)
 
 
 def parameters(found: list[Run]) -> Table:

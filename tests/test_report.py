@@ -109,7 +109,7 @@ def test_diverged_and_unfinished_runs_are_shown(full):
 
 FIGURES = {
     *("depth", "trained", "loss", "accuracy", "width", "gamma"),
-    *("pruned", "relu", "checkpoint", "cost", "parts", "init"),
+    *("pruned", "relu", "checkpoint", "stored", "cost", "parts", "init"),
 }
 
 

@@ -72,10 +72,28 @@ def test_other_options_make_other_series_and_logistics_do_not(tmp_path):
     for seed, more in enumerate(others):
         write_run(tmp_path, seed=seed, **more)
     found = read(tmp_path)
-    assert {s.variant_text: s.done for s in series.series_of(found)} == {"": 4, "lr 0.01": 1}
+    of = {s.variant_text: s.done for s in series.series_of(found)}
+    assert of == {"": 3, "lr 0.01": 1, "dtype fp32": 1}, "the number format tells runs apart"
     assert (
         len(series.series_of(found, by_machine=True)) == 4
     )  # stock memory costs otherwise, and so does fp32
+
+
+def test_a_seed_in_two_number_formats_counts_in_both(tmp_path):
+    """The format of most runs goes without saying; of equally many, bf16."""
+    for folder, dtype, seeds in (("a", "fp32", [0]), ("b", "bf16", [0]), ("c", "fp32", [1])):
+        for seed in seeds:
+            write_run(
+                tmp_path / folder, seed=seed, dtype=dtype, final_test_acc=40.0 + seed + (dtype == "bf16")
+            )
+        of = {s.variant_text: s.mean("final_test_acc") for s in series.series_of(read(tmp_path))}
+        if folder == "b":
+            assert of == {
+                "": (41.0, pytest.approx(float("nan"), nan_ok=True), 1),
+                "dtype fp32": of["dtype fp32"],
+            }
+            assert of["dtype fp32"].mean == 40.0
+    assert {text: mean.n for text, mean in of.items()} == {"": 2, "dtype bf16": 1}
 
 
 def test_a_seed_on_two_machines_is_one_of_the_mean_and_a_row_of_each(tmp_path):
