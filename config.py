@@ -12,7 +12,7 @@ import torch
 import freeze
 import kernels.device
 import models
-from datasets import augment
+from datasets import augment, sources
 from progress import OptionError, Parser
 
 OPTIMIZERS = ("sgd", "adam")  # of torch.optim, in lower case
@@ -72,7 +72,7 @@ class Options:
     milestones: tuple[int, ...] = setting(
         (80, 120), "epochs after which the learning rate is multiplied by --gamma", type=int, nargs="*")
 
-    data: str = setting("cifar10", "cifar10, imagenette, synthetic, or a folder: train/<class>/*, test/...")
+    data: str = setting("cifar10", f"{', '.join(sources.NAMES)}, or a folder: train/<class>/*, test/...")
     data_dir: str = logistics("data", "the folder in which archives are looked for and kept")
     image_size: int | None = setting(
         None, "pixels a side; default: 32, imagenette 128, a folder its own if all are equal squares, "

@@ -128,7 +128,8 @@ def main(argv: list[str] | None = None) -> None:
     loader = test_loader(dataset, spec, device)
     scores = Evaluation(model, loader, DTYPES[spec.dtype], spec.compiled)()
     images = f"{loader.num_images:,} images of {dataset.title}"
-    print(f"{scores.acc:.2f} % test accuracy, loss {scores.loss:.4f}, {images}")
+    top5 = "" if scores.top5_acc is None else f", top 5 {scores.top5_acc:.2f} %"
+    print(f"{scores.acc:.2f} % test accuracy{top5}, loss {scores.loss:.4f}, {images}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ untrusted: nothing in them is executed, and an error names the file that is dama
 a table to named_sets.toml.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -14,7 +15,7 @@ import re
 import tarfile
 import tomllib
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +53,8 @@ class NamedSet:
     mean: Sequence[float] = (np.nan,) * 3  # of the official training pixels, where it is published
     label_key: str = "labels"  # in the python version
     label_bytes: int = 1  # before each row of the binary version; the last one is the label
+    # Files that name the classes, and are held to them where they are there: a key of a pickle; or "", lines.
+    class_files: dict[str, str] = field(default_factory=dict)
 
     @property
     def checksums(self) -> dict[str, str]:
@@ -59,7 +62,7 @@ class NamedSet:
 
     @property
     def file_names(self) -> list[str]:
-        return [name + suffix for name in self.checksums for suffix in ("", ".bin")]
+        return [name + suffix for name in self.checksums for suffix in ("", ".bin")] + list(self.class_files)
 
 
 with open(Path(__file__).with_name("named_sets.toml"), "rb") as _file:
@@ -106,7 +109,8 @@ def locate(name: str, places: list[Path], image_size: int | None, say: Say) -> F
     for place in places:
         folders = [place, *(place / folder for folder in known.folders)]
         for folder in folders:
-            if files := [folder / file for file in known.file_names if (folder / file).is_file()]:
+            files = [folder / file for file in known.file_names if (folder / file).is_file()]
+            if {file.name for file in files} - known.class_files.keys():
                 return Found(name, "batches", folder, image_size, {file.name: _stamp(file) for file in files})
         for archive in [place] if place.is_file() else [place / file for file in known.archives]:
             if archive.is_file():
@@ -255,20 +259,32 @@ def _fit(image: Image.Image, size: int) -> np.ndarray:
 
 def _read_rows(found: Found, files: dict[str, bytes]) -> tuple[list[str], dict, dict]:
     """Classes, and by split the images, uint8 [N, 32, 32, 3], and labels, int64 [N], of row files."""
-    known, images, labels = SETS[found.name], {}, {}
+    known = SETS[found.name]
     suffix = "" if any(name in files for name in known.checksums) else ".bin"
+    images, labels = {}, {}
+    for name in sorted(known.class_files.keys() & files):
+        with _blamed(found, name):
+            _check_classes(files[name], known.class_files[name], known.classes)
     for split, parts in known.files.items():
-        count = known.counts[split] // len(parts)
-        try:
-            rows = [_rows(files[name := part + suffix], bool(suffix), known, count) for part in parts]
-        except Exception as error:  # of the file `name`
-            what = f"{name} is missing, truncated or not {known.title}'s ({brief(error)})"
-            mend = f"copy or unpack it again, or remove {found.path} to download it"
-            raise DataError(f"{found.path}: {what}\n{mend}") from error
-        pixels, numbers = map(np.concatenate, zip(*rows, strict=True))
+        read_parts = []
+        for name in [part + suffix for part in parts]:
+            with _blamed(found, name):
+                read_parts.append(_rows(files[name], bool(suffix), known, known.counts[split] // len(parts)))
+        pixels, numbers = map(np.concatenate, zip(*read_parts, strict=True))
         images[split] = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         labels[split] = numbers.astype(np.int64)
     return known.classes, images, labels
+
+
+@contextlib.contextmanager
+def _blamed(found: Found, name: str) -> Iterator[None]:
+    """Make a DataError that names this file of whatever goes wrong: damaged, it can raise anything."""
+    try:
+        yield
+    except Exception as error:
+        what = f"{name} is missing, truncated or not {SETS[found.name].title}'s ({brief(error)})"
+        mend = f"copy or unpack it again, or remove {found.path} to download it"
+        raise DataError(f"{found.path}: {what}\n{mend}") from error
 
 
 def _doubt(found: Found, files: dict[str, Path | bytes], images: Sequence) -> str:
@@ -287,14 +303,13 @@ def _doubt(found: Found, files: dict[str, Path | bytes], images: Sequence) -> st
 
 
 def _rows(data: bytes, binary: bool, known: NamedSet, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels uint8 [count, 3072] and labels [count] of one file; a damaged one can raise nearly anything."""
+    """Pixels uint8 [count, 3072] and labels [count] of one file."""
     if binary:
         head = known.label_bytes
         rows = np.frombuffer(data, np.uint8).reshape(count, head + 3072)
         pixels, labels = rows[:, head:], rows[:, head - 1].astype(np.int64)
     else:
-        batch = _Unpickler(io.BytesIO(data), encoding="bytes").load()
-        batch = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
+        batch = _unpickled(data)
         pixels, labels = batch["data"], np.array(batch[known.label_key])
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape != (count, 3072):
         raise ValueError(f"its pixels are not {count} rows of 3072 bytes")
@@ -304,8 +319,22 @@ def _rows(data: bytes, binary: bool, known: NamedSet, count: int) -> tuple[np.nd
     return pixels, labels
 
 
+def _check_classes(data: bytes, key: str, classes: list[str]) -> None:
+    """Raise ValueError where a file names other classes, or the same in another order."""
+    names = _unpickled(data)[key] if key else data.split()
+    names = [name.decode() if isinstance(name, bytes) else name for name in names]
+    if names != classes:
+        raise ValueError(f"it does not name the {len(classes)} classes in their order")
+
+
+def _unpickled(data: bytes) -> dict:
+    """What a file of the python version holds; its keys are byte strings as Python 2 wrote them."""
+    content = _Unpickler(io.BytesIO(data), encoding="bytes").load()
+    return {key.decode() if isinstance(key, bytes) else key: value for key, value in content.items()}
+
+
 class _Unpickler(pickle.Unpickler):
-    """Admits arrays and the containers around them, all that CIFAR-10's files hold, and runs nothing else."""
+    """Admits arrays and the containers around them, all that CIFAR's files hold, and runs nothing else."""
 
     def find_class(self, module: str, name: str) -> object:
         admitted = {
@@ -316,13 +345,13 @@ class _Unpickler(pickle.Unpickler):
             "_codecs.encode": _encode_latin1,
         }
         if f"{module}.{name}" not in admitted:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR-10 file does")
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR file does")
         return admitted[f"{module}.{name}"]
 
 
 def _encode_latin1(text: str, encoding: str) -> bytes:
     if encoding != "latin1":
-        raise pickle.UnpicklingError(f"it asks for the encoding {encoding!r}, which no CIFAR-10 file does")
+        raise pickle.UnpicklingError(f"it asks for the encoding {encoding!r}, which no CIFAR file does")
     return text.encode("latin1")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from layouts import ROWS, change_set
+from layouts import ROWS, ROWS_100, change_set
 from PIL import Image
 
 from datasets import sources
@@ -52,6 +52,7 @@ def cifar10_folder() -> Path:
 def small_and_offline(monkeypatch, tmp_path):
     """Tiny official files, no site but those a test makes, and no cache but the test's own."""
     change_set(monkeypatch, "cifar10", counts={"train": 5 * ROWS, "test": ROWS})
+    change_set(monkeypatch, "cifar100", counts=ROWS_100)
     for name, known in sources.SETS.items():
         if known.url:
             change_set(monkeypatch, name, url="http://127.0.0.1:9/" + known.url.rpartition("/")[2])

@@ -9,7 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from layouts import ROWS, change_set, expected_images, pack, silent, tiny_cifar10, write_python
+from layouts import (
+    OFFICIAL_CIFAR100,
+    ROWS,
+    change_set,
+    expected_images,
+    pack,
+    silent,
+    tiny_cifar10,
+    tiny_cifar100,
+    write_python,
+    write_python100,
+)
 
 import data
 from datasets import download
@@ -75,6 +86,22 @@ def serve(monkeypatch):
     for site in sites:
         site.shutdown()
         site.server_close()
+
+
+def test_the_archive_of_cifar100_is_downloaded_and_its_checksum_verified(tmp_path, monkeypatch, serve):
+    official = OFFICIAL_CIFAR100
+    assert official.url == "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
+    assert official.archives["cifar-100-python.tar.gz"] == "eb9058c3a382ffc7106e4002c42a8d85"
+    folder = write_python100(tmp_path / "elsewhere" / "cifar-100-python", tiny_cifar100())
+    content = pack(tmp_path / "elsewhere" / "x.tar.gz", folder).read_bytes()
+    url = f"http://127.0.0.1:{serve(content).server_port}/cifar-100-python.tar.gz"
+    change_set(monkeypatch, "cifar100", url=url)
+    with pytest.raises(data.DataError, match="checksum"):
+        data.open_dataset("cifar100", tmp_path / "data", say=silent)
+    archives = {"cifar-100-python.tar.gz": hashlib.md5(content).hexdigest()}
+    change_set(monkeypatch, "cifar100", archives=archives)
+    dataset = data.open_dataset("cifar100", tmp_path / "data", say=silent)
+    assert dataset.title == "CIFAR-100" and names_in(tmp_path / "data") == {*archives, "beton"}
 
 
 def names_in(folder: Path) -> set[str]:

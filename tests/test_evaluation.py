@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from layouts import tiny_cifar100, write_python100
 from networks import batch, network
+from small_runs import SMALL, exit_status, only_run, summary
 from torch.nn import functional as F
 
+import evaluation
 from evaluation import Evaluation
 from kernels.device import Captured
 
@@ -60,3 +63,16 @@ def test_a_last_batch_that_is_filled_up_counts_what_is_in_it():
     assert scores.acc == pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item())
     among = (logits.sort(descending=True).indices[:, :5] == labels[:, None]).any(1)
     assert scores.top5_acc == pytest.approx(100 * among.float().mean().item())
+
+
+def test_a_run_on_a_hundred_classes_shows_top5_and_so_does_its_evaluation(
+    small_and_offline, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    write_python100(tmp_path / "data" / "cifar-100-python", tiny_cifar100())
+    assert exit_status([*SMALL, "--data", "cifar100", "--epochs", "1", "--milestones"]) == 0
+    reached = summary(only_run())
+    top5 = f"top 5 {reached['final_test_top5_acc']:.2f} %"
+    assert top5 in capsys.readouterr().out and reached["data_title"].startswith("CIFAR-100")
+    assert exit_status([str(only_run())], evaluation) == 0
+    assert f"{reached['final_test_acc']:.2f} % test accuracy, {top5}, loss " in capsys.readouterr().out

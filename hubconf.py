@@ -1,0 +1,86 @@
+"""Trained networks of results/, through torch.hub: every weight is drawn again from its seed, and verified.
+
+torch.hub.list("OWNER/REPOSITORY")     # on GitHub; torch.hub.help says more of one
+model = torch.hub.load("OWNER/REPOSITORY", "resnet32_bn_only", seed=0)
+model = torch.hub.load(".", "resnet32_bn_only", source="local")    # in a folder
+"""
+
+import contextlib
+import json
+import pathlib
+import sys
+
+import torch
+
+dependencies = ["torch", "numpy", "PIL", "filelock", "pydantic", "rich", "safetensors"]
+
+_HERE = pathlib.Path(__file__).parent
+_SETTING = ("data_title", "image_size", "epochs", "quick", "train_subset", "val_split")
+
+
+@contextlib.contextmanager
+def _own_modules():
+    """Import ours by their names; what else has one of them, such as another `datasets`, gets it back."""
+    files = {file.stem: file for file in _HERE.glob("*.py")}
+    files |= {file.parent.name: file for file in _HERE.glob("*/__init__.py")}
+    found = {name: getattr(sys.modules[name], "__file__", None) for name in files.keys() & sys.modules.keys()}
+    taken = {
+        name for name, file in found.items() if pathlib.Path(file or "").resolve() != files[name].resolve()
+    }
+    theirs = {name: module for name, module in sys.modules.items() if name.partition(".")[0] in taken}
+    for name in theirs:
+        del sys.modules[name]
+    try:
+        yield
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] in taken]:
+            del sys.modules[name]
+        sys.modules.update(theirs)
+
+
+def _entry(name: str, runs: dict[int, dict]):
+    """The function that loads one of these networks, given by their seed as _entries describes them."""
+    first = next(iter(runs.values()))
+
+    def load(seed: int = min(runs)) -> torch.nn.Module:
+        if seed not in runs:
+            raise ValueError(f"{name} was not trained with seed {seed}; give one of {sorted(runs)}")
+        with _own_modules():
+            import checkpoint
+            import kernels
+
+            model, spec = checkpoint.restore(runs[seed]["folder"])
+            kernels.configure(model, compiled=False)  # so that the first call compiles nothing
+        model.mean, model.std = (tuple(value / 255 for value in values) for values in (spec.mean, spec.std))
+        model.classes = spec.classes
+        return model.eval()
+
+    reached = ", ".join(f"{run['final_test_acc']:.2f} % (seed {seed})" for seed, run in sorted(runs.items()))
+    load.__doc__ = f"""{first["arch"]}, trained with --mode {first["mode"]} for {first["epochs"]} epochs.
+
+    On {first["data_title"]}, it reached a test accuracy of {reached}.
+    Returns the network in eval mode, on the CPU: images [N, 3, H, W] to logits [N, classes]. The images are
+    pixels from 0 to 1, normalised with its attributes `mean` and `std`, a value per channel, as torchvision's
+    Normalize takes them; its attribute `classes` has the names. Raises ValueError for any other seed, and
+    where a weight is not bit for bit the trained one.
+    """
+    return load
+
+
+def _entries() -> dict:
+    """A function for every architecture and mode that was trained with the published options, by its name.
+
+    The run found first says on which images and for how long, and those that differ in this are left out.
+    """
+    found = {}
+    for file in sorted(_HERE.glob("results/**/model.safetensors")):
+        summary, config = (json.loads(file.with_name(f"{n}.json").read_text()) for n in ("summary", "config"))
+        run = config["options"] | summary | {"folder": file.parent}
+        if run["status"] == "done" and not run["variant"]:
+            runs = found.setdefault(f"{run['arch']}_{run['mode']}".replace("+", "_"), {})
+            if all(other[key] == run[key] for other in runs.values() for key in _SETTING):
+                runs.setdefault(run["seed"], run)
+    return {name: _entry(name, runs) for name, runs in found.items()}
+
+
+globals().update(_entries())

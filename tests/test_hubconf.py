@@ -1,0 +1,143 @@
+"""hubconf.py gives the trained networks of results/ to torch.hub, every weight drawn again and verified."""
+
+import ast
+import json
+import shutil
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from made_runs import write_run
+from networks import trained_for
+from small_runs import ROOT
+
+import checkpoint
+import freeze
+import hubconf
+
+
+def add_network(repository: Path, folder: str = "runs", mode: str = "bn+output", seed: int = 3, **more):
+    """A tiny network after two steps, as a run of `repository`'s results/; its state before it was kept."""
+    model, spec = trained_for(2, mode=mode, seed=seed)
+    run = write_run(repository / "results" / folder, "resnet8", mode, seed, analysis=False, **more)
+    (run / "model.safetensors").write_bytes(checkpoint.seed_checkpoint(model, spec, steps=2))
+    return run, freeze.full_state(model)
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch) -> Path:
+    """A local checkout with no results yet, which torch.hub also takes for the one on GitHub."""
+    for file in [*ROOT.glob("*.py"), *ROOT.glob("*.toml")]:
+        shutil.copy(file, tmp_path)
+    for folder in ("kernels", "datasets"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(torch.hub, "_get_cache_or_reload", lambda *_, **__: str(tmp_path))
+    return tmp_path
+
+
+def load(repository: Path, name: str, **settings) -> torch.nn.Module:
+    return torch.hub.load(str(repository), name, source="local", **settings)
+
+
+def test_a_network_comes_with_every_weight_and_with_its_normalisation(repository):
+    _, trained = add_network(repository)
+    model = load(repository, "resnet8_bn_output", seed=3)
+    state = model.state_dict()
+    assert trained.keys() == state.keys() and all(torch.equal(state[name], trained[name]) for name in trained)
+    assert not model.training and model.classes == tuple("abcdefghij")
+    assert model.mean == pytest.approx([120 / 255] * 3) and model.std == pytest.approx([60 / 255] * 3)
+    with torch.no_grad():
+        assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_there_is_an_entry_for_each_architecture_and_mode(repository):
+    add_network(repository)
+    add_network(repository, "more", "random", final_test_acc=12.34)
+    add_network(repository, "more", "all", lr=0.3)  # another learning rate than the published one
+    add_network(repository, "more", "none", status="interrupted")
+    write_run(repository / "results", "resnet14")  # without its seed checkpoint
+    assert torch.hub.list("owner/name") == ["resnet8_bn_output", "resnet8_random"]
+    shown = torch.hub.help("owner/name", "resnet8_random")
+    assert "resnet8, trained with --mode random for 4 epochs" in shown and "12.34 % (seed 3)" in shown
+    assert "CIFAR-10" in shown and "`mean` and `std`" in shown
+
+
+def test_seed_says_which_network_and_an_unknown_one_is_told_those_there(repository):
+    states = {seed: add_network(repository, seed=seed)[1] for seed in (12, 3)}
+    add_network(repository, "zfp32", seed=3, dtype="fp32")  # the same run in another number format
+    add_network(repository, "zlonger", seed=4, epochs=8)  # which is not to be compared with the others
+    for seed, options in ((12, {"seed": 12}), (3, {"seed": 3}), (3, {})):
+        model = load(repository, "resnet8_bn_output", **options)
+        assert torch.equal(model.conv1.weight, states[seed]["conv1.weight"])
+    with pytest.raises(ValueError, match=r"resnet8_bn_output was not trained with seed 4; .* \[3, 12\]"):
+        load(repository, "resnet8_bn_output", seed=4)
+
+
+def test_a_network_that_is_not_the_trained_one_is_refused(repository):
+    run, _ = add_network(repository)
+    altered = bytearray((run / "model.safetensors").read_bytes())
+    altered[-1] ^= 1
+    (run / "model.safetensors").write_bytes(altered)
+    with pytest.raises(ValueError, match="it was altered"):
+        load(repository, "resnet8_bn_output", seed=3)
+    altered[-1] ^= 1
+    (run / "model.safetensors").write_bytes(altered.replace(rb"\"seed\":3", rb"\"seed\":4"))
+    with pytest.raises(ValueError, match="its seed gives other frozen weights"):
+        load(repository, "resnet8_bn_output", seed=3)
+
+
+def test_modules_of_the_caller_by_our_names_stay_the_callers(repository, monkeypatch):
+    """Such as datasets of Hugging Face, and everybody's own models.py."""
+    add_network(repository)
+    theirs = {name: types.ModuleType(name) for name in ("datasets", "datasets.load", "models", "kernels")}
+    for name, module in theirs.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    before = dict(sys.modules)
+    model = load(repository, "resnet8_bn_output")
+    with torch.no_grad():
+        model(torch.randn(2, 3, 32, 32))
+    assert {name: sys.modules[name] for name in theirs} == theirs
+    own = [
+        name for name in sys.modules if name.split(".")[0] in ("datasets", "models", "kernels", "checkpoint")
+    ]
+    assert all(sys.modules[name] is before.get(name) for name in own)
+
+
+def imported(nodes) -> set[str]:
+    """The modules, and what may be one, of the import statements among some nodes of a syntax tree."""
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom):
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_every_package_that_is_imported_is_listed():
+    """torch.hub tells people which of them are missing, all at once."""
+    packages, read = set(), set()
+    left = imported(list(ast.walk(ast.parse((ROOT / "hubconf.py").read_text()))))
+    while left - read:
+        read.add(name := min(left - read))
+        stem = ROOT / name.replace(".", "/")
+        own = [file for file in (stem.with_suffix(".py"), stem / "__init__.py") if file.exists()]
+        if own:
+            left |= imported(ast.parse(own[0].read_text()).body)
+        elif not stem.parent.with_suffix(".py").exists() and not (stem.parent / "__init__.py").exists():
+            packages.add(name.split(".")[0])
+    listed = hubconf.dependencies
+    assert {name for name in packages if name not in sys.stdlib_module_names} == set(listed)
+
+
+@pytest.mark.parametrize("name", ["resnet14_random", "resnet14_bn_only", "resnet32_bn_only"])
+def test_the_networks_of_results_verify(name):
+    model = load(ROOT, name, seed=0)
+    (run,) = [
+        file.parent
+        for file in ROOT.glob("results/**/model.safetensors")
+        if "{arch}_{mode}".format(**json.loads((file.parent / "summary.json").read_text())) == name
+    ]
+    summary = json.loads((run / "summary.json").read_text())
+    assert freeze.frozen_sha256(model) == summary["frozen_sha256"]
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == summary["params_trained"]
