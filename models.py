@@ -8,6 +8,7 @@
 All networks take images of any size from 32x32 up, and end in a global average pool and a linear layer `fc`.
 """
 
+import functools
 import hashlib
 import math
 import re
@@ -246,21 +247,31 @@ def stream(seed: int, name: str, index: int = 0) -> np.random.RandomState:
 
 @torch.no_grad()
 def initialise(
-    model: nn.Module, seed: int, conv_init: str = "kaiming_normal", bn_init: str = "uniform"
+    model: nn.Module,
+    seed: int,
+    conv_init: str = "kaiming_normal",
+    bn_init: str = "uniform",
+    nonzeros: int | None = None,
 ) -> None:
     """Draw every parameter of `model` from `seed`, each tensor from a stream of its own.
 
     `conv_init` is the distribution of convolutions, with fan-in and ReLU's gain: kaiming_normal and
-    kaiming_uniform (He et al. 2015), orthogonal (Saxe et al. 2014, gain 1), or binary (plus or minus the
-    standard deviation of He et al.). The output layer is kaiming_normal with bias 0. `bn_init` is how gamma
-    and beta begin: uniform is U[0, 1] and 0, ones is 1 and 0, one_one is 1 and 1, signed_uniform is U[-1, 1]
-    and 0, he_normal is Keras's (a normal truncated at two deviations, variance 2/C) and 0.
+    kaiming_uniform (He et al. 2015), orthogonal (Saxe et al. 2014, gain 1), binary (plus or minus the
+    standard deviation of He et al.), or sparse (kaiming_normal of `nonzeros` weights of each filter, by
+    default a tenth of them, while the others are 0). The output layer is kaiming_normal with bias 0 in any
+    case; in open_lth, the code of Frankle et al., its weight follows the convolutions and its bias is
+    PyTorch's own draw. `bn_init` is how gamma and beta begin: uniform is U[0, 1] and 0, ones is 1 and 0,
+    one_one is 1 and 1, signed_uniform is U[-1, 1] and 0, he_normal is Keras's (a normal truncated at two
+    deviations, variance 2/C) and 0.
     """
     if conv_init not in CONV_INITS:
         raise ModelError(f"the initialisation {conv_init} is not known; choose from {', '.join(CONV_INITS)}")
+    conv_draw = CONV_INITS[conv_init]
+    if conv_draw is _sparse:
+        conv_draw = functools.partial(_sparse, nonzeros=nonzeros)
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
-            draw = CONV_INITS[conv_init] if isinstance(module, nn.Conv2d) else _kaiming_normal
+            draw = conv_draw if isinstance(module, nn.Conv2d) else _kaiming_normal
             weight = draw(stream(seed, f"weights/{name}"), tuple(module.weight.shape))
             module.weight.copy_(torch.from_numpy(weight.astype(np.float32)))
             if module.bias is not None:
@@ -292,6 +303,20 @@ def _kaiming_uniform(rng: np.random.RandomState, shape: tuple) -> np.ndarray:
 
 def _binary(rng: np.random.RandomState, shape: tuple) -> np.ndarray:
     return np.where(rng.random_sample(shape) < 0.5, -1.0, 1.0) * math.sqrt(2 / math.prod(shape[1:]))
+
+
+def _sparse(rng: np.random.RandomState, shape: tuple, nonzeros: int | None = None) -> np.ndarray:
+    """The normal draw of `_kaiming_normal`, of which each filter keeps `nonzeros` weights at random places.
+
+    Their variance is 2 / nonzeros instead of 2 / fan-in, which leaves the output's as it was. A filter that
+    has no more weights than that keeps all; without `nonzeros` it keeps a tenth, rounded up.
+    """
+    fan_in = math.prod(shape[1:])
+    kept = min(fan_in, nonzeros or -(-fan_in // 10))
+    weight = rng.standard_normal((shape[0], fan_in)) * math.sqrt(2 / kept)
+    dropped = rng.random_sample(weight.shape).argsort(axis=1, kind="stable")[:, kept:]
+    np.put_along_axis(weight, dropped, 0.0, axis=1)
+    return weight.reshape(shape)
 
 
 def _orthogonal(rng: np.random.RandomState, shape: tuple) -> np.ndarray:
@@ -326,7 +351,7 @@ def _keras_he_normal(rng: np.random.RandomState, channels: int) -> np.ndarray:
     return draw * (math.sqrt(2 / channels) / 0.87962566103423978)  # the deviation left after truncation
 
 
-CONV_INITS = {f.__name__[1:]: f for f in (_kaiming_normal, _kaiming_uniform, _orthogonal, _binary)}
+CONV_INITS = {f.__name__[1:]: f for f in (_kaiming_normal, _kaiming_uniform, _orthogonal, _binary, _sparse)}
 BN_INITS = {
     "uniform": lambda rng, channels: rng.random_sample(channels),
     "ones": lambda rng, channels: np.ones(channels),
