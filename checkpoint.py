@@ -64,7 +64,7 @@ def create(spec: NetworkSpec, say: Callable[[str], None] = lambda line: None) ->
     """
     given = spec.init_from and read_initial(spec.init_from)  # before anything is drawn
     model = freeze.empty(spec.arch, len(spec.classes), spec.shortcut)
-    models.initialise(model, spec.seed, spec.conv_init, spec.bn_init)
+    models.initialise(model, spec.seed, spec.conv_init, spec.bn_init, spec.nonzeros)
     if spec.init_from:
         for name in load_weights(model, given, spec.init_from):
             say(f"{name} is drawn anew: {spec.init_from} has another number of classes")

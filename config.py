@@ -46,7 +46,12 @@ class Options:
     mode: str = setting("bn_only", f"what trains: all, none, random, or a sum of {MODE_PARTS} with +")
     per_channel: int = option(2, "weights of every filter that --mode random trains", limits=SIZE)
     shortcut: str = option("projection", "shortcut of a block that changes shape", choices=models.SHORTCUTS)
-    conv_init: str = option("kaiming_normal", "initial convolution weights", choices=models.CONV_INITS)
+    conv_init: str = option(
+        "kaiming_normal", "initial convolution weights; the output layer is kaiming_normal with bias 0 "
+        "whatever they are, while in open_lth its weight is drawn as they are", choices=models.CONV_INITS)
+    nonzeros: int | None = option(
+        None, "weights of every filter that --conv-init sparse leaves, or all where a filter has fewer; "
+        "default: a tenth, rounded up", limits=SIZE)
     bn_init: str = option("uniform", "initial gamma and beta", choices=models.BN_INITS)
     init_from: str | None = option(
         None, "load these weights, then freeze: a run folder, .safetensors, .pth or .pt; {seed} in the name "
@@ -72,7 +77,7 @@ class Options:
     milestones: tuple[int, ...] = setting(
         (80, 120), "epochs after which the learning rate is multiplied by --gamma", type=int, nargs="*")
 
-    data: str = setting("cifar10", f"{', '.join(sources.NAMES)}, or a folder: train/<class>/*, test/...")
+    data: str = setting("cifar10", f"{', '.join(sources.SETS)}, or a folder: train/<class>/*, test/...")
     data_dir: str = logistics("data", "the folder in which archives are looked for and kept")
     image_size: int | None = setting(
         None, "pixels a side; default: 32, imagenette 128, a folder its own if all are equal squares, "
@@ -214,6 +219,10 @@ def check(options: Options) -> None:
     chooses += ["--schedule plateau"] if options.schedule == "plateau" else []
     if options.val_split == 0:
         need(not chooses, "val_split", f"above 0, because {' and '.join(chooses)} needs validation images")
+    if options.nonzeros and options.conv_init != "sparse":
+        raise OptionError(
+            f"--nonzeros {options.nonzeros}: no weight is zero; it goes with --conv-init sparse"
+        )
     if options.reset_bn and not options.init_from:
         raise OptionError("--reset-bn: every BatchNorm is drawn anyway; it goes with --init-from")
     if options.resume and options.overwrite:

@@ -7,28 +7,35 @@ alone.
 """
 
 import hashlib
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
+from tabulate import tabulate
 from torch import nn
 
 import models
 import progress
 
-# The parts of a mode: which modules' parameters each trains, given whether they lie in a block's shortcut.
-PARTS: dict[str, Callable[[nn.Module, bool], bool]] = {
-    "bn": lambda module, in_shortcut: isinstance(module, nn.BatchNorm2d),
-    "bn_main": lambda module, in_shortcut: isinstance(module, nn.BatchNorm2d) and not in_shortcut,
-    "shortcut": lambda module, in_shortcut: isinstance(module, nn.Conv2d) and in_shortcut,
-    "output": lambda module, in_shortcut: isinstance(module, nn.Linear),
-    "conv": lambda module, in_shortcut: isinstance(module, nn.Conv2d),
+# The parts of a mode: whether each trains a parameter, given its module, what it is called there, and whether
+# the module lies in a block's shortcut.
+PARTS: dict[str, Callable[[nn.Module, str, bool], bool]] = {
+    "bn": lambda module, name, in_shortcut: isinstance(module, nn.BatchNorm2d),
+    "gamma": lambda module, name, in_shortcut: isinstance(module, nn.BatchNorm2d) and name == "weight",
+    "beta": lambda module, name, in_shortcut: isinstance(module, nn.BatchNorm2d) and name == "bias",
+    "bn_main": lambda module, name, in_shortcut: isinstance(module, nn.BatchNorm2d) and not in_shortcut,
+    "shortcut": lambda module, name, in_shortcut: isinstance(module, nn.Conv2d) and in_shortcut,
+    "output": lambda module, name, in_shortcut: isinstance(module, nn.Linear),
+    "conv": lambda module, name, in_shortcut: isinstance(module, nn.Conv2d),
 }
-CONTAINED = {"bn": "bn_main", "conv": "shortcut"}  # a part, and another that it contains
+CONTAINED = {"bn": ("gamma", "beta", "bn_main"), "conv": ("shortcut",)}  # a part, and others within it
 TABLE_ARCHS = [f"resnet{depth}" for depth in (14, 20, 32, 44, 56, 110, 218, 434, 866)]
 TABLE_ARCHS += [f"resnet14_w{width}" for width in (2, 4, 8, 16, 32)]
-TABLE_ARCHS += [f"vgg{depth}" for depth in (11, 13, 16, 19)]
+TABLE_ARCHS += [f"vgg{depth}" for depth in models.VGG_LAYERS]
+TABLE_ARCHS += [f"resnet{depth}" for depth in models.BASIC_LAYERS | models.BOTTLENECK_LAYERS]
+SHARES = ("bn", "bn_main")  # of all parameters, in the table
 
 
 class ModeError(progress.OptionError):
@@ -36,14 +43,17 @@ class ModeError(progress.OptionError):
 
 
 def canonical_mode(mode: str) -> str:
-    """One spelling per mode: parts in a fixed order, each once, and `bn_only` for `bn` alone. ModeError."""
+    """One spelling per mode: parts in a fixed order, each once; `bn` for `gamma+beta`, and `bn_only` for that
+    alone. ModeError.
+    """
     if mode in ("all", "none", "random"):
         return mode
     asked = {"bn" if part == "bn_only" else part for part in mode.split("+")}
     if unknown := asked - PARTS.keys():
         known = f"all, none, random, bn_only, or parts joined by +: {', '.join(PARTS)}"
         raise ModeError(f"--mode {mode}: {min(unknown)!r} is not known; choose {known}")
-    asked -= {contained for part, contained in CONTAINED.items() if part in asked}
+    asked |= {"bn"} if {"gamma", "beta"} <= asked else set()
+    asked -= {within for part in asked for within in CONTAINED.get(part, ())}
     return "bn_only" if asked == {"bn"} else "+".join(part for part in PARTS if part in asked)
 
 
@@ -52,9 +62,9 @@ def parameter_parts(model: nn.Module) -> dict[str, set[str]]:
     parts = {}
     for name, module in model.named_modules():
         in_shortcut = ".downsample." in f"{name}."
-        own = {part for part, holds in PARTS.items() if holds(module, in_shortcut)}
-        for parameter_name, _ in module.named_parameters(prefix=name, recurse=False):
-            parts[parameter_name] = own
+        for full, _ in module.named_parameters(prefix=name, recurse=False):
+            own = full.rpartition(".")[2]
+            parts[full] = {part for part, holds in PARTS.items() if holds(module, own, in_shortcut)}
     return parts
 
 
@@ -154,29 +164,34 @@ def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def table(archs: list[str], num_classes: int = 10) -> Iterator[list[str]]:
     """Rows of text: arch, shortcut, total, then what each part, and two random weights a filter, train."""
-    yield ["arch", "shortcut", "total", "bn", "bn/total", *list(PARTS)[1:], "random (2)"]
+    heads = [[part, f"{part}/total"] if part in SHARES else [part] for part in PARTS]
+    yield ["arch", "shortcut", "total", *itertools.chain(*heads), "random (2)"]
     for arch in archs:
         for shortcut in models.SHORTCUTS if arch.startswith("resnet") else models.SHORTCUTS[:1]:
             with torch.device("meta"):
                 model = models.build(arch, num_classes, shortcut)
             parts, sizes = parameter_parts(model), {n: p.numel() for n, p in model.named_parameters()}
-            bn, *others = (sum(sizes[n] for n in sizes if part in parts[n]) for part in PARTS)
-            total = sum(sizes.values())
+            row, total = [], sum(sizes.values())
+            for part in PARTS:
+                trained = sum(sizes[n] for n in sizes if part in parts[n])
+                row += [f"{trained:,}"] + [f"{100 * trained / total:.2f} %"] * (part in SHARES)
             filters = sum(len(m.weight) for m in model.modules() if isinstance(m, models.Conv2d))
-            counts = [f"{n:,}" for n in (*others, 2 * filters)]
-            yield [arch, shortcut, f"{total:,}", f"{bn:,}", f"{100 * bn / total:.2f} %", *counts]
+            yield [arch, shortcut, f"{total:,}", *row, f"{2 * filters:,}"]
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = progress.Parser("freeze.py", __doc__)
     parser.add_argument("command", choices=["table"], help="parameter counts")
-    parser.add_argument("--arch", nargs="+", default=TABLE_ARCHS, help="architectures [the paper's]")
+    parser.add_argument(
+        "--arch", nargs="+", default=TABLE_ARCHS, help="architectures [the paper's, and the ImageNet family]"
+    )
     parser.add_argument("--num-classes", type=int, default=10, help="classes of the output layer [10]")
     options = parser.parse_args(argv)
     if options.num_classes < 1:
         raise ModeError(f"--num-classes {options.num_classes}: must be 1 or more")
-    for arch, shortcut, *counts in table(options.arch, options.num_classes):
-        print(f"{arch:12} {shortcut:14}", *(f"{count:>11}" for count in counts))
+    heads, *rows = table(options.arch, options.num_classes)
+    aligned = ["left", "left", *["right"] * (len(heads) - 2)]
+    print(tabulate(rows, heads, tablefmt="plain", disable_numparse=True, colalign=aligned))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@
 All networks take images of any size from 32x32 up, and end in a global average pool and a linear layer `fc`.
 """
 
+import functools
 import hashlib
 import math
 import re
@@ -238,20 +239,28 @@ def stream(seed: int, name: str, index: int = 0) -> np.random.RandomState:
 
 @torch.no_grad()
 def initialise(
-    model: nn.Module, seed: int, conv_init: str | None = "kaiming_normal", bn_init: str = "uniform"
+    model: nn.Module,
+    seed: int,
+    conv_init: str | None = "kaiming_normal",
+    bn_init: str = "uniform",
+    nonzeros: int | None = None,
 ) -> None:
     """Draw every parameter of `model` from `seed`, each tensor from a stream of its own; reset statistics.
 
     `conv_init` is the distribution of convolutions, with fan-in and ReLU's gain: kaiming_normal and
-    kaiming_uniform (He et al. 2015), orthogonal (Saxe et al. 2014, gain 1), or binary (plus or minus the
-    standard deviation of He et al.); None leaves all but BatchNorm as it is. The output layer is
-    kaiming_normal with bias 0. `bn_init` is how gamma and beta begin: uniform is U[0, 1] and 0, ones is 1 and
-    0, one_one is 1 and 1, signed_uniform is U[-1, 1] and 0, he_normal is Keras's (a normal truncated at two
-    deviations, variance 2/C) and 0. Raises ModelError for a name that is none of these.
+    kaiming_uniform (He et al. 2015), orthogonal (Saxe et al. 2014, gain 1), binary (plus or minus the
+    standard deviation of He et al.), or sparse (kaiming_normal of `nonzeros` weights of each filter, by
+    default a tenth of them, while the others are 0); None leaves all but BatchNorm as it is. The output layer
+    is kaiming_normal with bias 0 in any case; in open_lth, the code of Frankle et al., its weight follows the
+    convolutions and its bias is PyTorch's own draw. `bn_init` is how gamma and beta begin: uniform is U[0, 1]
+    and 0, ones is 1 and 0, one_one is 1 and 1, signed_uniform is U[-1, 1] and 0, he_normal is Keras's (a
+    normal truncated at two deviations, variance 2/C) and 0. Raises ModelError for a name that is none of
+    these.
     """
     for init, known in ((conv_init or "kaiming_normal", CONV_INITS), (bn_init, BN_INITS)):
         if init not in known:
             raise ModelError(f"the initialisation {init} is not known; choose from {', '.join(known)}")
+    draws = CONV_INITS | {"sparse": functools.partial(_sparse, nonzeros=nonzeros)}
     for name, module in model.named_modules():
         if isinstance(module, nn.BatchNorm2d):
             gamma = BN_INITS[bn_init](stream(seed, f"batchnorm/{name}"), module.num_features)
@@ -259,7 +268,7 @@ def initialise(
             module.bias.fill_(1.0 if bn_init == "one_one" else 0.0)
             module.reset_running_stats()
         elif conv_init and isinstance(module, nn.Conv2d | nn.Linear):
-            draw = CONV_INITS[conv_init if isinstance(module, nn.Conv2d) else "kaiming_normal"]
+            draw = draws[conv_init if isinstance(module, nn.Conv2d) else "kaiming_normal"]
             weight = draw(stream(seed, f"weights/{name}"), tuple(module.weight.flatten(1).shape))
             module.weight.copy_(torch.from_numpy(weight.astype(np.float32)).view_as(module.weight))
             if module.bias is not None:
@@ -268,6 +277,19 @@ def initialise(
 
 def _uniform(rng: np.random.RandomState, shape: tuple | int, bound: float) -> np.ndarray:
     return rng.random_sample(shape) * (2 * bound) - bound  # NumPy's own may round otherwise on some machines
+
+
+def _sparse(rng: np.random.RandomState, shape: tuple[int, int], nonzeros: int | None = None) -> np.ndarray:
+    """A normal draw of which each filter keeps `nonzeros` weights at random places.
+
+    Their variance is 2 / nonzeros instead of 2 / fan-in, which leaves the output's as it was. A filter that
+    has no more weights than that keeps all; without `nonzeros` it keeps a tenth, rounded up.
+    """
+    kept = min(shape[1], nonzeros or -(-shape[1] // 10))
+    weight = rng.standard_normal(shape) * math.sqrt(2 / kept)
+    dropped = rng.random_sample(shape).argsort(axis=1, kind="stable")[:, kept:]
+    np.put_along_axis(weight, dropped, 0.0, axis=1)
+    return weight
 
 
 def _orthogonal(rng: np.random.RandomState, shape: tuple[int, int]) -> np.ndarray:
@@ -306,6 +328,7 @@ CONV_INITS = {  # of [C_out, fan-in] weights
     "kaiming_uniform": lambda rng, shape: _uniform(rng, shape, math.sqrt(6 / shape[1])),
     "orthogonal": _orthogonal,
     "binary": lambda rng, shape: np.copysign(math.sqrt(2 / shape[1]), rng.random_sample(shape) - 0.5),
+    "sparse": _sparse,
 }
 BN_INITS = {
     "uniform": lambda rng, channels: rng.random_sample(channels),

@@ -125,6 +125,7 @@ class NetworkSpec(Record):
     device: Text
     compiled: bool
     processes: Annotated[int, Field(ge=1, le=2**16)]
+    nonzeros: Annotated[int, Field(ge=1, le=2**31)] | None = None
 
 
 class Parent(Record):

@@ -321,7 +321,8 @@ def network_spec(
     batch_size = options.batch_size // group.count
     models.check_batches(options.arch, options.shortcut, batch_size, dataset.image_size)
     return runs.NetworkSpec(
-        **config.some(options, "arch mode shortcut conv_init bn_init seed per_channel reset_bn batch_size"),
+        **config.some(options, "arch mode shortcut conv_init nonzeros bn_init seed per_channel"),
+        **config.some(options, "reset_bn batch_size"),
         **config.some(dataset, "fingerprint image_size classes mean std"),
         init_from=runs.parent_path(options),
         data=dataset.name,

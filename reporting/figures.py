@@ -15,8 +15,9 @@ from reporting.tables import REPORTED
 
 IMAGENET_DEPTHS = {18, 34, 50, 101, 152, 200}
 MAX_MODES = 6  # in a panel
-INITIALISATIONS = {"conv_init", "bn_init"}
+INITIALISATIONS = {"conv_init", "nonzeros", "bn_init"}
 MODES_COMPARED = {"bn_only", "bn_main", "all", "random"}  # every other mode trains other parts
+LEARN_GAMMA = {"all", "bn_only", "bn", "gamma", "bn_main"}  # modes and parts; else gamma is as drawn
 ACCURACY = "test accuracy (%)"
 LinesOf = Callable[[Series], list[Line]]
 
@@ -49,7 +50,7 @@ def figures_of(series: list[Series], machines: list[Series], others: bool) -> di
     """A setting's figures but the answers', by name; `others`: beside what others report of CIFAR-10."""
     done, analysed = [s for s in series if s.done], [s for s in series if s.analyses]
     deep, begun = [s for s in done if arch_of(s.arch).depth], [s for s in series if len(s.epochs)]
-    learned = [s for s in analysed if s.mode == "all" or s.mode.startswith("bn")]  # else gamma is as drawn
+    learned = [s for s in analysed if not LEARN_GAMMA.isdisjoint(s.mode.split("+"))]
     at = ("depth", "trained") if others else ("", "")
     return {
         "depth": against(deep, lambda s: arch_of(s.arch).depth, "depth (layers)", "{:g}", at[0]),

@@ -110,7 +110,7 @@ def parameters(found: list[Run]) -> Table:
     """All parameters, those of BatchNorm that train, and their share."""
     rows = {}  # each once
     for of, summary in ((run.config.options, run.summary) for run in found if run.summary):
-        if of.mode in ("bn_only", "bn_main"):
+        if of.mode in ("bn_only", "bn_main", "gamma", "beta"):
             total, trained = summary.params_total, summary.params_trained
             rows[of.arch, of.shortcut, of.mode, total, trained, 100 * trained / total] = None
     columns = ["architecture", "shortcut", "mode", "parameters", "BatchNorm, trained", "trained (%)"]

@@ -33,6 +33,7 @@ SPEC = runs.NetworkSpec(
     processes=1,
 )
 MODES = ("all", "none", "random", "bn_only", "bn_main", "shortcut", "output", "conv", "bn+output+shortcut")
+MODES += ("gamma", "beta", "gamma+output", "beta+shortcut")
 
 
 def network(seed: int = 0, classes: int = 10) -> torch.nn.Module:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from networks import MODES, SPEC, trained_for
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 
 import checkpoint
 import freeze
@@ -42,6 +42,25 @@ def test_rebuild_gives_every_weight_back_bit_for_bit(tmp_path, mode):
     with safe_open(tmp_path / "full.safetensors", "pt") as file:
         plain = models.build("resnet8").state_dict()  # a plain network, as other programs would build it
         assert set(file.keys()) == set(plain)
+
+
+def test_a_sparse_network_is_rebuilt_from_its_number_of_weights(tmp_path):
+    model, spec = trained_for(2, mode="beta", conv_init="sparse", nonzeros=4)
+    (tmp_path / "model.safetensors").write_bytes(checkpoint.seed_checkpoint(model, spec, steps=2))
+    restored, spec_again = checkpoint.restore(tmp_path)
+    assert spec_again.nonzeros == 4 and (restored.conv1.weight.flatten(1).count_nonzero(1) == 4).all()
+    for nonzeros in (5, None):
+        file = altered(tmp_path, tmp_path / "altered.safetensors", spec={"nonzeros": nonzeros})
+        with pytest.raises(checkpoint.CheckpointError, match="its seed gives other frozen weights"):
+            checkpoint.restore(file)
+
+
+@pytest.mark.parametrize("mode, ends", [("gamma", {"weight"}), ("beta", {"bias"})])
+def test_the_checkpoint_of_a_part_of_batchnorm_has_that_part_and_the_statistics_alone(mode, ends):
+    model, spec = trained_for(1, mode=mode)
+    names = [name.split(".") for name in load(checkpoint.seed_checkpoint(model, spec, steps=1))]
+    assert {name[-1] for name in names} == ends | {"running_mean", "running_var"}
+    assert {name[-2] for name in names} == {"bn1", "bn2", "1"}  # the last: of a shortcut
 
 
 def test_rebuilt_random_features_give_the_same_logits(tmp_path):

@@ -34,6 +34,10 @@ def parsed(line: str) -> Options:
         ("--epoch 3", "--epoch"),
         ("--resume --overwrite", "--resume"),
         ("--reset-bn", "--reset-bn"),
+        ("--nonzeros 3", "--nonzeros 3"),
+        ("--nonzeros 3 --conv-init binary", "--nonzeros 3"),
+        ("--nonzeros 0 --conv-init sparse", "--nonzeros 0"),
+        ("--nonzeros 1.5 --conv-init sparse", "--nonzeros"),
         ("--augment blur", "--augment blur"),
         ("--augment +", "--augment +"),
         ("--val-split 0 --early-stop 3", "--val-split 0"),
@@ -55,7 +59,7 @@ def test_an_option_that_no_run_could_use_is_a_line_or_two_and_exit_status_2(caps
 @pytest.mark.parametrize("name", [name for name in FIELDS if FIELDS[name].metadata["limits"]])
 def test_a_number_may_take_its_limits_and_nothing_beyond(name):
     least, greatest = FIELDS[name].metadata["limits"]
-    options = Options(lr=1e30)  # to which --min-lr may rise
+    options = Options(lr=1e30, conv_init="sparse")  # to which --min-lr may rise; with which --nonzeros goes
     for value in (least, greatest):
         config.check(dataclasses.replace(options, **{name: value}))
     for value in (least - 1, greatest * 2):
@@ -78,6 +82,12 @@ def test_what_is_given_goes_before_a_preset_and_before_quick():
     assert (quick.lr, quick.train_subset, quick.batch_size) == (1.0, 3000, 64)
 
 
+def test_the_preset_of_the_pytorch_study_changes_what_trains_and_the_shortcuts_alone():
+    study = dataclasses.replace(Options(), mode="bn_main", shortcut="projection_all", preset="001")
+    assert parsed("--preset 001") == study
+    assert parsed("--preset 001 --mode random") == dataclasses.replace(study, mode="random")
+
+
 def test_a_preset_may_have_milestones_which_toml_writes_as_a_list(monkeypatch):
     monkeypatch.setitem(config.PRESETS, "short", {"epochs": 8, "milestones": [4, 6]})
     assert config.defaults("short").milestones == (4, 6)
@@ -86,6 +96,7 @@ def test_a_preset_may_have_milestones_which_toml_writes_as_a_list(monkeypatch):
 
 
 def test_modes_and_augmentations_have_one_spelling():
+    assert parsed("--mode beta+gamma") == Options()
     assert parsed("--mode output+bn").mode == parsed("--mode bn_only+output").mode == "bn+output"
     assert parsed("--augment flip+crop") == parsed("--augment paper")
 

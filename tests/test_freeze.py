@@ -4,6 +4,7 @@ import pytest
 import torch
 from networks import MODES, frozen, trained_for
 
+import config
 import freeze
 import models
 import progress
@@ -18,6 +19,11 @@ from step import Step
         ("output+bn", "bn+output"),
         ("bn_only+output", "bn+output"),
         ("bn_main+bn", "bn_only"),
+        ("gamma", "gamma"),
+        ("gamma+beta", "bn_only"),
+        ("output+beta+bn_main+gamma", "bn+output"),
+        ("beta+bn", "bn_only"),
+        ("bn_main+gamma", "gamma+bn_main"),
         ("shortcut+conv", "conv"),
         ("all", "all"),
     ],
@@ -44,6 +50,31 @@ def test_bn_only_and_random_train_equally_many_parameters(shortcut, trained):
         )
 
 
+PUBLISHED = {  # all and BatchNorm's with projection; with projection_all all, and those outside the shortcuts
+    14: ((175_258, 1_120), (175_546, 928)),
+    32: ((466_906, 2_464), (467_194, 2_272)),
+    56: ((855_770, 4_256), (856_058, 4_064)),
+    110: ((1_730_714, 8_288), (1_731_002, 8_096)),
+    218: ((3_480_602, 16_352), (3_480_890, 16_160)),
+    434: ((6_980_378, 32_480), (6_980_666, 32_288)),
+    866: ((13_979_930, 64_736), (13_980_218, 64_544)),
+}
+
+
+@pytest.mark.parametrize("depth", PUBLISHED)
+def test_batchnorm_has_the_published_counts_of_parameters(depth):
+    def counts(mode: str, shortcut: str) -> tuple[int, int]:
+        with torch.device("meta"):
+            model = models.build(f"resnet{depth}", 10, shortcut)
+        freeze.freeze(model, mode)
+        return freeze.count(model)
+
+    preset = config.defaults("001")
+    assert (counts("bn", "projection"), counts(preset.mode, preset.shortcut)) == PUBLISHED[depth]
+    assert counts("gamma", "projection") == counts("beta", "projection")
+    assert 2 * counts("gamma", "projection")[1] == counts("bn", "projection")[1]
+
+
 def test_modes_train_the_parameters_they_name():
     def trained(mode: str) -> set[str]:
         model = frozen(mode)
@@ -57,6 +88,9 @@ def test_modes_train_the_parameters_they_name():
         f"layer{i}.0.downsample.1.{name}" for i in (2, 3) for name in ("weight", "bias")
     }
     assert trained("bn") | trained("conv") | trained("output") == every
+    assert trained("gamma") == {name for name in trained("bn") if name.endswith(".weight")}
+    assert trained("beta") == trained("bn") - trained("gamma") == trained("gamma+beta") - trained("gamma")
+    assert trained("beta+shortcut") == trained("beta") | trained("shortcut")
     assert trained("bn+output") == trained("bn") | trained("output")
     assert all(name.endswith(".values") for name in trained("random")) and len(trained("random")) == 9
 
@@ -114,7 +148,16 @@ def test_table_prints_the_counts(capsys):
 
     assert table("resnet56", "vgg16") == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines[1][:7] == ["resnet56", "projection", "855,770", "4,256", "0.50", "%", "4,064"]
-    assert lines[2][:7] == ["resnet56", "projection_all", "856,058", "4,288", "0.50", "%", "4,064"]
-    assert lines[3][:3] == ["resnet56", "pad", "853,018"] and lines[4][0] == "vgg16"
+    assert lines[0][2:8] == ["total", "bn", "bn/total", "gamma", "beta", "bn_main"]
+    first, second, third, *others = [[word for word in line if word != "%"] for line in lines[1:]]
+    assert first[:8] == ["resnet56", "projection", "855,770", "4,256", "0.50", "2,128", "2,128", "4,064"]
+    assert second[:4] == ["resnet56", "projection_all", "856,058", "4,288"]
+    assert second[7:9] == ["4,064", "0.47"]
+    assert third[:3] == ["resnet56", "pad", "853,018"] and others[0][0] == "vgg16"
     assert table("resnet57") == 2
+
+
+def test_the_table_lists_every_family():
+    listed = {"resnet14", "resnet866", "resnet14_w32", "vgg19"}
+    listed |= {f"resnet{depth}" for depth in (18, 34, 50, 101, 152, 200)}
+    assert listed <= set(freeze.TABLE_ARCHS)

@@ -21,6 +21,7 @@ from kernels.reference import pack, unpack
 from models import Conv2d
 
 ROOT = Path(models.__file__).parent
+PARTS_TRAINED = [("bn",), ("gamma",), ("beta",), ("conv",), ("values",), ("bn", "conv"), ()]
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
@@ -45,7 +46,7 @@ def blocks(draw) -> dict:
         "size": draw(st.sampled_from([4, 7, 8])),
         "relu": draw(st.booleans()),
         "shortcut": draw(st.sampled_from(["none", "other", "identity"])),
-        "trained": draw(st.sampled_from([("bn",), ("conv",), ("values",), ("bn", "conv"), ()])),
+        "trained": draw(st.sampled_from(PARTS_TRAINED)),
         "x_trains": draw(st.booleans()),
         "seed": draw(st.integers(0, 1000)),
     }
@@ -68,7 +69,8 @@ def make(shape: dict, dtype: torch.dtype = torch.float64):
         bn.weight.data.copy_(draw(c_out))
         bn.bias.data.copy_(0.3 * draw(c_out))
         conv.requires_grad_("conv" in shape["trained"])
-        bn.requires_grad_("bn" in shape["trained"])
+        bn.weight.requires_grad_(not {"bn", "gamma"}.isdisjoint(shape["trained"]))
+        bn.bias.requires_grad_(not {"bn", "beta"}.isdisjoint(shape["trained"]))
         if "values" in shape["trained"]:
             places = [torch.randperm(c_in * k * k, generator=generator)[:2] for _ in range(c_out)]
             conv.set_apart(torch.stack(places))

@@ -110,6 +110,7 @@ def test_initial_weights_are_the_same_on_every_machine_and_version():
         "kaiming_uniform": "a5c799a158f14fb0",
         "orthogonal": "d6e65fd8af1b2c87",
         "binary": "5243047b62fc3c67",
+        "sparse": "d09651bc0502ef22",
     }
 
 
@@ -143,6 +144,35 @@ def test_he_initialisations_have_the_he_variance():
     fc = drawn("resnet14_w8").fc
     assert fc.weight.std().item() == pytest.approx((2 / 512) ** 0.5, rel=0.05)
     assert not fc.bias.any()
+
+
+def test_sparse_filters_keep_as_many_weights_as_asked_at_places_of_their_own():
+    def kept(**inits) -> dict[str, torch.Tensor]:
+        model = drawn(conv_init="sparse", **inits)
+        return {n: m.weight.flatten(1) for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+
+    dense = {n: m.weight for n, m in drawn().named_modules() if isinstance(m, nn.Conv2d)}
+    five, tenth, every = kept(nonzeros=5), kept(), kept(nonzeros=2**31)
+    for name, weight in five.items():
+        size = weight.shape[1]
+        assert (weight.count_nonzero(1) == 5).all()
+        assert (tenth[name].count_nonzero(1) == -(-size // 10)).all(), "a tenth, rounded up"
+        assert torch.equal(every[name], dense[name].flatten(1)), "a filter with fewer weights keeps all"
+        places = weight != 0
+        torch.testing.assert_close(weight[places], every[name][places] * (size / 5) ** 0.5)
+        assert len({tuple(row.nonzero().flatten().tolist()) for row in places}) > 1
+        more = kept(nonzeros=6)[name] != 0
+        assert (more & places).sum() == places.sum(), "other draws are not shifted by N"
+    assert torch.equal(drawn(conv_init="sparse").fc.weight, drawn(conv_init="orthogonal").fc.weight)
+
+
+def test_a_sparse_convolution_gives_outputs_of_the_variance_that_a_dense_one_gives():
+    images = torch.randn(64, 64, 8, 8, generator=torch.Generator().manual_seed(0))
+    stds = []
+    for inits in ({}, {"conv_init": "sparse", "nonzeros": 3}, {"conv_init": "sparse"}):
+        conv = drawn("resnet14_w4", **inits).layer1[0].conv1
+        stds.append(conv(images)[:, :, 1:-1, 1:-1].std().item())
+    assert stds[1:] == pytest.approx(stds[:1] * 2, rel=0.1)
 
 
 @pytest.mark.parametrize("shape", [(16, 27), (16, 144), (32, 16), (64, 33), (33, 33)])

@@ -217,3 +217,20 @@ def test_the_script_ends_with_its_exit_status(tmp_path):
     script = Path(report.__file__)
     ended = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, cwd=tmp_path)
     assert ended.returncode == 2 and ended.stderr.startswith("report.py: no usable run in ")
+
+
+def test_gammas_alone_and_betas_alone_have_their_rows_and_learned_gammas_where_gammas_learn(tmp_path):
+    for mode in ("gamma", "beta", "gamma+output", "beta+output"):
+        write_run(tmp_path / mode, "resnet14", mode)
+        assert render(tmp_path / mode, out=tmp_path / f"{mode}-report")[0] == 0
+        assert bool(list((tmp_path / f"{mode}-report").rglob("gamma.png"))) is mode.startswith("gamma")
+        rows = rows_of(tmp_path / f"{mode}-report", "parameters")
+        assert [row["mode"] for row in rows] == ([mode] if "+" not in mode else [])
+
+
+def test_sparse_convolutions_stand_beside_the_published_initialisation(tmp_path):
+    for inits in ({}, {"conv_init": "sparse", "nonzeros": 3}):
+        write_run(tmp_path / "runs", "resnet14", "bn_only", **inits)
+    status, page = render(tmp_path / "runs", out=tmp_path / "report")
+    assert status == 0 and "conv_init sparse, nonzeros 3" in page
+    assert list((tmp_path / "report").rglob("init.png"))

@@ -114,6 +114,14 @@ def test_what_a_run_writes_is_read_as_what_it_was(done):
     assert runs.Analysis.read(done / "analysis.json") is None
 
 
+def test_a_run_from_before_an_option_was_there_has_its_default(done, tmp_path):
+    record = json.loads((done / "config.json").read_text())
+    assert record["options"].pop("nonzeros") is record["spec"].pop("nonzeros") is None
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    before, now = runs.Config.read(tmp_path / "config.json"), runs.Config.read(done / "config.json")
+    assert before.spec == now.spec and before.options == now.options and before.variant == now.variant
+
+
 CHANGES = [
     ("config.json", "options.lr", "fast"),
     ("config.json", "options.epochs", "3"),

@@ -79,13 +79,15 @@ def test_the_named_grids_are_those_of_the_paper(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     counts = {name: len(make_grid({"GRID": name}, [])) for name in ("", *sweep.GRIDS)}
     counts_of_the_questions = {name: counts.pop(name) for name in ("tuning", "warmstart", "retrain")}
-    assert counts == {"": 27, "depth": 63, "width": 54, "vgg": 36, "parts": 54, "init": 72}
+    assert counts == {"": 27, "depth": 63, "width": 54, "vgg": 36, "parts": 63, "init": 72}
     assert counts_of_the_questions == {"tuning": 24, "warmstart": 3 * (1 + 2 * 4), "retrain": 3 * (1 + 6)}
     assert [cell.path.name for cell in make_grid({"SEEDS": "0 1"}, [])[:3]] == [
         "cifar10-resnet32-all-s0",
         "cifar10-resnet32-all-s1",
         "cifar10-resnet32-bn_only-s0",
     ]
+    parts = {cell.options.mode for cell in make_grid({"GRID": "parts"}, [])}
+    assert {"bn+shortcut+output", "output+conv", "none"} < parts, "the last but one: all but BatchNorm"
     names = {cell.path.name for cell in make_grid({"GRID": "init"}, [])}
     assert {"cifar10-resnet56-bn_only-s2", "cifar10-resnet56-bn_only-s2-conv_initbinary"} <= names
 

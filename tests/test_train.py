@@ -24,6 +24,7 @@ import runs
 from config import PRESETS, parse_options
 
 MODES = ("all", "none", "random", "bn_only", "bn_main", "shortcut", "output", "conv", "bn+output")
+MODES += ("gamma", "beta")
 
 
 @pytest.mark.parametrize("mode", MODES)

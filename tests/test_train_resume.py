@@ -24,11 +24,14 @@ import checkpoint
 import models
 import runs
 
+GAMMA = ["--mode", "gamma+output", "--conv-init", "sparse", "--nonzeros", "3"]
 PLATEAU = ["--optimizer", "adam", "--schedule", "plateau", "--patience", "1", "--augment", "photo"]
 
 
 @pytest.mark.parametrize(
-    "settings", [["--mode", "random"], ["--optimizer", "adam", "--dtype", "fp16"], PLATEAU], ids=" ".join
+    "settings",
+    [["--mode", "random"], ["--optimizer", "adam", "--dtype", "fp16"], PLATEAU, GAMMA],
+    ids=" ".join,
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(small, monkeypatch, settings):
     assert exit_status([*small, *settings, "--out", "whole"]) == 0
