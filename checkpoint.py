@@ -5,6 +5,8 @@
 Also reads the weight files of others, for --init-from.
 """
 
+import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -44,7 +46,20 @@ def seed_checkpoint(model: nn.Module, spec: NetworkSpec, steps: int) -> bytes:
         "frozen_sha256": freeze.frozen_sha256(model),
         "full_sha256": freeze.full_sha256(model),
     }
-    return save({name: t.cpu().contiguous() for name, t in freeze.trained_state(model).items()}, metadata)
+    return to_bytes({name: t.cpu() for name, t in freeze.trained_state(model).items()}, metadata)
+
+
+def to_bytes(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
+    """A file of `tensors` in the safetensors format; equal contents give equal bytes.
+
+    The library writes metadata in an order that it draws, so the header is written here.
+    """
+    plain = save({name: t.contiguous() for name, t in tensors.items()})
+    end = 8 + int.from_bytes(plain[:8], "little")
+    header = {"__metadata__": dict(sorted(metadata.items()))} | json.loads(plain[8:end])
+    header = json.dumps(header, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # as the library aligns tensors
+    return b"".join([len(header).to_bytes(8, "little"), header, plain[end:]])
 
 
 def set_steps(model: nn.Module, steps: int) -> None:
@@ -137,12 +152,21 @@ def _initial_path(path: str | Path, spec: NetworkSpec, init_from: str | None) ->
     return str(folder.parent / (start.parent if start.name == CHECKPOINT else start).name)
 
 
-def rebuild(run: str | Path, out: str | Path, init_from: str | None = None) -> None:
-    """Write every weight of `run` to `out` (.safetensors), bit for bit as trained. CheckpointError."""
+def rebuild(run: str | Path, out: str | Path, init_from: str | None = None, overwrite: bool = False) -> None:
+    """Write every weight of `run` to `out` (.safetensors), bit for bit as trained.
+
+    Raises CheckpointError, also where `out` exists, unless `overwrite`, and where it lies in a run folder.
+    """
+    out = Path(out)
+    for folder in Path(os.path.realpath(out.parent), out.name).parents:
+        if folder == Path(os.path.realpath(run)) or runs.is_run(folder):
+            raise CheckpointError(f"--out {out}: {folder} is a run's folder; name a file outside it")
+    if os.path.lexists(out) and not overwrite:
+        raise CheckpointError(f"--out {out} exists; add --overwrite to replace it, or name another file")
     model, _ = restore(run, init_from)
     metadata = {key: text for key, text in read_checkpoint(run)[1].items() if key != "frozen_sha256"}
     try:
-        runs.write_atomically(Path(out), save(freeze.full_state(model), metadata))
+        runs.write_atomically(out, to_bytes(freeze.full_state(model), metadata))
     except OSError as error:
         why = f"cannot be written ({error.strerror}); name a file in a folder that exists"
         raise CheckpointError(f"--out {out}: {why}") from None
@@ -215,8 +239,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("run", help="a run folder, or its model.safetensors")
     parser.add_argument("--out", required=True, help="the .safetensors file to write")
     parser.add_argument("--init-from", help="where the file of the run's --init-from lies now")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that --out names")
     options = parser.parse_args(argv)
-    rebuild(options.run, options.out, options.init_from)
+    rebuild(options.run, options.out, options.init_from, options.overwrite)
     print(f"{options.out}: every weight of {options.run}, verified by its SHA-256")
 
 

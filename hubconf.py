@@ -12,7 +12,7 @@ import sys
 
 import torch
 
-dependencies = ["torch", "numpy", "PIL", "filelock", "pydantic", "rich", "safetensors"]
+dependencies = ["torch", "numpy", "PIL", "filelock", "pydantic", "rich", "safetensors", "tabulate"]
 
 _HERE = pathlib.Path(__file__).parent
 _SETTING = ("data_title", "image_size", "epochs", "quick", "train_subset", "val_split")

@@ -47,6 +47,8 @@ def main(argv: list[str] | None = None) -> None:
 def write_report(found: list[Run], out: Path) -> None:
     """`index.html`, and a folder of figures and tables per setting, in the folder `out`."""
     settings = series.by_setting(found)
+    for folder in (out, *out.glob("*/*")):  # also of settings that only an earlier report had
+        runs.remove_half_written(folder)
     with concurrent.futures.ProcessPoolExecutor(min(len(settings), os.cpu_count() or 1)) as pool:
         apart = pool.map if len(settings) > 1 else map  # drawing takes most of the time
         sections = list(apart(write_section, settings, [out] * len(settings)))

@@ -18,6 +18,7 @@ import importlib.metadata
 import io
 import os
 import platform
+import secrets
 import shutil
 import stat
 import statistics
@@ -25,7 +26,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, Self
+from typing import Annotated, BinaryIO, Literal, NamedTuple, Self
 
 import pydantic
 import torch
@@ -38,6 +39,7 @@ from config import Options
 from kernels import device as devices
 
 CHECKPOINT = "model.safetensors"
+HALF_WRITTEN = ".half-written"  # ends the names of files beside those that they will replace
 
 
 class RunError(progress.OptionError):
@@ -446,19 +448,45 @@ def environment(device: torch.device, runs_on_it: int) -> dict[str, object]:
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Replace the file at `path` by `content`, whole or not at all, also across a power cut."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    """Replace the file at `path` by `content`, whole or not at all, also across a power cut.
+
+    What killed processes left half-written in its folder is removed.
+    """
+    beside = None
     try:
-        with open(beside, "wb") as file:
+        remove_half_written(path.parent)
+        with _open_beside(path) as file:
+            beside = Path(file.name)
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+            os.replace(beside, path)
     except OSError as error:
         error.filename = str(path)
         raise
     finally:
-        beside.unlink(missing_ok=True)
+        if beside:
+            beside.unlink(missing_ok=True)
+
+
+def _open_beside(path: Path) -> BinaryIO:
+    """A new hidden file beside `path`, locked for as long as it is open, for `remove_half_written` to see."""
+    while True:
+        beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}{HALF_WRITTEN}")
+        file = open(beside, "xb")  # noqa: SIM115, it stays open
+        with suppress(OSError):  # a disk without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if beside.exists():  # else another process took it for left behind before it was locked
+            return file
+        file.close()
+
+
+def remove_half_written(folder: Path) -> None:
+    """Remove from a folder the hidden files in which processes that are gone were writing."""
+    for beside in folder.glob(f".*{HALF_WRITTEN}"):
+        with suppress(OSError), open(beside, "r+b") as file:  # another process is quicker, or holds the lock
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            beside.unlink()
 
 
 def run_folders(given: Sequence[str | Path], say: Callable[[str], None]) -> Iterator[tuple[Path, str]]:
@@ -483,6 +511,13 @@ def run_folders(given: Sequence[str | Path], say: Callable[[str], None]) -> Iter
                 if here.resolve() not in seen:
                     seen.add(here.resolve())
                     yield here, str(here.relative_to(top)) if here != top else here.resolve().name
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's, by the files that train.py leaves; others have a config.json, too."""
+    if any(os.path.exists(folder / name) for name in ("metrics.jsonl", "summary.json", "last.pt")):
+        return True
+    return all(os.path.exists(folder / name) for name in ("config.json", ".lock"))  # without an epoch
 
 
 def in_use(path: Path) -> bool:
@@ -582,8 +617,19 @@ class Run:
     def finish(self, summary: Summary) -> None:
         """Write the summary; a run that is done needs no `last.pt` any more."""
         self.write("summary.json", summary.to_json())
-        if self.writes and summary.status == "done":
-            self.last.unlink(missing_ok=True)
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Remove `last.pt` of a run that is done, also where a process was killed before it could."""
+        if self.writes and self.last.exists() and self.status == "done":
+            self.last.unlink()
+
+
+def tidy(path: Path) -> None:
+    """Do for a folder that nobody has open what `Run.tidy` does; nothing where that is not possible."""
+    if (path / "last.pt").exists():
+        with suppress(RunError, OSError), open_run(path, resume=True) as run:
+            run.tidy()
 
 
 @contextmanager
@@ -600,8 +646,7 @@ def open_run(path: Path, resume: bool = False, overwrite: bool = False, writes: 
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-        for leftover in path.glob(".*.*"):  # of a process that was killed while it wrote
-            leftover.unlink()
+        remove_half_written(path)
         entries = [entry for entry in path.iterdir() if entry.name != ".lock"]
         if entries and not resume and not overwrite:
             raise RunError(f"{path} exists; add --resume to continue it, or --overwrite to start again")

@@ -84,6 +84,7 @@ class Cell:
                 self.status, self.why = "failed", None  # another run, which train.py refuses
             else:
                 self.reached = f"{summary.final_test_acc:.2f} %"
+                runs.tidy(self.path)
 
 
 def make_grid(environment: Mapping[str, str], argv: Sequence[str]) -> list[Cell]:

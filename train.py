@@ -83,6 +83,7 @@ def train(
         hashes = {"frozen_sha256": frozen, "initial_sha256": brought}
         run.refuse_another(options, spec, hashes)
         if run.status == "done":
+            run.tidy()
             return run
         if training.resume(run):
             parent = run.config.parent  # as it was then

@@ -8,6 +8,9 @@ import contextlib
 import hashlib
 import json
 import os
+import signal
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -176,14 +179,34 @@ def _new_beton(path: Path, labels: np.ndarray, size: int) -> dict[str, object]:
 
 
 def import_ffcv() -> bool:
-    """Whether FFCV is there; imported, with torch's number of threads left as it was."""
+    """Whether FFCV is there; imported, with torch's number of threads left as it was.
+
+    Ctrl-C and SIGTERM wait until it is: numba compiles meanwhile, and what LLVM calls back swallows them.
+    """
     os.environ.setdefault("NUMBA_THREADING_LAYER", "omp")  # with TBB, a process that forked may never end
     threads = torch.get_num_threads()
     try:
-        import ffcv  # noqa: F401
+        with _interrupted_later():
+            import ffcv  # noqa: F401
 
         return True
     except (ImportError, OSError):  # not installed, or without its system libraries
         return False
     finally:
         torch.set_num_threads(threads)  # the import sets it to 1
+
+
+@contextlib.contextmanager
+def _interrupted_later() -> Iterator[None]:
+    """Handle SIGINT and SIGTERM when the block ends; in a thread, which they do not reach, do nothing."""
+    came, before = [], {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        for number in came[:1]:
+            signal.raise_signal(number)

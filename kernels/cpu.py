@@ -1,5 +1,6 @@
 """The passes for CPUs, in C++: cpu.cpp, compiled for the processor at hand on first use, and kept."""
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -8,12 +9,12 @@ import subprocess
 import tempfile
 import warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels.device import cache_folder
+from kernels.device import cache_folder, open_own
 from kernels.reference import TorchPasses
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
@@ -27,29 +28,43 @@ _C_TYPES = {int: ctypes.c_int64, bool: ctypes.c_int, float: ctypes.c_double, typ
 def passes() -> TorchPasses:
     """The compiled passes; or a warning and PyTorch's, where compiling fails, as without a C++ compiler."""
     try:
-        return CpuPasses(ctypes.CDLL(str(_library())))
+        return CpuPasses(_library())
     except (OSError, subprocess.CalledProcessError) as error:
         why = (getattr(error, "stderr", "") or str(error)).splitlines()[0]
         warnings.warn(f"cpu.cpp does not compile; PyTorch's slower kernels are used ({why})", stacklevel=2)
         return TorchPasses()
 
 
-def _library() -> Path:
-    """The compiled file, in the cache folder; its name depends on source, compiler, flags and processor."""
+def _library() -> BinaryIO:
+    """The compiled file, opened; it is compiled where the cache folder has none that is whole.
+
+    Its name depends on source, compiler, flags and processor. Size and SHA-256 are kept beside it.
+    """
     compiler = os.environ.get("CXX", "g++")
     processor = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     kind = [line for line in processor.splitlines() if line.startswith(("model", "flags"))]
     key = hashlib.sha256("\n".join([SOURCE.read_text(), compiler, FLAGS, *kind]).encode()).hexdigest()[:16]
-    cache = cache_folder()
-    library = cache / f"kernels-{key}.so"
-    if not library.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:  # no half-written file has the final name
-            made = Path(folder) / library.name
-            command = [compiler, *FLAGS.split(), SOURCE, "-o", made]
-            subprocess.run(command, check=True, capture_output=True, text=True)
-            made.replace(library)
+    cache, name = cache_folder(), f"kernels-{key}.so"
+    with contextlib.suppress(OSError), open_own(cache / f"{name}.sha256") as digest:
+        library = open_own(cache / name)
+        if digest.read(1000) == _digest(library):
+            return library
+        library.close()
+    with tempfile.TemporaryDirectory(dir=cache) as folder:  # no half-written file has the final name
+        made, digest = Path(folder) / name, Path(folder) / f"{name}.sha256"
+        command = [compiler, *FLAGS.split(), SOURCE, "-o", made]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        library = open(made, "rb")  # noqa: SIM115, it stays open
+        digest.write_bytes(_digest(library))
+        for file in (made, digest):
+            file.chmod(0o600)  # whatever the umask
+            file.replace(cache / file.name)
     return library
+
+
+def _digest(library: BinaryIO) -> bytes:
+    content = library.read()
+    return f"{len(content)} {hashlib.sha256(content).hexdigest()}\n".encode()
 
 
 def covers(z: Tensor, per_channel: Tensor) -> bool:
@@ -77,8 +92,11 @@ class CpuPasses(TorchPasses):
 
     name = "cpp"
 
-    def __init__(self, library: ctypes.CDLL):
-        self.library, self.temporaries = library, {}
+    def __init__(self, library: BinaryIO):
+        # By its descriptor: what is loaded is what was verified, whatever takes its name. It stays open,
+        # because the loader takes two libraries of one descriptor for the same.
+        self.file, self.temporaries = library, {}
+        self.library = ctypes.CDLL(f"/proc/self/fd/{library.fileno()}")
 
     def call(self, name: str, z: Tensor, *arguments) -> None:
         """Call the function of this name for z's dtype; of a tensor it gets the address, an int64."""

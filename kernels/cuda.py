@@ -402,9 +402,13 @@ class Choices:
         return min(times, key=times.get)
 
     def read(self) -> dict[str, list[int] | None]:
-        with contextlib.suppress(OSError, ValueError):
-            return json.loads(self.file.read_text())
-        return {}
+        """The choices in the file; whatever else it holds is left out, and measured anew."""
+        try:
+            kept = json.loads(self.file.read_text())
+        except (OSError, ValueError, RecursionError):
+            return {}
+        kept, ways = kept if isinstance(kept, dict) else {}, [None, *map(list, CONFIGS)]
+        return {key: ways[ways.index(way)] for key, way in kept.items() if way in ways}
 
     def write(self) -> None:
         """Add to the file what is new. Where it cannot be written, every process measures anew."""

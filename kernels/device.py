@@ -1,12 +1,19 @@
 """The device that a network runs on: its name, its fastest dtype, its memory, and its CUDA graphs."""
 
+import atexit
 import ctypes
+import functools
 import gc
 import os
 import platform
 import resource
+import shutil
+import stat
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -23,15 +30,55 @@ class DeviceError(ValueError):
     exit_status = 2
 
 
+# ---- what is compiled, and kept ----
+
+
 def cache_folder() -> Path:
-    """The folder in which compiled and chosen kernels are kept between runs."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "batchnorm-only"
+    """The folder in which compiled and chosen kernels are kept between runs: the user's own.
+
+    Where the one in the user's cache is not the user's, may be written to by others, or cannot be made, a
+    private one takes its place until this process ends, and a line on stderr says so.
+    """
+    return _own_folder(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "batchnorm-only")
+
+
+@functools.cache
+def _own_folder(folder: Path) -> Path:
+    try:
+        folder.mkdir(0o700, parents=True, exist_ok=True)
+        if _is_own(folder.stat()):
+            return folder
+        why = "others may write to it; remove it, or make it yours alone with chown and chmod go-w"
+    except OSError as error:
+        why = error.strerror
+    private = tempfile.mkdtemp(prefix="batchnorm-only-")  # no start finds this again
+    atexit.register(shutil.rmtree, private, ignore_errors=True)
+    print(f"{folder}: compiled kernels are not kept there ({why})", file=sys.stderr)
+    return Path(private)
+
+
+def _is_own(info: os.stat_result) -> bool:
+    return info.st_uid == os.geteuid() and not info.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def open_own(file: Path) -> BinaryIO:
+    """Open to read a plain file that the user alone may write to; OSError where there is none."""
+    opened = open(os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")  # noqa: SIM115
+    info = os.fstat(opened.fileno())
+    if stat.S_ISREG(info.st_mode) and _is_own(info):
+        return opened
+    opened.close()
+    raise PermissionError(f"{file} is not a file that its user alone may write to")
 
 
 # What torch.compile and Triton compile is kept there too, since /tmp, where it would be, may be emptied.
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
-os.environ.setdefault("TRITON_CACHE_DIR", str(cache_folder() / "triton"))
+for _variable, _name in {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}.items():
+    if _variable not in os.environ:
+        os.environ[_variable] = str(_own_folder(cache_folder() / _name))
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # else more than 8 seeds wait for each other
+
+
+# ---- the device ----
 
 
 def choose(name: str = "auto") -> torch.device:

@@ -14,9 +14,10 @@ import models
 import progress
 
 
-def rebuild(run, out) -> int:
+def rebuild(run, out, *more) -> int:
     """The exit status of the command."""
-    return progress.run("checkpoint.py", lambda: checkpoint.main(["rebuild", str(run), "--out", str(out)]))
+    command = ["rebuild", str(run), "--out", str(out), *more]
+    return progress.run("checkpoint.py", lambda: checkpoint.main(command))
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def sealed(tmp_path_factory):
 def test_rebuild_gives_every_weight_back_bit_for_bit(tmp_path, mode):
     model, spec = trained_for(2, mode=mode)
     (tmp_path / "model.safetensors").write_bytes(checkpoint.seed_checkpoint(model, spec, steps=2))
-    checkpoint.rebuild(tmp_path, tmp_path / "full.safetensors")
+    checkpoint.rebuild(tmp_path / "model.safetensors", tmp_path / "full.safetensors")
     expected = freeze.full_state(model)
     for source in (tmp_path, tmp_path / "full.safetensors"):
         restored, spec_again = checkpoint.restore(source)
@@ -63,10 +64,40 @@ def test_the_checkpoint_of_a_part_of_batchnorm_has_that_part_and_the_statistics_
     assert {name[-2] for name in names} == {"bn1", "bn2", "1"}  # the last: of a shortcut
 
 
+def test_the_same_network_gives_the_same_bytes(sealed, tmp_path):
+    model, spec = trained_for(2)
+    expected = (sealed / "model.safetensors").read_bytes()
+    assert {checkpoint.seed_checkpoint(model, spec, steps=2) for _ in range(20)} == {expected}
+    for name in "abcd":
+        checkpoint.rebuild(sealed, tmp_path / name)
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+
+
+def test_rebuilding_replaces_no_file_unless_asked_to_and_nothing_in_a_run_folder(sealed, tmp_path, capsys):
+    out = tmp_path / "full.safetensors"
+    out.write_text("precious")
+    assert rebuild(sealed, out) == 2 and out.read_text() == "precious"
+    said = capsys.readouterr().err
+    assert "--overwrite" in said and said.count("\n") == 1
+    assert rebuild(sealed, out, "--overwrite") == 0 and checkpoint.restore(out)
+    other, link = tmp_path / "other", tmp_path / "link"
+    other.mkdir()
+    (other / "metrics.jsonl").write_text("")
+    link.symlink_to(sealed)
+    before = {path: path.read_bytes() for path in sealed.iterdir()}
+    for folder in (sealed, link, other, other / "below"):
+        for name in ("model.safetensors", "config.json", "new.safetensors"):
+            assert rebuild(sealed, folder / name, "--overwrite") == 2
+            said = capsys.readouterr().err
+            assert "is a run's folder" in said and said.count("\n") == 1
+    assert before == {path: path.read_bytes() for path in sealed.iterdir()}
+    assert len(list(other.iterdir())) == 1
+
+
 def test_rebuilt_random_features_give_the_same_logits(tmp_path):
     model, spec = trained_for(2, mode="random")
     (tmp_path / "model.safetensors").write_bytes(checkpoint.seed_checkpoint(model, spec, steps=2))
-    checkpoint.rebuild(tmp_path, tmp_path / "full.safetensors")
+    checkpoint.rebuild(tmp_path / "model.safetensors", tmp_path / "full.safetensors")
     images = torch.randn(4, 3, 32, 32).to(memory_format=torch.channels_last)
     restored = checkpoint.restore(tmp_path / "full.safetensors")[0].to(memory_format=torch.channels_last)
     assert torch.equal(restored.eval()(images), model.eval()(images))

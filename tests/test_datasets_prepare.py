@@ -28,6 +28,7 @@ from layouts import (
 from PIL import Image
 
 import data
+import progress
 from datasets import prepare, sources
 
 pytestmark = pytest.mark.usefixtures("small_and_offline")
@@ -193,3 +194,27 @@ def test_importing_ffcv_leaves_torch_its_threads(tmp_path, monkeypatch):
     finally:
         torch.set_num_threads(threads)
         sys.modules.pop("ffcv")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_while_ffcv_is_imported_is_a_line_and_the_next_start_prepares(
+    cifar10, tmp_path, monkeypatch, capfd, number
+):
+    """It comes while C code calls back, as LLVM does for numba: there, Python drops every exception."""
+    module = f"import ctypes, signal\nctypes.CFUNCTYPE(None)(lambda: signal.raise_signal({number:d}))()\n"
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "ffcv.py").write_text(module)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    command = ["cifar10", "--data-dir", str(cifar10)]
+    with monkeypatch.context() as patched:
+        patched.syspath_prepend(tmp_path / "modules")
+        patched.delitem(sys.modules, "ffcv", raising=False)
+        try:
+            assert progress.run("data.py", lambda: data.main(command)) == 1
+        finally:
+            sys.modules.pop("ffcv", None)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    assert capfd.readouterr().err.splitlines()[-1:] == ["data.py: interrupted"]
+    assert not files_in(cifar10)
+    assert data.main(command) == 0 and "index.json" in files_in(cifar10)

@@ -1,17 +1,24 @@
 """The C++ passes equal PyTorch's, whatever the number of threads; without a compiler PyTorch's are used."""
 
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 import kernels
-from kernels import cpu
+from kernels import cpu, device
 from kernels.reference import BatchNorm, TorchPasses, unpack
 
 COMPILED = cpu.passes()
+needs_compiler = pytest.mark.skipif(type(COMPILED) is TorchPasses, reason="needs a C++ compiler")
 
 
-@pytest.mark.skipif(type(COMPILED) is TorchPasses, reason="needs a C++ compiler")
+@needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "n, channels, size", [(7, 16, 32), (8, 32, 16), (9, 64, 8), (3, 128, 4), (8, 8, 7), (8, 2, 8)]
@@ -68,6 +75,83 @@ def test_a_source_that_does_not_compile_is_warned_of_with_the_compilers_words(mo
     with pytest.warns(UserWarning, match=r"PyTorch's slower kernels are used .*broken\.cpp"):
         assert type(cpu.passes.__wrapped__()) is TorchPasses
     assert not list((tmp_path / "cache").glob("**/*.so"))
+
+
+@pytest.fixture
+def compiled(monkeypatch, tmp_path) -> Path:
+    """The library that a start has kept in a cache of its own; its source is a function `answer`."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(cpu, "SOURCE", tmp_path / "small.cpp")
+    cpu.SOURCE.write_text('extern "C" int answer() { return 42; }')
+    assert answer() == 42
+    (library,) = (tmp_path / "cache").glob("batchnorm-only/*.so")
+    return library
+
+
+def answer() -> int | None:
+    """What the library that a start loads answers, if it is ours."""
+    passes = cpu.passes.__wrapped__()
+    return passes.library.answer() if type(passes) is cpu.CpuPasses else None
+
+
+def harm(library: Path, what: str) -> None:
+    digest, content = library.with_name(f"{library.name}.sha256"), library.read_bytes()
+    if what in ("truncated", "other code"):
+        library.unlink()  # this process has it mapped
+    if what == "truncated":
+        library.write_bytes(content[:5000])
+    elif what == "other code":
+        library.write_bytes(Path(math.__file__).read_bytes())
+    elif what == "no digest":
+        digest.unlink()
+    elif what == "others may write to it":
+        library.chmod(0o666)
+    elif what == "others may write to its digest":
+        digest.chmod(0o666)
+    else:
+        library.symlink_to(library.rename(library.with_name("elsewhere")))
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "what",
+    [
+        "truncated",
+        "other code",
+        "no digest",
+        "others may write to it",
+        "others may write to its digest",
+        "a link",
+    ],
+)
+def test_a_kept_library_that_is_not_what_was_compiled_is_compiled_again(compiled, what):
+    whole, before = compiled.read_bytes(), compiled.stat().st_ino
+    assert answer() == 42 and compiled.stat().st_ino == before  # kept, and not compiled again
+    harm(compiled, what)
+    # In another process: what is broken may end it
+    code = f"import sys; sys.path[:0] = {sys.path!r}\nfrom pathlib import Path\nfrom kernels import cpu\n"
+    code += f"cpu.SOURCE = Path({str(cpu.SOURCE)!r})\nassert cpu.passes().library.answer() == 42"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert compiled.read_bytes() == whole and not compiled.is_symlink()
+    assert not compiled.stat().st_mode & 0o022 and answer() == 42
+
+
+@needs_compiler
+def test_a_library_in_a_folder_that_others_may_write_to_is_not_loaded(compiled, capfd, monkeypatch):
+    cache = compiled.parents[1].rename(cpu.SOURCE.with_name("another"))  # not one that was looked at already
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    compiled = cache / compiled.parent.name / compiled.name
+    compiled.parent.chmod(0o777)
+    planted = cpu.SOURCE.with_name("planted.cpp")
+    planted.write_text('extern "C" int answer() { return 13; }')
+    compiled.unlink()
+    subprocess.run([os.environ.get("CXX", "g++"), "-shared", "-fPIC", planted, "-o", compiled], check=True)
+    assert answer() == 42
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1 and str(compiled.parent) in said and "chmod go-w" in said
+    private = device.cache_folder()
+    assert private != compiled.parent and private.stat().st_mode & 0o777 == 0o700
+    assert answer() == 42 and not capfd.readouterr().err  # and says it once
 
 
 def test_which_passes_a_device_uses_can_be_asked():

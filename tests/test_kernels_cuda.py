@@ -63,11 +63,24 @@ def test_a_choice_is_made_once_a_machine(timed, tmp_path, fastest):
     assert [path.name for path in tmp_path.iterdir()] == ["kernels.json"]
 
 
-def test_a_spoilt_or_unwritable_file_costs_time_and_nothing_else(timed, tmp_path):
-    _, last = timed
-    (tmp_path / "kernels.json").write_text("{")
-    assert Choices(tmp_path / "kernels.json")("layer", attempt_of(last)) is None
-    assert Choices(tmp_path / "kernels.json" / "below a file.json")("layer", attempt_of(last)) is None
+RUBBISH = ["{", "[]", "1", "null", "[" * 100_000, '{"layer": ' * 5000 + "1" + "}" * 5000]
+RUBBISH += [
+    f'{{"layer": {way}}}' for way in ("7", '"x"', "{}", "[]", "[1, 2]", "[0, 0, 0, 0]", '[[], "x", {}]')
+]
+
+
+@pytest.mark.parametrize("rubbish", RUBBISH, ids=lambda text: text[:20])
+def test_a_spoilt_file_costs_time_and_nothing_else(timed, tmp_path, rubbish):
+    times, last = timed
+    times[CONFIGS[1]] = 1.0
+    (tmp_path / "kernels.json").write_text(rubbish)
+    assert Choices(tmp_path / "kernels.json")("layer", attempt_of(last)) == CONFIGS[1]
+    assert Choices(tmp_path / "kernels.json").made == {"layer": list(CONFIGS[1])}
+
+
+def test_an_unwritable_file_costs_time_and_nothing_else(timed, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert Choices(tmp_path / "file" / "kernels.json")("layer", attempt_of(timed[1])) is None
 
 
 def test_nothing_is_tried_while_a_graph_is_captured(timed, tmp_path, monkeypatch):

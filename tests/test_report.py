@@ -17,6 +17,7 @@ from PIL import Image
 
 import progress
 import report
+import runs
 
 DATA = "cifar10"
 
@@ -157,6 +158,16 @@ def test_the_same_runs_give_the_same_files(tmp_path, monkeypatch):
         assert (
             file.read_bytes() == (tmp_path / str(1.5e9) / file.relative_to(tmp_path / str(1e9))).read_bytes()
         )
+
+
+def test_what_a_killed_report_left_half_written_is_removed(tmp_path):
+    other = tmp_path / "other-data" / "5-epochs"
+    other.mkdir(parents=True)
+    for folder in (tmp_path, other):
+        (folder / f".index.html.0{runs.HALF_WRITTEN}").write_text("half")
+    write_run(tmp_path / "runs", "resnet14", "bn_only")
+    assert render(tmp_path / "runs", out=tmp_path)[0] == 0
+    assert not list(tmp_path.rglob(".*"))
 
 
 def test_packed_runs_give_the_same_report(full, tmp_path, capsys):

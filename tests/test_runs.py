@@ -5,6 +5,7 @@ import json
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from networks import SPEC
 import config
 import runs
 
+ROOT = Path(runs.__file__).parent
 CONFIG = runs.Config(
     options=config.Options(data="synthetic", arch="resnet8", seed=3),
     spec=SPEC,
@@ -134,11 +136,62 @@ def test_what_is_not_a_number_is_not_written_as_json():
                 epoch(1, **{name: value})
 
 
+# Is killed, or waits, just before the file that it writes gets its name
+WRITER = """
+import os, pathlib, signal, sys, runs
+def replace(*_):
+    if sys.argv[2] == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    print("ready", flush=True)
+    sys.stdin.read()
+    os.rename(*_)
+os.replace = replace
+runs.write_atomically(pathlib.Path(sys.argv[1]), "theirs")
+"""
+
+
+def writer(file, when: str) -> subprocess.Popen:
+    command = [sys.executable, "-c", WRITER, str(file), when]
+    return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
 def test_the_leftovers_of_a_killed_writer_are_removed(tmp_path):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / ".last.pt.123").write_text("half")
-    with runs.open_run(tmp_path / "a"):
-        assert [entry.name for entry in (tmp_path / "a").iterdir()] == [".lock"]
+    writer(tmp_path / "last.pt", "killed").wait()
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".last.pt.")
+    with runs.open_run(tmp_path, resume=True):
+        assert [entry.name for entry in tmp_path.iterdir()] == [".lock"]
+    writer(tmp_path / "table.md", "killed").wait()
+    runs.write_atomically(tmp_path / "figure.png", b"")  # outside a run, as rebuild and the report do
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "figure.png"}
+
+
+def test_a_writer_that_is_alive_is_left_alone(tmp_path):
+    (tmp_path / ".table.md.swp").write_text("an editor's")
+    with writer(tmp_path / "table.md", "waits") as other:
+        assert other.stdout.readline() == "ready\n"
+        for file in ("table.md", "figure.png"):
+            runs.write_atomically(tmp_path / file, "ours")
+        assert (tmp_path / "table.md").read_text() == "ours"
+        other.communicate("")
+    assert other.returncode == 0 and (tmp_path / "table.md").read_text() == "theirs"
+    assert {path.name for path in tmp_path.iterdir()} == {"table.md", "figure.png", ".table.md.swp"}
+
+
+def test_a_done_run_that_was_killed_before_it_removed_last_pt_has_it_removed_at_the_next_look(tmp_path):
+    with runs.open_run(tmp_path / "a") as run:
+        run.end_epoch(epoch(1), {})
+        run.finish(summary("interrupted"))
+        runs.tidy(tmp_path / "a")  # which is in use
+        assert run.last.exists()
+    runs.tidy(tmp_path / "a")
+    assert run.last.exists()  # to resume from
+    run.write("summary.json", summary("done").to_json())
+    with runs.open_run(tmp_path / "a", resume=True):
+        runs.tidy(tmp_path / "a")
+        assert run.last.exists()
+    runs.tidy(tmp_path / "a")
+    assert not run.last.exists() and run.status == "done"
 
 
 def test_a_second_process_is_kept_out(tmp_path):

@@ -161,6 +161,7 @@ def test_the_list_shows_how_far_every_cell_is(small, tmp_path, capsys):
         cell.path.mkdir(parents=True)
         write_config(cell)
     (done / "metrics.jsonl").write_text(metrics(EPOCHS))
+    (done / "last.pt").touch()  # as of a run killed just before it removed it
     write_summary(cells[0], "done", 51.234)
     write_summary(cells[2], "diverged")
     (begun / "metrics.jsonl").write_text(metrics(2) + '{"epoch": 3, "epo')
@@ -178,6 +179,7 @@ def test_the_list_shows_how_far_every_cell_is(small, tmp_path, capsys):
     assert lines[4] == "4 cells: 1 done, 1 running, 1 diverged, 1 to do; about 34 min left"
     looked_at = sorted(path.name for path in running.iterdir())
     assert looked_at == [".lock", "config.json"], "looking leaves nothing"
+    assert not (done / "last.pt").exists()
     write_config(cells[0], lr=0.2)
     assert main([*small, "--list"]) == 0
     assert capsys.readouterr().out.split()[2] == "failed", "another run, that is done, is not this one"

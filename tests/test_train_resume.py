@@ -108,7 +108,9 @@ def test_a_done_run_is_not_run_again(small, capsys):
     before = (only_run() / "metrics.jsonl").stat().st_mtime_ns
     assert exit_status(small) == 2
     assert "--overwrite" in capsys.readouterr().err
+    (only_run() / "last.pt").write_bytes(b"")  # as of a run killed just before it removed it
     assert exit_status([*small, "--resume"]) == 0
+    assert not (only_run() / "last.pt").exists()
     assert "test accuracy" in capsys.readouterr().out
     assert (only_run() / "metrics.jsonl").stat().st_mtime_ns == before
     assert exit_status([*small, "--overwrite"]) == 0

@@ -53,7 +53,9 @@ def test_seeds_side_by_side_are_interrupted_and_resumed_together(seeds, monkeypa
     assert {summary(folder)["status"] for folder in folders().values()} == {"interrupted"}
     assert exit_status([*seeds, "--resume"]) == 0
     for folder in folders().values():
-        assert without_times(folder) == without_times(Path("whole") / folder.name)
+        whole = Path("whole") / folder.name
+        assert without_times(folder) == without_times(whole)
+        assert (folder / runs.CHECKPOINT).read_bytes() == (whole / runs.CHECKPOINT).read_bytes()
 
 
 def test_a_seed_that_fails_does_not_stop_the_others(seeds, monkeypatch, capsys):
