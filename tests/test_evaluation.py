@@ -3,8 +3,10 @@
 import pytest
 import torch
 from networks import batch, network
+from small_runs import exit_status, only_run
 from torch.nn import functional as F
 
+import evaluation
 from evaluation import Evaluation
 from kernels.device import Captured
 
@@ -60,3 +62,14 @@ def test_a_last_batch_that_is_filled_up_counts_what_is_in_it():
     assert scores.acc == pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item())
     among = (logits.sort(descending=True).indices[:, :5] == labels[:, None]).any(1)
     assert scores.top5_acc == pytest.approx(100 * among.float().mean().item())
+
+
+def test_a_network_whose_loss_is_not_finite_has_no_accuracy(small, capsys, monkeypatch):
+    assert exit_status([*small, "--epochs", "1"]) == 0
+    monkeypatch.setattr(
+        evaluation.Evaluation, "__call__", lambda self: evaluation.Scores(float("nan"), 25.0, None)
+    )
+    capsys.readouterr()
+    assert exit_status([str(only_run())], evaluation) == 2
+    said = capsys.readouterr()
+    assert "this network is not finite" in said.err and said.err.count("\n") == 1 and not said.out

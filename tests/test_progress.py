@@ -114,7 +114,7 @@ def test_of_the_processes_that_torchrun_started_the_first_speaks(capsys, monkeyp
 
 
 def test_a_name_that_no_file_system_takes_is_an_unusable_option_and_is_shown_by_its_ends(capsys):
-    assert progress.run("x.py", lambda: open("a" * 5000 + "z")) == 2
+    assert progress.run("x.py", Path("a" * 5000 + "z").read_text) == 2
     said = capsys.readouterr().err
     assert "too long" in said and "aaa...aaa" in said and said.count("\n") == 1 and len(said) < 500
 
