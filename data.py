@@ -46,7 +46,7 @@ def open_dataset(
     `image_size` is in pixels; by default that of the named set, and for a folder the size of its images if
     they are squares of one size, else 128. Raises DataError.
     """
-    data_dir = Path(data_dir).expanduser()
+    data_dir = sources.expanded(data_dir)
     home = store = data_dir.parent if data_dir.is_file() else data_dir
     if not _writable(home):
         store = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "batchnorm-only"
