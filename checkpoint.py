@@ -138,7 +138,15 @@ def restore(path: str | Path, init_from: str | None = None) -> tuple[nn.Module, 
     set_steps(model, int(metadata["steps"]))
     if unexpected or freeze.full_sha256(model) != metadata["full_sha256"]:
         raise CheckpointError(f"{path} does not match: its tensors are not the trained ones; it was altered")
+    _check_finite(model, path)
     return model, spec
+
+
+def _check_finite(model: nn.Module, path: str | Path) -> None:
+    """CheckpointError where a weight or statistic of `model`, which came from `path`, is infinite or NaN."""
+    for name, tensor in model.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{path}: this network is not finite ({name}); train it again")
 
 
 def _initial_path(path: str | Path, spec: NetworkSpec, init_from: str | None) -> str | None:
@@ -198,7 +206,7 @@ def read_initial(path: str | Path) -> dict[str, torch.Tensor]:
     except RecursionError:
         raise CheckpointError(f"--init-from {path}: in the end, this run goes on from itself") from None
     except Exception as error:  # the readers' own errors for rubbish are of many kinds
-        what = f"--init-from {path}: not a weight file that loads safely ({str(error).splitlines()[0]})"
+        what = f"--init-from {path}: not a weight file that loads safely ({progress.reason(error)})"
         give = "give a .safetensors file, or a state dict saved with torch.save(model.state_dict(), ...)"
         raise CheckpointError(f"{what};\n{give}") from None
     named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
@@ -230,6 +238,7 @@ def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], path: str |
     except RuntimeError as error:  # tensors without values, say
         reason = str(error).splitlines()[-1].strip()
         raise CheckpointError(f"--init-from {path} cannot be loaded ({reason})") from None
+    _check_finite(model, f"--init-from {path}")
     return other_head
 
 

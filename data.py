@@ -39,7 +39,7 @@ def open_dataset(
     `image_size` is in pixels; by default that of the named set, and for a folder the size of its images if
     they are squares of one size, else 128. Raises DataError.
     """
-    data_dir = Path(data_dir).expanduser()
+    data_dir = sources.expanded(data_dir)
     home = store = data_dir.parent if data_dir.is_file() else data_dir
     there = next(path for path in (home, *home.absolute().parents) if path.exists())
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):

@@ -8,6 +8,7 @@ It is computed as the run did, on the run's images or on those that --data names
 
 import dataclasses
 import functools
+import math
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -127,6 +128,9 @@ def main(argv: list[str] | None = None) -> None:
     kernels.configure(model, compiled=spec.compiled)
     loader = test_loader(dataset, spec, device)
     scores = Evaluation(model, loader, DTYPES[spec.dtype], spec.compiled)()
+    if not math.isfinite(scores.loss):
+        what = f"its loss on {dataset.title} is {scores.loss}, so its accuracy says nothing; train it again"
+        raise checkpoint.CheckpointError(f"{options.run}: this network is not finite: {what}")
     images = f"{loader.num_images:,} images of {dataset.title}"
     top5 = "" if scores.top5_acc is None else f", top 5 {scores.top5_acc:.2f} %"
     print(f"{scores.acc:.2f} % test accuracy{top5}, loss {scores.loss:.4f}, {images}")

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 import kernels
 
+MOST_PARAMETERS = 10**9  # 4 GB of weights
 SHORTCUTS = ("projection", "projection_all", "pad")
 BASIC_LAYERS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}  # of the ImageNet family
 BOTTLENECK_LAYERS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3), 200: (3, 24, 36, 3)}
@@ -192,25 +193,36 @@ def build(arch: str, num_classes: int = 10, shortcut: str = "projection") -> Net
 
     `shortcut` says how a residual block whose output has another shape fits its input to it: "projection"
     (1x1 convolution and BatchNorm), "projection_all" (also in the first block of stage 1), or "pad" (without
-    parameters; He et al.'s option A). Raises ModelError for a name that has none of the forms above.
+    parameters; He et al.'s option A). Raises ModelError for a name that has none of the forms above, or of a
+    network with more than about MOST_PARAMETERS, before anything is made.
     """
     if shortcut not in SHORTCUTS:
         raise ModelError(f"--shortcut {shortcut} is not known; choose from {', '.join(SHORTCUTS)}")
-    if (vgg := re.fullmatch(r"vgg(\d+)", arch)) and int(vgg[1]) in VGG_LAYERS:
+    if (vgg := re.fullmatch(r"vgg([0-9]{2})", arch)) and int(vgg[1]) in VGG_LAYERS:
+        _check_size(arch, 512 * num_classes)
         return VGG(VGG_LAYERS[int(vgg[1])], num_classes)
-    if resnet := re.fullmatch(r"resnet([1-9]\d*)(?:_w([1-9]\d*))?", arch):
+    if resnet := re.fullmatch(r"resnet([1-9][0-9]{0,9})(?:_w([1-9][0-9]{0,9}))?", arch):
         depth, width = int(resnet[1]), int(resnet[2] or 1)
-        if depth > 10_000 or width > 1_000:
-            raise ModelError(f"--arch {arch} is too large: at most 10000 layers, 1000 times as wide")
+        if depth > 10_000:
+            raise ModelError(f"--arch {arch} is too large: give at most 10,000 layers")
         block, layers = basic_block if depth in BASIC_LAYERS else bottleneck, BASIC_LAYERS | BOTTLENECK_LAYERS
         if depth in layers and resnet[2] is None:
+            _check_size(arch, 2048 * num_classes)
             return ResNet(block, layers[depth], 64, shortcut, num_classes)
         if depth not in layers and depth >= 8 and depth % 6 == 2:
+            # Of a stage c channels wide, (depth - 2) / 3 convolutions of 9 c**2; the widths are 16, 32 and 64
+            _check_size(arch, 3 * (depth - 2) * (16 * width) ** 2 * (1 + 4 + 16) + 64 * width * num_classes)
             return ResNet(basic_block, ((depth - 2) // 6,) * 3, 16 * width, shortcut, num_classes)
     raise ModelError(
         f"--arch {arch} is not known; try resnet14, 20, 32, 44, 56, 110 (any depth 6n+2 from 8), "
         "resnet14_w2 (any width),\nvgg11, 13, 16, 19, or the ImageNet family resnet18, 34, 50, 101, 152, 200"
     )
+
+
+def _check_size(arch: str, parameters: int) -> None:
+    if parameters > MOST_PARAMETERS:
+        most = f"give one with at most {MOST_PARAMETERS:,} (models.MOST_PARAMETERS)"
+        raise ModelError(f"--arch {arch} is too large: about {parameters:.1e} parameters;\n{most}")
 
 
 def check_batches(arch: str, shortcut: str, batch_size: int, image_size: int) -> None:

@@ -1,9 +1,11 @@
 """What a person sees: live bars, or a line per epoch into a file or pipe; notes, errors and exit statuses."""
 
 import argparse
+import errno
 import importlib
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -46,6 +48,22 @@ def note(script: str, text: str) -> None:
         print(f"{script}: {text}", file=sys.stderr, flush=True)
 
 
+def printable(text: str) -> str:
+    """`text`, in which each character that would steer a terminal is replaced."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what an error says, or else its kind."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def shown(message: str) -> str:
+    """The lines of an error, printable; of a word that fills several lines of a screen, the two ends."""
+    short = re.sub(r"(\S{200})\S{200,}(\S{50})", r"\1...\2", message)
+    return "\n".join(map(printable, short.split("\n")))
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether torch found too little memory, of a GPU or of the machine."""
     return any(text in str(error) for text in ("out of memory", "can't allocate memory"))
@@ -56,24 +74,40 @@ def run(script: str, main: Callable[[], int | None]) -> int:
 
     An exception says so by an attribute `exit_status`: 1 the run failed, 2 unusable options or data. It is
     told in a line or two, as are a failing disk, too little memory, and an interruption by Ctrl-C or SIGTERM;
-    each of these is 1. Every other exception passes.
+    each of these is 1. A name that the file system does not take is 2. Every other exception passes.
     """
     signal.signal(signal.SIGTERM, interrupt)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # of a character that its encoding lacks
     try:
-        return main() or 0
+        status = main() or 0
+        sys.stdout.flush()  # a full device is told here, not by Python as it ends
+        return status
     except BrokenPipeError:  # the reader has seen enough, as `| head` does
-        Terminal().on_broken_pipe()
+        close_output()
         return 0
     except KeyboardInterrupt as error:
         status, why = 1, str(error) or "interrupted"
     except Exception as error:
-        status, why = getattr(error, "exit_status", 1 if isinstance(error, OSError) else None), str(error)
+        status, why = getattr(error, "exit_status", None), str(error)
+        if isinstance(error, OSError) and status is None:
+            status = 2 if error.errno == errno.ENAMETOOLONG else 1
         if status is None and isinstance(error, RuntimeError) and out_of_memory(error):
             status, why = 1, "out of memory; try a smaller --batch-size"
         if status is None:
             raise
-    note(script, why)
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:  # else Python would fail in it again as it ends
+            close_output()
+    note(script, shown(why))
     return status
+
+
+def close_output() -> None:
+    """Let what is still printed go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def interrupt(*_: object) -> NoReturn:
@@ -86,7 +120,7 @@ class Terminal(Console):
     """Standard output; a reader who has closed it, as `| head` does, ends no run."""
 
     def on_broken_pipe(self) -> None:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        close_output()
 
     def say(self, text: str) -> None:
         """Print a line as it is: brackets in it are no markup."""
@@ -177,14 +211,14 @@ def show_results(run) -> None:
     data = f"{result.data_title}, {done} epoch{'s' * (done > 1)}"
     data += f", of {options.epochs}: {result.why}" if result.why else ""
     accuracy = f"{result.final_test_acc:.2f} %  (best epoch {result.best_test_acc:.2f} %)"
-    if result.chosen_epoch is not None:
+    if result.chosen_test_acc is not None:
         chosen = f"{result.chosen_test_acc:.2f} %, epoch {result.chosen_epoch}"
         accuracy += f"; where validation was best: {chosen}"
     if result.final_test_top5_acc is not None:
         accuracy += f"; top 5 {result.final_test_top5_acc:.2f} %"
     title = f"{result.arch}, {result.mode}, seed {result.seed}"
     in_all = f"; {result.wall_s:,.1f} s in all" if result.wall_s else ""
-    table = Table(Column(), Column(overflow="fold"), title=title, show_header=False)
+    table = Table(Column(), Column(overflow="fold"), title=Text(title), show_header=False)
     for name, value in {
         "data": f"{data}, --quick" if options.quick else data,
         "test accuracy": accuracy,

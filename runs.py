@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import io
+import math
 import os
 import platform
 import secrets
@@ -37,6 +38,7 @@ import config
 import progress
 from config import Options
 from kernels import device as devices
+from progress import printable
 
 CHECKPOINT = "model.safetensors"
 HALF_WRITTEN = ".half-written"  # ends the names of files beside those that they will replace
@@ -47,11 +49,6 @@ class RunError(progress.OptionError):
 
 
 # ---- the schema ----
-
-
-def printable(text: str) -> str:
-    """`text`, in which each character that would steer a terminal is replaced."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def _printable_options(options: Options) -> Options:
@@ -73,6 +70,14 @@ Variant = dict[Text, Value | tuple[Value, ...]]  # options that set a run apart,
 Pairs = tuple[tuple[str, object], ...]  # the same, as what can be a key
 
 
+def _first(error: pydantic.ValidationError) -> str:
+    """The first field that does not fit, why, and what it is instead."""
+    first = error.errors(include_url=False)[0]
+    field, what = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+    found = "" if not field or first["type"] == "missing" else f" (it is {str(first['input'])[:40]!r})"
+    return f"{field}: {what}{found}" if field else what
+
+
 class Record(pydantic.BaseModel):
     """What a file of a run holds: every field has its type and range, and there are no others."""
 
@@ -88,12 +93,7 @@ class Record(pydantic.BaseModel):
         try:
             return cls.model_validate_json(text)
         except pydantic.ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            field, what = ".".join(map(str, first["loc"])), first["msg"]
-            if field:
-                found = "" if first["type"] == "missing" else f" (it is {str(first['input'])[:40]!r})"
-                what = f"{field}: {what}{found}"
-            raise RunError(printable(f"{where}: {what}")) from None
+            raise RunError(printable(f"{where}: {_first(error)}")) from None
 
     @classmethod
     def read(cls, file: Path) -> Self | None:
@@ -275,6 +275,13 @@ class Summary(Record):
     full_bytes: Annotated[int, Field(ge=1, le=2**62)]
     frozen_sha256: Sha256
 
+    @pydantic.model_validator(mode="after")
+    def _fits(self) -> Self:
+        for name in ("final_test_acc", "best_test_acc", "checkpoint_bytes"):
+            if self.status == "done" and getattr(self, name) is None:
+                raise ValueError(f"it says that it is done, and has no {name}")
+        return self
+
 
 class Histogram(Record):
     """How many of `count` values lie between an edge (included) and the next."""
@@ -322,13 +329,37 @@ class Analysis(Record):
     frozen_sha256: Sha256
 
 
+class _Schedule(pydantic.BaseModel):
+    """What step.Schedule keeps."""
+
+    model_config = pydantic.ConfigDict(strict=True)
+    factor: Positive
+    best_acc: Annotated[float, Field(ge=-math.inf, le=100)]  # percent; -inf before the first validation
+    since_best: Epochs
+    since_cut: Epochs
+
+
+class Kept(pydantic.BaseModel):
+    """last.pt, but for its tensors. What is missing is told by whoever needs it."""
+
+    model_config = pydantic.ConfigDict(strict=True)
+    rows: Annotated[list[str], Field(min_length=1)]
+    model: dict[str, object] = {}
+    step: dict[str, object] = {}
+    schedule: _Schedule | None = None
+    epochs_before: Epochs = 0
+    startup_s: Positive = 0.0
+    train_s: Positive = 0.0
+    wall_s: Positive = 0.0
+
+
 def read_text(file: Path) -> str | None:
     """The text of a run's file; None where there is none. RunError for a link, a pipe or a huge file."""
     try:
         info = file.lstat()
         if not stat.S_ISREG(info.st_mode) or info.st_size > 2**26:
             raise RunError(f"{file} is not a plain file of a run's size")
-        return file.read_text()
+        return file.read_text("utf-8")
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
@@ -338,10 +369,15 @@ def read_text(file: Path) -> str | None:
 def read_epochs(folder: Path) -> Iterator[Epoch]:
     """The epochs of metrics.jsonl, if there is one. RunError at the first line that does not fit."""
     file = folder / "metrics.jsonl"
-    for number, line in enumerate((read_text(file) or "").splitlines(), start=1):
-        row = Epoch.parse(line, f"{file}, line {number}")
+    return parse_epochs((read_text(file) or "").splitlines(), file)
+
+
+def parse_epochs(lines: Sequence[str], where: object) -> Iterator[Epoch]:
+    """The epochs of a run from their lines, the first on. RunError at the first line that does not fit."""
+    for number, line in enumerate(lines, start=1):
+        row = Epoch.parse(line, f"{where}, line {number}")
         if row.epoch != number:
-            raise RunError(f"{file}: line {number} is of epoch {row.epoch}")
+            raise RunError(f"{where}: line {number} is of epoch {row.epoch}")
         yield row
 
 
@@ -603,7 +639,13 @@ class Run:
             return None
         try:
             state = torch.load(self.last, map_location="cpu", weights_only=True)
-            self.rows = [Epoch.parse(row, self.last) for row in state.pop("rows")]
+            Kept.model_validate(state)
+            self.rows = list(parse_epochs(state.pop("rows"), self.last.name))
+            of = self.config
+            if of and len(self.rows) > of.options.epochs:
+                raise RunError(f"it has {len(self.rows)} of {of.options.epochs} epochs")
+        except pydantic.ValidationError as error:
+            raise self.unusable(ValueError(_first(error))) from None
         except Exception as error:  # unpickling rubbish fails in many ways
             raise self.unusable(error) from None
         self.write_metrics()
@@ -611,8 +653,8 @@ class Run:
 
     def unusable(self, error: Exception) -> RunError:
         """What to raise where last.pt turns out to be rubbish."""
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        return RunError(f"{self.last} cannot be resumed from ({reason});\nstart again with --overwrite")
+        what = f"{self.last} cannot be resumed from ({progress.reason(error)})"
+        return RunError(f"{what};\nstart again with --overwrite")
 
     def finish(self, summary: Summary) -> None:
         """Write the summary; a run that is done needs no `last.pt` any more."""

@@ -16,6 +16,7 @@ PATIENCE_S = 8.0  # until a site that does not answer, or a connection on which 
 def missing(name: str, places: list[Path], why: str) -> str:
     """A message of two lines: why the named set is not in any of the places, and how to supply it."""
     archive, looked = sources.SETS[name].url.rpartition("/")[2], ", ".join(map(str, places))
+    looked += "".join(f" ({folder} is there and empty)" for folder in sources.empty_folders(name, places))
     return (
         f"{name} {why}; looked in {looked}. Put {archive} or what it unpacks to in a folder\n"
         "and give --data-dir FOLDER, or --data FOLDER (train/<class>/*, test/<class>/*), or --data synthetic"

@@ -13,9 +13,11 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import filelock
 import numpy as np
+import pydantic
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -52,6 +54,41 @@ class Dataset:
     test: Split
 
 
+Count = Annotated[int, pydantic.Field(ge=1, le=2**62)]
+Number = Annotated[float, pydantic.Field(ge=0, le=255)]
+
+
+class _Record(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(strict=True)
+
+
+class _Part(_Record):
+    """What lies where in the file of a split, in bytes."""
+
+    file: Annotated[str, pydantic.Field(pattern=r"^[^/]+\.beton$")]
+    bytes: Count
+    count: Count
+    images_at: Count
+    labels_at: Count
+    label_stride: Count
+
+
+class _Entry(_Record):
+    """What index.json says of a source; `facts` are the first fields of Dataset, in their order."""
+
+    train: _Part
+    test: _Part
+    facts: tuple[
+        str,
+        str,
+        str,
+        Annotated[tuple[str, ...], pydantic.Field(min_length=1)],
+        Annotated[int, pydantic.Field(ge=sources.SMALLEST, le=sources.LARGEST)],
+        tuple[Number, Number, Number],
+        tuple[Number, Number, Number],
+    ]
+
+
 def locked(folder: Path, say: Say) -> contextlib.AbstractContextManager:
     """Let one process at a time prepare data in a folder, so that the others find it done."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,16 +104,18 @@ def load(folder: Path, found: sources.Found) -> Dataset | None:
     """What was prepared of this very source, the source unread; None if nothing was, or it is damaged."""
     try:
         entry, splits = _index(folder)[found.key], []
-        *names, classes, size, mean, std = entry["facts"]
-        for part in (entry["train"], entry["test"]):
-            path, count = folder / part["file"], part["count"]
-            if path.stat().st_size != part["bytes"]:
+        classes, size = entry.facts[3:5]
+        for part in (entry.train, entry.test):
+            path, count = folder / part.file, part.count
+            if path.stat().st_size != part.bytes:
                 return None
             raw = np.memmap(path, np.uint8, "c")  # never written to; torch warns of arrays that cannot be
-            images = raw[part["images_at"] :][: count * size * size * 3].reshape(count, size, size, 3)
-            labels = np.ndarray(count, "<i8", raw, part["labels_at"], (part["label_stride"],))
-            splits.append(Split(images, labels.astype(np.int64), path))
-        return Dataset(*names, tuple(classes), size, tuple(mean), tuple(std), *splits)
+            images = raw[part.images_at :][: count * size * size * 3].reshape(count, size, size, 3)
+            labels = np.ndarray(count, "<i8", raw, part.labels_at, (part.label_stride,)).astype(np.int64)
+            if labels.min() < 0 or labels.max() >= len(classes):
+                return None
+            splits.append(Split(images, labels, path))
+        return Dataset(*entry.facts, *splits)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -88,7 +127,7 @@ def prepare(folder: Path, found: sources.Found, say: Say) -> Dataset:
     """
     source, index = sources.read(found), _index(folder)
     size, counts = source.image_size, {split: len(labels) for split, labels in source.labels.items()}
-    listed = {entry[split]["file"] for entry in index.values() for split in counts}
+    listed = {part.file for entry in index.values() for part in (entry.train, entry.test)}
     for path in folder.glob("*.beton*"):
         if path.name not in listed:  # left behind by a preparation that was killed
             path.unlink()
@@ -126,7 +165,8 @@ def prepare(folder: Path, found: sources.Found, say: Say) -> Dataset:
             entry[split]["file"] = f"{found.name}-{size}px-{fingerprint}-{split}.beton"
             os.replace(folder / f"{split}.beton.part", folder / entry[split]["file"])
         part = folder / "index.json.part"
-        part.write_text(json.dumps({**index, found.key: {**entry, "facts": facts}}, indent=1) + "\n")
+        told = {key: known.model_dump() for key, known in index.items()}
+        part.write_text(json.dumps(told | {found.key: {**entry, "facts": facts}}, indent=1) + "\n")
         os.replace(part, folder / "index.json")
     finally:
         for path in folder.glob("*.part"):
@@ -134,11 +174,17 @@ def prepare(folder: Path, found: sources.Found, say: Say) -> Dataset:
     return load(folder, found)
 
 
-def _index(folder: Path) -> dict[str, dict]:
+def _index(folder: Path) -> dict[str, _Entry]:
+    """What index.json tells, by a source's key; without what does not fit, which will be prepared anew."""
     try:
-        return json.loads((folder / "index.json").read_text())
-    except (OSError, ValueError):
+        told = json.loads((folder / "index.json").read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
+    kept = {}
+    for key, entry in told.items() if isinstance(told, dict) else ():
+        with contextlib.suppress(ValueError, RecursionError):
+            kept[key] = _Entry.model_validate_json(json.dumps(entry))
+    return kept
 
 
 def _new_beton(path: Path, labels: np.ndarray, size: int) -> dict[str, object]:

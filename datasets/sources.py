@@ -26,6 +26,7 @@ from PIL import Image
 from datasets import DataError, Say, synthetic
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+SMALLEST, LARGEST = 8, 65535  # sides of images, in pixels
 BLOCK = 1000  # images handled together while preparing
 FORMAT = 1  # part of every key in index.json: raised when data is read, drawn or written another way
 
@@ -97,8 +98,11 @@ class Found:
 def locate(name: str, places: list[Path], image_size: int | None, say: Say) -> Found | None:
     """The first source in the places, official files before an archive before class folders, or None.
 
-    Raises DataError for a folder that does not exist or has other folders than those of two splits.
+    Raises DataError for a folder that does not exist or has other folders than those of two splits, and for
+    an image size that cannot be had.
     """
+    if image_size is not None and not SMALLEST <= image_size <= LARGEST:
+        raise DataError(f"--image-size {image_size}: must be from {SMALLEST} to {LARGEST}")
     if name not in SETS:
         if not Path(name).is_dir():
             raise DataError(f"--data {name}: no such folder; give a folder, or one of {', '.join(SETS)}")
@@ -120,6 +124,22 @@ def locate(name: str, places: list[Path], image_size: int | None, say: Say) -> F
             if (folder / "train").is_dir() and _classes(folder / "train") == known.classes:
                 return Found(name, "images", folder, image_size, _class_folders(folder, say))
     return None
+
+
+def expanded(data_dir: str | Path) -> Path:
+    """The folder that --data-dir names, with ~ and ~user. DataError where there can be no such folder."""
+    try:
+        path = Path(data_dir).expanduser()
+        path.exists()
+        return path
+    except (RuntimeError, OSError) as error:
+        raise DataError(f"--data-dir {data_dir}: {brief(error)}; name another folder") from None
+
+
+def empty_folders(name: str, places: list[Path]) -> list[Path]:
+    """The folders in the places that should hold the named set, and hold nothing."""
+    folders = [place / folder for place in places for folder in SETS[name].folders]
+    return [folder for folder in folders if folder.is_dir() and not any(folder.iterdir())]
 
 
 def _stamp(file: Path | os.DirEntry) -> str:
@@ -183,7 +203,11 @@ def read(found: Found) -> Source:
     if found.kind == "folder":
         content = _read_images(found, files)
         title = f"{found.name} (a folder of images)"
-        return Source(title, found.image_size or _own_size(files), *content)
+        if (size := found.image_size or _own_size(files)) < SMALLEST:
+            raise DataError(
+                f"{found.path}: its images have {size} pixels a side; give --image-size {SMALLEST}"
+            )
+        return Source(title, size, *content)
     known = SETS[found.name]
     size = found.image_size or known.image_size
     if found.kind == "synthetic":

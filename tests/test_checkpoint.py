@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load, save_file
 
 import checkpoint
+import evaluation
 import freeze
 import models
 import progress
@@ -153,6 +154,8 @@ def altered(folder, out, *, spec=None, tensor=None, metadata=None):
         ({"spec": {"classes": [1]}}, "no checkpoint of train.py (its spec: classes.0: "),
         ({"spec": {"classes": []}}, "no checkpoint of train.py (its spec: classes: "),
         ({"spec": {"arch": "resnet44_w9999999999"}}, "too large"),
+        ({"spec": {"arch": "resnet9998_w1000"}}, "too large: about 1.6e+14 parameters"),
+        ({"spec": {"arch": "resnet" + "9" * 5000}}, "is not known"),
         ({"metadata": {"steps": "9" * 30}}, "out of range"),
     ],
 )
@@ -162,6 +165,19 @@ def test_a_checkpoint_that_does_not_match_is_refused(sealed, tmp_path, capsys, c
     error = capsys.readouterr().err
     assert message in error and error.count("\n") <= 2
     assert not (tmp_path / "full.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["layer1.0.bn1.running_var", "layer1.0.bn1.running_mean", "bn1.weight", "bn1.bias"]
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_network_that_is_not_finite_is_refused_although_its_digests_match(tmp_path, capsys, name, value):
+    model, spec = trained_for(1)
+    model.state_dict()[name][3] = value
+    (tmp_path / "model.safetensors").write_bytes(checkpoint.seed_checkpoint(model, spec, steps=1))
+    assert progress.run("evaluation.py", lambda: evaluation.main([str(tmp_path)])) == 2
+    said = capsys.readouterr()
+    assert f"this network is not finite ({name})" in said.err and said.err.count("\n") == 1 and not said.out
 
 
 def test_rubbish_is_refused_in_a_line_or_two(tmp_path, capsys):

@@ -39,6 +39,16 @@ def test_the_output_layer_keeps_its_draw_where_the_classes_differ(tmp_path):
     assert torch.equal(model.fc.weight, before)
 
 
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path):
+    state = torchvision_like()
+    state["layer1.0.bn1.running_var"][2] = float("nan")
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(
+        checkpoint.CheckpointError, match=r"w\.pth: this network is not finite \(layer1\.0\.bn1"
+    ):
+        load(models.build("resnet18"), tmp_path / "w.pth")
+
+
 def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
     state = torchvision_like()
     state["layer1.0.conv9.weight"] = state.pop("layer1.0.conv1.weight")
@@ -61,13 +71,15 @@ class Trap:
         return (setattr, (Trap, "sprung", True))
 
 
-@pytest.mark.parametrize("content", ["code", "text", "tensor", "nothing"])
+@pytest.mark.parametrize("content", ["code", "text", "tensor", "nothing", "empty"])
 def test_a_file_that_is_no_state_dict_is_refused_and_runs_no_code(tmp_path, content):
     path = tmp_path / "w.pt"
     if content == "code":
         torch.save({"conv1.weight": Trap()}, path)
     elif content == "text":
         path.write_text("not a checkpoint")
+    elif content == "empty":
+        path.touch()
     elif content == "tensor":
         torch.save(torch.zeros(3), path)
     with pytest.raises(checkpoint.CheckpointError, match=r"w\.pt"):

@@ -17,6 +17,7 @@ from layouts import (
     tiny_cifar10,
     write_python,
 )
+from PIL import Image
 
 import data
 import progress
@@ -47,6 +48,44 @@ def test_where_nothing_can_be_written_the_cache_is_used(tmp_path):
         dataset = data.open_dataset("synthetic", tmp_path / "file" / "data", say=notes.append)
         assert dataset.train.beton.is_relative_to(tmp_path / "cache")
         assert len(notes) == 1, f"one note at the first start, none later (start {start})"
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["synthetic", "--data-dir", "a" * 5000], "--data-dir aaa"),
+        (["synthetic", "--data-dir", "~no_such_user/data"], "--data-dir ~no_such_user/data: "),
+        (["synthetic", "--image-size", "7"], "--image-size 7: must be from 8 to 65535"),
+        (["synthetic", "--image-size", "65536"], "--image-size 65536: must be from 8 to 65535"),
+        (["synthetic", "--image-size", "9" * 5000], "--image-size"),
+        (["a" * 5000], "File name too long"),
+    ],
+)
+def test_a_folder_or_size_that_cannot_be_had_is_refused_in_a_line(capsys, options, said):
+    assert progress.run("data.py", lambda: data.main(options)) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1 and len(error) < 600
+
+
+def test_a_folder_that_is_there_and_empty_is_told(tmp_path):
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    for download in (False, True):
+        with pytest.raises(data.DataError, match=r"cifar-10-batches-py is there and empty\)"):
+            data.open_dataset("cifar10", tmp_path, download=download, say=silent)
+    (tmp_path / "cifar-10-batches-py" / "batches.meta").touch()
+    with pytest.raises(data.DataError) as refused:
+        data.open_dataset("cifar10", tmp_path, download=False, say=silent)
+    assert "empty" not in str(refused.value)
+
+
+def test_a_folder_of_images_under_8_pixels_is_refused(tmp_path):
+    for split in ("train", "test"):
+        for label in ("a", "b"):
+            (tmp_path / "dots" / split / label).mkdir(parents=True)
+            Image.new("RGB", (4, 4)).save(tmp_path / "dots" / split / label / "0.png")
+    with pytest.raises(data.DataError, match=r"dots: its images have 4 pixels a side; give --image-size 8"):
+        data.open_dataset(str(tmp_path / "dots"), tmp_path, say=silent)
+    assert data.open_dataset(str(tmp_path / "dots"), tmp_path, image_size=8, say=silent).image_size == 8
 
 
 def test_without_ffcv_the_images_stay_in_memory(cifar10, monkeypatch):

@@ -115,6 +115,67 @@ def test_damaged_prepared_files_are_made_again(cifar10, which, harm):
     assert file.read_bytes() == whole
 
 
+def set_in(entry: dict, place: str, value) -> None:
+    """`a.b` is the key b of a; `a.1` the second of a."""
+    *path, last = (int(key) if key.isdigit() else key for key in place.split("."))
+    for key in path:
+        entry = entry[key]
+    entry[last] = value
+
+
+MISFITS = [
+    ("train", None),
+    ("test.file", 5),
+    ("test.file", "../other.beton"),
+    ("train.bytes", "many"),
+    ("train.count", -1),
+    ("train.count", 1.5),
+    ("train.count", 2**62),
+    ("test.images_at", -5),
+    ("train.labels_at", 1),
+    ("train.label_stride", 2**60),
+    ("facts", []),
+    ("facts", ["cifar10"]),
+    ("facts.1", 7),
+    ("facts.2", None),
+    ("facts.3", CIFAR10_CLASSES[:5]),
+    ("facts.3", "abcdefghij"),
+    ("facts.3", [1] * 10),
+    ("facts.4", "32"),
+    ("facts.4", 0),
+    ("facts.5", [1.0, 2.0]),
+    ("facts.6", ["a", "b", "c"]),
+    ("facts.6", [float("nan")] * 3),
+]
+
+
+@pytest.mark.parametrize("place, value", MISFITS, ids=str)
+def test_an_entry_that_does_not_fit_is_made_again(cifar10, place, value):
+    before = data.open_dataset("cifar10", cifar10, say=silent)
+    file = cifar10 / "beton" / "index.json"
+    whole = file.read_text()
+    index = json.loads(whole)
+    (key,) = index
+    set_in(index[key], place, value)
+    file.write_text(json.dumps(index))
+    again = data.open_dataset("cifar10", cifar10, say=silent)
+    assert file.read_text() == whole
+    np.testing.assert_array_equal(again.train.labels, before.train.labels)
+    assert replace(again, train=None, test=None) == replace(before, train=None, test=None)
+
+
+@pytest.mark.parametrize(
+    "rubbish", ["[" * 10**5, '{"a":' * 10**5, "[]", "3", '{"other": 3}', '{"other": {"train": {}}}']
+)
+def test_an_index_that_is_none_is_made_again_and_what_else_it_held_is_left_out(cifar10, rubbish):
+    data.open_dataset("cifar10", cifar10, say=silent)
+    file = cifar10 / "beton" / "index.json"
+    whole = file.read_text()
+    file.write_text(rubbish)
+    data.open_dataset("cifar10", cifar10, say=silent)
+    assert file.read_text() == whole
+
+
 def open_and_tell(folder: Path, results) -> None:
     notes = []
     made = []

@@ -76,3 +76,14 @@ def test_a_run_on_a_hundred_classes_shows_top5_and_so_does_its_evaluation(
     assert top5 in capsys.readouterr().out and reached["data_title"].startswith("CIFAR-100")
     assert exit_status([str(only_run())], evaluation) == 0
     assert f"{reached['final_test_acc']:.2f} % test accuracy, {top5}, loss " in capsys.readouterr().out
+
+
+def test_a_network_whose_loss_is_not_finite_has_no_accuracy(small, capsys, monkeypatch):
+    assert exit_status([*small, "--epochs", "1"]) == 0
+    monkeypatch.setattr(
+        evaluation.Evaluation, "__call__", lambda self: evaluation.Scores(float("nan"), 25.0, None)
+    )
+    capsys.readouterr()
+    assert exit_status([str(only_run())], evaluation) == 2
+    said = capsys.readouterr()
+    assert "this network is not finite" in said.err and said.err.count("\n") == 1 and not said.out

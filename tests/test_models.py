@@ -87,11 +87,52 @@ def test_every_family_gives_logits_for_any_image_size(arch, shortcut):
 
 
 @pytest.mark.parametrize(
-    "arch", ["resnet15", "resnet0", "resnet2", "resnet18_w2", "vgg12", "alexnet", "", "resnet32x"]
+    "arch",
+    [
+        "resnet15",
+        "resnet0",
+        "resnet2",
+        "resnet18_w2",
+        "vgg12",
+        "alexnet",
+        "",
+        "resnet32x",
+        "resnet\u0663\u0662",
+        "resnet" + "9" * 5000,
+    ],
 )
 def test_an_unknown_architecture_is_refused_by_name(arch):
     with pytest.raises(models.ModelError, match=f"--arch {arch} is not known"):
         models.build(arch)
+
+
+@pytest.mark.parametrize(
+    "arch, classes, said",
+    [
+        ("resnet9998_w1000", 10, "about 1.6e+14 parameters"),
+        ("resnet14_w1000", 10, "about 1.9e+11 parameters"),
+        ("resnet9998_w3", 10, "about 1.5e+09 parameters"),
+        ("resnet14", 10**17, "parameters"),
+        ("vgg11", 10**7, "parameters"),
+        ("resnet18", 10**7, "parameters"),
+        ("resnet10004", 10, "10,000 layers"),
+    ],
+)
+def test_a_network_that_is_too_large_is_refused_before_anything_is_made(monkeypatch, arch, classes, said):
+    for maker in ("ResNet", "VGG"):
+        monkeypatch.setattr(models, maker, lambda *_: pytest.fail("it is being built"))
+    with pytest.raises(models.ModelError) as refused:
+        models.build(arch, classes)
+    assert said in str(refused.value) and "at most" in str(refused.value)
+
+
+@pytest.mark.parametrize("arch", ["resnet14", "resnet218", "resnet14_w8"])
+def test_parameters_are_counted_nearly_as_they_are(monkeypatch, arch):
+    counted = []
+    monkeypatch.setattr(models, "_check_size", lambda _, parameters: counted.append(parameters))
+    with torch.device("meta"):
+        model = models.build(arch)
+    assert counted == [pytest.approx(sum(p.numel() for p in model.parameters()), rel=0.15)]
 
 
 def test_an_unusable_architecture_is_an_unusable_option():

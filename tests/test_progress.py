@@ -111,3 +111,33 @@ def test_of_the_processes_that_torchrun_started_the_first_speaks(capsys, monkeyp
         monkeypatch.setenv("RANK", rank)
         assert progress.run("x.py", ends_with(Unusable("rank " + rank))) == 2
     assert capsys.readouterr().err == "x.py: rank 0\n"
+
+
+def test_a_name_that_no_file_system_takes_is_an_unusable_option_and_is_shown_by_its_ends(capsys):
+    assert progress.run("x.py", Path("a" * 5000 + "z").read_text) == 2
+    said = capsys.readouterr().err
+    assert "too long" in said and "aaa...aaa" in said and said.count("\n") == 1 and len(said) < 500
+
+
+def test_what_an_error_says_cannot_steer_a_terminal(capsys):
+    assert progress.run("x.py", ends_with(Unusable("a\x1b[2Jb is no file;\nname another"))) == 2
+    assert capsys.readouterr().err == "x.py: a\N{REPLACEMENT CHARACTER}[2Jb is no file;\nname another\n"
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_device_is_told_in_a_line(lines, unbuffered):
+    code = f"import progress, sys\nsys.exit(progress.run('x.py', lambda: print('line\\n' * {lines})))"
+    with open("/dev/full", "w") as full:
+        settings = {"cwd": ROOT, "env": os.environ | {"PYTHONUNBUFFERED": unbuffered}}
+        ended = subprocess.run(
+            [sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, **settings
+        )
+    assert (ended.returncode, ended.stderr) == (1, "x.py: [Errno 28] No space left on device\n")
+
+
+def test_what_the_output_cannot_encode_is_escaped():
+    code = "import progress, sys\nsys.exit(progress.run('x.py', lambda: progress.Terminal().say('\\u00d7')))"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT, env=environment)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, b"\\xd7\n", b"")

@@ -204,7 +204,7 @@ def test_a_histogram_whose_counts_and_edges_do_not_fit_is_refused(change, said):
         runs.Histogram.parse(json.dumps(HISTOGRAM | change), "analysis.json")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"options": {}} {}', "\x00"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"options": {}} {}', "\x00", "[" * 10**5])
 def test_a_file_that_is_no_json_object_is_refused_by_name(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(runs.RunError, match=r"config\.json"):

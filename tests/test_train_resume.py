@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_runs import change
 from small_runs import (
     ROOT,
     cli,
@@ -16,6 +17,7 @@ from small_runs import (
     interrupt_after_an_epoch,
     metrics,
     only_run,
+    small_options,
     summary,
     without_times,
 )
@@ -163,6 +165,25 @@ def test_resuming_goes_on_from_the_same_weights_and_draws(small, tmp_path, capsy
 
 
 HARMS = ("no tensors", "nothing", "no rows", "rubbish", "no config", "list", "empty summary")
+ROW = '{"epoch": 1, "lr": 0.1, "train_loss": 1.0, "train_acc": 1.0, "test_loss": 1.0, "test_acc": 1.0, '
+ROW += '"epoch_s": 1.0, "images_per_s": 1.0}'
+KEPT = [
+    ("epochs_before", -1),
+    ("epochs_before", 2**70),
+    ("epochs_before", "3"),
+    ("epochs_before", 1.5),
+    ("wall_s", float("nan")),
+    ("rows", []),
+    ("rows", "rows"),
+    ("rows", ["{"]),
+    ("rows", ["[" * 9999]),
+    ("rows", [ROW.replace("1", "-1", 1)]),
+    ("rows", [ROW.replace("1", '"1"', 1)]),
+    ("rows", [ROW, ROW]),
+    ("rows", [ROW.replace("1", str(number), 1) for number in (1, 2, 3, 4)]),
+    ("schedule", {"factor": 1.0, "best_acc": "high", "since_best": 0, "since_cut": 0}),
+    ("schedule", {"factor": 1.0, "best_acc": 50.0, "since_best": -1, "since_cut": 0}),
+]
 
 
 @pytest.mark.parametrize("harm", HARMS)
@@ -187,6 +208,51 @@ def test_a_damaged_run_folder_is_refused_in_two_lines(small, capsys, harm):
     said = capsys.readouterr().err
     assert "--overwrite" in said and said.count("\n") <= 2
     assert exit_status([*small, "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize("name, value", KEPT, ids=lambda value: str(value)[:40])
+def test_a_run_is_not_resumed_from_numbers_and_rows_that_no_run_keeps(begun, capsys, name, value):
+    state = torch.load(begun / "last.pt", weights_only=True)
+    assert state["rows"] and name in state
+    torch.save(state | {name: value}, begun / "last.pt")
+    with pytest.raises(runs.RunError) as refused:
+        runs.Run(begun, writes=False).load_last()
+    said = str(refused.value)
+    assert "last.pt cannot be resumed from" in said and "--overwrite" in said and said.count("\n") == 1
+    torch.save(state, begun / "last.pt")
+    runs.Run(begun, writes=False).load_last()
+
+
+@pytest.fixture(scope="module")
+def begun(tiny_folder, tmp_path_factory):
+    """The folder of a run that was interrupted after its first epoch."""
+    out = tmp_path_factory.mktemp("begun") / "runs"
+    interrupt_after_an_epoch([*small_options(tiny_folder), "--out", str(out)])
+    return only_run(out)
+
+
+def test_a_done_run_without_its_results_is_refused(small, capsys):
+    options = [*small, "--epochs", "1", "--val-split", "4"]
+    assert exit_status(options) == 0
+    whole = (only_run() / "summary.json").read_text()
+    for lacks in ("final_test_acc", "best_test_acc", "checkpoint_bytes"):
+        change("summary.json", **{lacks: None})(only_run())
+        capsys.readouterr()
+        assert exit_status([*options, "--resume"]) == 2
+        said = capsys.readouterr().err
+        assert f"it says that it is done, and has no {lacks}" in said and "--overwrite" in said
+        (only_run() / "summary.json").write_text(whole)
+    change("summary.json", chosen_test_acc=None)(only_run())
+    assert exit_status([*options, "--resume"]) == 0, "it may have been chosen before it was tested"
+
+
+def test_texts_of_a_summary_are_shown_as_they_are(small, capsys):
+    assert exit_status([*small, "--epochs", "1"]) == 0
+    change("summary.json", arch="[red]a[/blue]", why="[/]", data_title="[b]")(only_run())
+    capsys.readouterr()
+    assert exit_status([*small, "--epochs", "1", "--resume"]) == 0
+    said = capsys.readouterr().out
+    assert "[red]a[/blue]" in said and "[/]" in said and "[b]" in said
 
 
 def test_a_done_run_that_has_lost_its_configuration_is_refused_too(small, capsys):
