@@ -94,7 +94,6 @@ if [[ -n $only ]]; then
 fi
 
 [[ -z ${PACK:-} || ! -f $PACK ]] || tar -xzf "$PACK"
-mkdir -p "$RESULTS" "$CACHE"
 name="a CPU, in small"
 if [[ $device == cuda ]]; then
   name=$("$python" -c 'import torch; print(torch.cuda.get_device_name(), "torch", torch.__version__)' 2>/dev/null) || {
@@ -102,6 +101,7 @@ if [[ $device == cuda ]]; then
     exit 2
   }
 fi
+mkdir -p "$RESULTS" "$CACHE"
 if ((!${#asked[@]})); then
   for slice in $SLICES; do
     grep -qs "^$slice .*, done" "$RESULTS/slices.txt" || asked+=("$slice")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from reporting.drawing import Column, Drawn, Labels, Line, Ticks, bars, lines, points, short, wrap
-from reporting.series import Series, grouped, mean_of
+from reporting.series import Series, drawn_from_seed, grouped, mean_of
 from reporting.tables import REPORTED
 
 IMAGENET_DEPTHS = {18, 34, 50, 101, 152, 200}
@@ -63,7 +63,10 @@ def figures_of(series: list[Series], machines: list[Series], others: bool) -> di
         "relu": histograms(analysed, "relu", "(image, position) pairs silent (%)", "channels (%)"),
         "checkpoint": checkpoints(done),
         "stored": against(
-            done, lambda s: s.mean("checkpoint_bytes").mean, "stored beside the seed (bytes)", ""
+            drawn_from_seed(done),
+            lambda s: s.mean("checkpoint_bytes").mean,
+            "stored beside the seed (bytes)",
+            "",
         ),
         "cost": costs([s for s in machines if s.done]),
         "parts": parts(done),

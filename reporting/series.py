@@ -103,6 +103,11 @@ def mean_of(values: Iterable[float]) -> Mean | None:
     return Mean(statistics.fmean(each), std, len(each)) if each else None
 
 
+def drawn_from_seed(series: Iterable[Series]) -> list[Series]:
+    """Those whose frozen weights a seed gives; others need the file, or the run, that they began with."""
+    return [s for s in series if "init_from" not in dict(s.variant)]
+
+
 def grouped(each: Iterable, key: Callable[..., Hashable]) -> dict[Hashable, list]:
     """Those with the same key, in the order in which they come."""
     groups: dict[Hashable, list] = {}

@@ -9,7 +9,7 @@ import pandas as pd
 
 import runs
 from reporting.reading import Run
-from reporting.series import NO_MEAN, Mean, Series, Setting
+from reporting.series import NO_MEAN, Mean, Series, Setting, drawn_from_seed
 
 REPORTED = pd.read_csv(Path(__file__).with_name("reported.csv"), comment="#")
 CELL = ["architecture", "mode", "other options"]  # how the first columns of most tables are named
@@ -99,7 +99,8 @@ def accuracy(series: list[Series], setting: Setting) -> Table:
 def stored(series: list[Series]) -> Table:
     """What of a network must be kept beside its seed, and how accurate it is: the smallest first."""
     rows = []
-    for s in sorted((s for s in series if s.done), key=lambda s: s.mean("checkpoint_bytes").mean):
+    alone = (s for s in drawn_from_seed(series) if s.done)
+    for s in sorted(alone, key=lambda s: s.mean("checkpoint_bytes").mean):
         kept, full = (round(s.mean(name).mean) for name in ("checkpoint_bytes", "full_bytes"))
         rows.append([s.arch, s.mode, s.variant_text, kept, 100 * kept / full, s.mean("final_test_acc")])
     columns = [*CELL, "stored (bytes)", "of all weights (%)", "test accuracy (%)"]

@@ -4,9 +4,11 @@ import csv
 import io
 
 import pytest
+from made_runs import write_run
 
-from reporting.series import Mean
-from reporting.tables import REPORTED, Table
+from reporting.reading import read_runs
+from reporting.series import Mean, by_setting, series_of
+from reporting.tables import REPORTED, Table, accuracy, stored
 
 
 @pytest.fixture
@@ -54,3 +56,20 @@ def test_what_others_report_names_the_papers_networks():
         paper["accuracy"]["bn_only", "resnet866"] == 82 and paper["trained"]["bn_only", "resnet866"] == 64736
     )
     assert paper["shown"]["all", "resnet14"] == "about 91" and paper["trained"]["all", "resnet14"] == 175258
+
+
+def test_what_is_stored_stands_beside_accuracy_the_smallest_first(tmp_path):
+    """Without runs that began with another network, which would have to be stored, too."""
+    for mode, acc in (("all", 91.0), ("bn_only", 48.0), ("random", 27.0)):
+        write_run(tmp_path, mode=mode, final_test_acc=acc, checkpoint_bytes=int(100 * acc), full_bytes=10_000)
+    write_run(tmp_path, mode="bn_only", init_from="some run", final_test_acc=90.0)
+    table = stored(series_of(read_runs([str(tmp_path)], print)))
+    rows = [(mode, kept, share, acc.mean) for _, mode, _, kept, share, acc in table.rows]
+    assert rows == [("random", 2700, 27.0, 27.0), ("bn_only", 4800, 48.0, 48.0), ("all", 9100, 91.0, 91.0)]
+
+
+def test_values_of_another_data_set_are_not_put_beside(tmp_path):
+    write_run(tmp_path, "resnet50", "all", data_title="Imagenette", image_size=128)
+    (setting,) = by_setting(read_runs([str(tmp_path)], print))
+    table = accuracy(series_of(setting.runs), setting)
+    assert table.columns[-1] == "Keras study (%)" and [row[-1] for row in table.rows] == ["95", "85"]
