@@ -26,9 +26,11 @@ an implementation takes by itself, and `floor` is its share of the images/s that
 matrix rates allow (kernels/roofline.py).
 """
 
+import codecs
 import gc
 import itertools
 import json
+import locale
 import multiprocessing
 import os
 import re
@@ -339,7 +341,7 @@ def to_bytes(text: str) -> int:
     number, unit = re.fullmatch(r"([\d.]*) *(.*)", text).groups()
     try:
         return int(float(number) * UNITS[unit])
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, OverflowError):
         raise ArgumentTypeError(f"{text}: give bytes, as in 16GB or 512MiB") from None
 
 
@@ -471,8 +473,15 @@ def parse_options(argv: list[str] | None) -> Namespace:
         raise OptionError(f"--budget: {part} takes none; it goes with memory")
     if options.json and (Path(options.json).is_dir() or not Path(options.json).absolute().parent.is_dir()):
         raise OptionError(f"--json {options.json}: name a file in a folder that exists")
+    encoding = locale.getpreferredencoding(False)
+    if "compiled" in options.impl and codecs.lookup(encoding).name == "ascii":
+        what = f"--impl compiled: torch.compile cannot read its own files in this locale's {encoding}"
+        raise OptionError(f"{what};\nset PYTHONUTF8=1, or name others with --impl")
     for arch, mode in itertools.product(options.arch, options.mode):
-        freeze.freeze(freeze.empty(arch), mode)  # before minutes of measuring: do both exist?
+        with torch.device("meta"):  # before minutes of measuring: do both exist?
+            model = models.build(arch)
+        if mode != "random":  # which every network has, and whose places take long to draw
+            freeze.freeze(model, mode)
     return options
 
 
@@ -507,7 +516,7 @@ def show_markdown(files: list[str]) -> None:
             rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
             where = WHERE.format_map(rows[0])
             table = pandas.DataFrame(cells(rows)).to_markdown(index=False, disable_numparse=True)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise OptionError(f"{file}: is not what --json has written ({error})") from None
         print(f"{Path(file).name}, {where}, batches of {rows[-1]['batch_size']}\n\n{table}\n")
 

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import functools
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ def option(default: Any, help: str, role: str = "variant", limits: tuple | None 
 
 
 setting, logistics = (functools.partial(option, role=role) for role in ("setting", "logistics"))
-COUNT, SIZE, EPOCHS, RATE = (0, 2**31), (1, 2**31), (1, 1_000_000), (0.0, 1e30)
+COUNT, SIZE, RATE, SHARE = (0, 2**31), (1, 2**31), (0.0, 1e30), (0.0, 1.0)
+EPOCHS, SOME_EPOCHS = (1, 1_000_000), (0, 1_000_000)
 IMAGE_PARTS, MODE_PARTS = ", ".join(augment.PARTS), ", ".join(freeze.PARTS)
 # fmt: off
 
@@ -60,19 +62,20 @@ class Options:
 
     optimizer: str = option("sgd", "the optimiser of what trains", choices=OPTIMIZERS)
     lr: float = option(0.1, "learning rate", limits=(1e-30, 1e30))
-    momentum: float = option(0.9, "SGD momentum", limits=RATE)
+    momentum: float = option(0.9, "SGD momentum", limits=SHARE)
     weight_decay: float = option(1e-4, "weight decay of everything that trains", limits=RATE)
     label_smoothing: float = option(0.0, "share of the target spread over all classes", limits=(0.0, 0.999))
     batch_size: int = option(128, "images per step, of all processes together", limits=SIZE)
     schedule: str = option(
         "step", "how the learning rate falls: at --milestones, along half a cosine, at plateaus, or never",
         choices=("step", "cosine", "plateau", "constant"))
-    gamma: float = option(0.1, "factor of the learning rate at a milestone or plateau", limits=RATE)
+    gamma: float = option(0.1, "factor of the learning rate at a milestone or plateau", limits=SHARE)
     min_lr: float = option(0.0, "learning rate at which cosine and plateau end", limits=RATE)
-    patience: int = option(10, "epochs without a better validation accuracy before a plateau", limits=SIZE)
+    patience: int = option(10, "epochs without a better validation accuracy before a plateau", limits=EPOCHS)
     early_stop: int | None = option(
-        None, "end after N epochs without a better validation accuracy; 0: never", limits=COUNT)
-    warmup_epochs: int = option(0, "epochs in which the learning rate rises linearly to --lr", limits=COUNT)
+        None, "end after N epochs without a better validation accuracy; 0: never", limits=SOME_EPOCHS)
+    warmup_epochs: int = option(
+        0, "epochs in which the learning rate rises linearly to --lr", limits=SOME_EPOCHS)
     epochs: int = setting(160, "passes over the training images", limits=EPOCHS)
     milestones: tuple[int, ...] = setting(
         (80, 120), "epochs after which the learning rate is multiplied by --gamma", type=int, nargs="*")
@@ -81,7 +84,7 @@ class Options:
     data_dir: str = logistics("data", "the folder in which archives are looked for and kept")
     image_size: int | None = setting(
         None, "pixels a side; default: 32, imagenette 128, a folder its own if all are equal squares, "
-        "else 128", limits=(1, 65535))
+        "else 128", limits=(sources.SMALLEST, sources.LARGEST))
     augment: str = option(
         "paper", "how training images are changed at random: paper (crop+flip), photo (all but crop), none, "
         f"or a sum of {IMAGE_PARTS} with +")
@@ -173,13 +176,17 @@ def make_parser(description: str) -> Parser:
     return parser
 
 
-def parse_options(argv: list[str] | None, description: str) -> tuple[list[Options], set[str]]:
+def parse_options(
+    argv: list[str] | None, description: str, say: Callable[[str], None] = lambda text: None
+) -> tuple[list[Options], set[str]]:
     """The options of each seed of a command line, and the names of those given.
 
-    Raises, for the first that is unusable, an exception with exit_status 2, whose message says what would do.
+    Those that change nothing beside the others keep their defaults, which `say` is told in a line. Raises,
+    for the first that is unusable, an exception with exit_status 2, whose message says what would do.
     """
     given = vars(make_parser(description).parse_args(argv))
-    options = dataclasses.replace(defaults(given.get("preset"), "quick" in given), **given)
+    usual = defaults(given.get("preset"), "quick" in given)
+    options = dataclasses.replace(usual, **given)
     spelt = {"mode": freeze.canonical_mode(options.mode), "augment": augment.canonical(options.augment)}
     seeds = given.get("seed", [options.seed])
     if len(set(seeds)) < len(seeds):
@@ -189,7 +196,27 @@ def parse_options(argv: list[str] | None, description: str) -> tuple[list[Option
     each = [dataclasses.replace(options, seed=seed, **spelt) for seed in seeds]
     for options in each:
         check(options)
+    if idle := {name: beside for name, beside in without_effect(options).items() if name in given and beside}:
+        say(f"without effect: {', '.join(f'{flag(name)} with {beside}' for name, beside in idle.items())}")
+        each = [dataclasses.replace(options, **some(usual, " ".join(idle))) for options in each]
     return each, set(given)
+
+
+def without_effect(options: Options) -> dict[str, object]:
+    """Of options that may change nothing, beside which other one they do not; else something false."""
+    schedule, of = f"--schedule {options.schedule}", options.schedule
+    return {
+        "per_channel": options.mode != "random" and f"--mode {options.mode}",
+        "shortcut": options.arch.startswith("vgg") and f"--arch {options.arch}",
+        "conv_init": options.init_from and "--init-from",
+        "nonzeros": options.init_from and "--init-from",
+        "bn_init": options.init_from and not options.reset_bn and "--init-from",
+        "momentum": options.optimizer != "sgd" and f"--optimizer {options.optimizer}",
+        "gamma": of not in ("step", "plateau") and schedule,
+        "milestones": of != "step" and schedule,
+        "min_lr": of not in ("cosine", "plateau") and schedule,
+        "patience": of != "plateau" and schedule,
+    }
 
 
 def flag(name: str) -> str:
@@ -211,10 +238,15 @@ def check(options: Options) -> None:
             need(least <= value <= greatest, name, f"from {show(least)} to {show(greatest)}")  # nor NaN
         need(value != "", name, "a name, not nothing")
     need(options.min_lr <= options.lr, "min_lr", f"from 0 to --lr, {options.lr:g}")
-    increasing = sorted({milestone for milestone in options.milestones if milestone > 0})
+    need(options.warmup_epochs <= options.epochs, "warmup_epochs", f"at most --epochs, {options.epochs}")
+    increasing = sorted({m for m in options.milestones if 0 < m <= EPOCHS[1]})
     need(increasing == list(options.milestones), "milestones", "increasing numbers of epochs")
     kernels.device.choose(options.device)
-    check_arch(options.arch, options.shortcut)  # before any download
+    sources.expanded(options.data_dir)  # this and the next before any download
+    largest = largest_filter(options.arch, options.shortcut)
+    need(
+        options.per_channel <= largest, "per_channel", f"at most {largest}, the weights of the largest filter"
+    )
     chooses = [f"--early-stop {options.early_stop}"] if options.early_stop else []
     chooses += ["--schedule plateau"] if options.schedule == "plateau" else []
     if options.val_split == 0:
@@ -230,10 +262,11 @@ def check(options: Options) -> None:
 
 
 @functools.cache
-def check_arch(arch: str, shortcut: str) -> None:
-    """ModelError where these name no network."""
+def largest_filter(arch: str, shortcut: str) -> int:
+    """The weights of the largest filter of a network. ModelError where these name none."""
     with torch.device("meta"):
-        models.build(arch, shortcut=shortcut)
+        modules = models.build(arch, shortcut=shortcut).modules()
+    return max(module.weight[0].numel() for module in modules if isinstance(module, models.Conv2d))
 
 
 def show(value: object) -> str:

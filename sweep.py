@@ -12,6 +12,7 @@ not all, 2: unusable options or data.
 import contextlib
 import ctypes
 import os
+import re
 import shlex
 import signal
 import statistics
@@ -129,7 +130,8 @@ def warm_starts(usual: tuple[str, ...], options: Options) -> Iterator[tuple[str,
     for epochs in sorted({max(1, round(of_160 * options.epochs / 160)) for of_160 in (5, 10, 20, 40)}):
         if epochs >= min([options.epochs, *milestones]):
             break
-        parent = (*usual, *f"--mode bn_only --epochs {epochs} --schedule {schedule}".split())
+        shorter = f"--mode bn_only --epochs {epochs} --schedule {schedule}{warm_up_within(epochs, options)}"
+        parent = (*usual, *shorter.split())
         yield parent
         left = f"--epochs {options.epochs - epochs} --warmup-epochs 0"
         left += f" --milestones {config.show([m - epochs for m in milestones])}" if milestones else ""
@@ -142,10 +144,16 @@ def retraining(usual: tuple[str, ...], options: Options) -> Iterator[tuple[str, 
     """
     epochs = max(2, options.epochs // 8)
     schedule = f"--epochs {epochs} --milestones {config.show(sorted({epochs // 2, 3 * epochs // 4}))}"
+    schedule += warm_up_within(epochs, options)
     for lr in (options.lr, options.lr / 10):
         schedule += f" --min-lr {lr:g}" if options.min_lr > lr else ""
         for what in ("--mode bn_only", "--mode bn_only --reset-bn", ""):
             yield going_on(usual, f"{schedule} --lr {lr:g} {what}", parent=usual)
+
+
+def warm_up_within(epochs: int, options: Options) -> str:
+    """The argument of train.py that ends the user's warm-up with a run of so many epochs, if it must."""
+    return f" --warmup-epochs {epochs}" if options.warmup_epochs > epochs else ""
 
 
 def going_on(usual: tuple[str, ...], more: str, parent: tuple[str, ...]) -> tuple[str, ...]:
@@ -353,9 +361,10 @@ def show_list(sweep: Sweep) -> None:
 
 
 def whole_number(name: str, default: int) -> int:
-    text = os.environ.get(name) or str(default)
-    if not text.isdecimal() or int(text) < 1:
-        raise OptionError(f"{name}={text}: give a whole number from 1")
+    if not (text := os.environ.get(name)):
+        return default
+    if not re.fullmatch("0*[1-9][0-9]{0,3}", text):
+        raise OptionError(f"{name}={text}: give a whole number from 1 to 9999")
     return int(text)
 
 
@@ -369,7 +378,7 @@ def main(argv: list[str] | None = None) -> int:
         show_list(Sweep(cells, where, replicas))
         return 0
     if task is not None:
-        if int(task) >= len(cells):
+        if not re.fullmatch("[0-9]{1,9}", task) or int(task) >= len(cells):
             raise OptionError(f"there is no cell {task} in the grid: give --array=0-{len(cells) - 1}")
         own = cells[int(task)]
         cells = [cell for cell in cells if cell is own or cell.path == own.parent]

@@ -433,7 +433,7 @@ def check_group(each: list[Options], group: Group) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     with distributed.joined() as group:
-        each, given = config.parse_options(argv, __doc__)
+        each, given = config.parse_options(argv, __doc__, note)
         check_group(each, group)
         for options in each:  # what must be there before any download
             runs.parent_path(options)

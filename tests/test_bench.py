@@ -4,6 +4,7 @@ import argparse
 import gc
 import itertools
 import json
+import locale
 import subprocess
 import sys
 import time
@@ -242,6 +243,10 @@ def test_the_stock_loader_crops_flips_and_normalises():
         (["velocity"], "velocity"),
         (["speed", "--dtype", "int8"], "int8"),
         (["data", "--batch-size", "100"], "--batch-size 100"),
+        (["memory", "--arch", "resnet9998_w1000"], "--arch resnet9998_w1000 is too large: about 1.6e+14"),
+        (["speed", "--arch", "resnet" + "9" * 5000], "is not known"),
+        *(([part, "--steps", "9" * 5000], "--steps") for part in ("speed", "data")),
+        (["memory", "--budget", "9" * 5000 + "GB"], "give bytes"),
     ],
 )
 def test_unusable_options_end_in_a_line(small, capsys, monkeypatch, tmp_path, options, said):
@@ -263,6 +268,21 @@ def test_the_largest_batch_fills_the_budget(small):
     assert rows["lean"]["largest_batch"] > 2 * rows["stock"]["largest_batch"]
     assert rows["floor"]["largest_batch"] is None
     assert [bench.to_bytes(text) for text in ("7", "1.5KB", "2 GiB")] == [7, 1500, 2**31]
+
+
+def test_compiling_under_an_ascii_locale_is_refused_before_anything_is_measured(small, monkeypatch, capsys):
+    """torch's own files, which torch.compile reads in the locale's encoding, are in UTF-8."""
+    monkeypatch.setattr(locale, "getpreferredencoding", lambda _: "ANSI_X3.4-1968")
+    assert status_of("speed", *small, "--impl", "compiled", "--mode", "bn_only") == 2
+    said = capsys.readouterr().err
+    assert "PYTHONUTF8=1" in said and said.count("\n") == 2
+    assert bench.parse_options(["speed", *small, "--impl", "lean"]).impl == ["lean"]
+
+
+def test_rows_nested_too_deep_are_no_rows(tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text("[" * 10**5)
+    assert status_of("table", str(tmp_path / "rows.jsonl")) == 2
+    assert "is not what --json has written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("given", [["memory", "--budget", "much"], ["speed", "--budget", "1GB"]])

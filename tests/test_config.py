@@ -6,12 +6,16 @@ import pytest
 
 import config
 import progress
+import runs
 from config import FIELDS, OptionError, Options, parse_options
 
 
 def parsed(line: str) -> Options:
     (options,), _ = parse_options(line.split(), "")
     return options
+
+
+WHOLE_NUMBERS = [n for n, field in FIELDS.items() if field.metadata["argparse"].get("type") is int]
 
 
 @pytest.mark.parametrize(
@@ -48,18 +52,39 @@ def parsed(line: str) -> Options:
         ("--log comet", "--log"),
         ("--data ", "--data"),
         ("--image-size 100000", "--image-size"),
+        ("--image-size 7", "--image-size 7"),
+        ("--lr 1e308", "--lr 1e+308"),
+        ("--gamma 1e308", "--gamma 1e+308: must be from 0 to 1"),
+        ("--gamma 1e30 --milestones 1 2 3 4 5 6 7 8 9 10 11 12", "--gamma 1e+30"),
+        ("--momentum 2", "--momentum 2"),
+        ("--warmup-epochs 999999999999", "--warmup-epochs 999999999999"),
+        ("--warmup-epochs 161", "--warmup-epochs 161: must be at most --epochs, 160"),
+        ("--quick --warmup-epochs 9", "--warmup-epochs 9: must be at most --epochs, 8"),
+        ("--epochs 1000001", "--epochs 1000001"),
+        ("--patience 1000001", "--patience 1000001"),
+        ("--early-stop 1000001", "--early-stop 1000001"),
+        ("--milestones 1 1000001", "--milestones 1 1000001"),
+        ("--per-channel 577", "--per-channel 577: must be at most 576"),
+        ("--mode random --arch resnet50 --per-channel 4609", "--per-channel 4609: must be at most 4608"),
+        ("--arch resnet9998_w1000", "--arch resnet9998_w1000 is too large"),
+        ("--data-dir ~no_such_user", "--data-dir ~no_such_user"),
+        ("--data-dir " + "a" * 5000, "--data-dir aaa"),
+        *((f"{config.flag(name)} {'9' * 5000}", config.flag(name)) for name in WHOLE_NUMBERS),
     ],
 )
 def test_an_option_that_no_run_could_use_is_a_line_or_two_and_exit_status_2(capsys, options, named):
     assert progress.run("train.py", lambda: parse_options(options.split(" "), "") and 0) == 2
     said = capsys.readouterr()
     assert named in said.err and said.err.count("\n") <= 2 and "Traceback" not in said.err
+    assert len(said.err) < 700, "not all of a value that is thousands of characters long"
 
 
 @pytest.mark.parametrize("name", [name for name in FIELDS if FIELDS[name].metadata["limits"]])
 def test_a_number_may_take_its_limits_and_nothing_beyond(name):
     least, greatest = FIELDS[name].metadata["limits"]
-    options = Options(lr=1e30, conv_init="sparse")  # to which --min-lr may rise; with which --nonzeros goes
+    greatest = 64 * 9 if name == "per_channel" else greatest  # the weights of resnet32's largest filter
+    # To which --min-lr and --warmup-epochs may rise, and with which --nonzeros goes
+    options = Options(lr=1e30, epochs=10**6, conv_init="sparse")
     for value in (least, greatest):
         config.check(dataclasses.replace(options, **{name: value}))
     for value in (least - 1, greatest * 2):
@@ -104,6 +129,58 @@ def test_modes_and_augmentations_have_one_spelling():
 def test_each_seed_has_options_of_its_own():
     each, given = parse_options(["--seed", "3", "0", "--lr", "0.2"], "")
     assert each == [Options(seed=3, lr=0.2), Options(seed=0, lr=0.2)] and given == {"seed", "lr"}
+
+
+IDLE = [
+    ("--momentum 0.5 --optimizer adam", "--momentum with --optimizer adam"),
+    (
+        "--gamma 0.5 --milestones 3 --schedule cosine",
+        "--gamma with --schedule cosine, --milestones with --schedule",
+    ),
+    ("--gamma 0.5 --schedule constant", "--gamma with --schedule constant"),
+    ("--milestones 3 --schedule plateau", "--milestones with --schedule plateau"),
+    (
+        "--conv-init binary --bn-init ones --init-from w.pt",
+        "--conv-init with --init-from, --bn-init with --init-from",
+    ),
+    ("--conv-init sparse --nonzeros 3 --init-from w.pt", "--nonzeros with --init-from"),
+    ("--min-lr 0.01 --patience 3", "--min-lr with --schedule step, --patience with --schedule step"),
+    ("--per-channel 3", "--per-channel with --mode bn_only"),
+    ("--shortcut pad --arch vgg11", "--shortcut with --arch vgg11"),
+    ("--momentum 0.5 --optimizer adam --preset 000-1", "--momentum with --optimizer adam"),
+    ("--milestones 3 --schedule cosine --quick", "--milestones with --schedule cosine"),
+]
+
+
+@pytest.mark.parametrize("line, said", IDLE)
+def test_an_option_without_effect_is_said_in_one_note_and_sets_no_run_apart(line, said):
+    notes, words = [], line.split()
+    (options, again), given = parse_options([*words, "--seed", "0", "1"], "", notes.append)
+    assert len(notes) == 1 and notes[0].startswith("without effect: ") and said in notes[0]
+    named = {name for name in given if f"{config.flag(name)} with" in notes[0]}
+    usual = config.defaults(options.preset, options.quick)
+    assert named and not named & config.differing(options, usual, "variant", "setting").keys()
+    assert not any(name in runs.run_name(options, "cifar10") for name in named)
+    assert dataclasses.replace(again, seed=0) == options
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--bn-init ones --init-from w.pt --reset-bn",
+        "--mode random --per-channel 3 --momentum 0.5 --gamma 0.5 --milestones 3",
+        "--schedule plateau --patience 3 --min-lr 0.01 --gamma 0.5",
+        "--schedule cosine --min-lr 0.01 --conv-init binary --shortcut pad",
+        "--preset 000-1",
+    ],
+)
+def test_an_option_that_has_an_effect_is_kept_without_a_word(line):
+    notes = []
+    (options,), given = parse_options(line.split(), "", notes.append)
+    usual = config.defaults(options.preset)
+    assert not notes and given - {"preset"} == config.differing(
+        options, usual, "variant", "setting"
+    ).keys() - {"preset"}
 
 
 def test_help_lists_every_option_once_with_its_default(capsys, monkeypatch):

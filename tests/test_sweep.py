@@ -320,6 +320,14 @@ def test_batchnorm_first_ends_with_the_epoch_that_everything_ends_with(monkeypat
 
 
 @pytest.mark.parametrize("name", ["warmstart", "retrain"])
+def test_a_warm_up_ends_with_a_shorter_run(name):
+    cells = make_grid({"GRID": name, "SEEDS": "0", "ARCHS": "resnet14"}, ["--warmup-epochs", "30"])
+    assert {cell.options.warmup_epochs for cell in cells} == (
+        {0, 5, 10, 20, 30} if name == "warmstart" else {20, 30}
+    )
+
+
+@pytest.mark.parametrize("name", ["warmstart", "retrain"])
 def test_what_goes_on_from_a_cell_keeps_its_batchnorm(name):
     """Were it drawn anew as that of the user's own parent, nothing would be left of what the cell trained."""
     own = ["--init-from", __file__, "--reset-bn", "--schedule", "cosine", "--min-lr", "0.05"]
@@ -327,7 +335,7 @@ def test_what_goes_on_from_a_cell_keeps_its_batchnorm(name):
     later = [cell for cell in cells if str(cell.parent) != __file__]
     assert all(cell.options.reset_bn for cell in cells if cell not in later)
     assert sum(not cell.options.reset_bn for cell in later) == 4
-    assert {cell.options.min_lr for cell in cells} == ({0.05} if name == "warmstart" else {0.05, 0.01})
+    assert {cell.options.min_lr for cell in cells} == {0.05, 0.0 if name == "warmstart" else 0.01}
 
 
 def test_a_slurm_task_runs_its_own_cell(small, tmp_path, monkeypatch, capsys):
@@ -359,6 +367,10 @@ def test_a_terminal_shows_what_runs(small, monkeypatch):
         ({"ARCHS": "resnet32 resnet33"}, [], "--arch resnet33"),
         ({"MODES": "batchnorm"}, [], "--mode batchnorm"),
         ({"JOBS": "0"}, [], "JOBS=0"),
+        ({"JOBS": "9" * 5000}, [], "JOBS=9"),
+        ({"SEEDS": "9" * 5000}, [], "--seed"),
+        ({"SLURM_ARRAY_TASK_ID": "9" * 5000}, [], "give --array=0-26"),
+        ({"SLURM_ARRAY_TASK_ID": "x"}, [], "there is no cell x in the grid"),
         ({}, ["--seed", "1"], "--seed: a sweep takes SEEDS"),
         ({}, ["--overwrite"], "--overwrite: a sweep goes on"),
         ({}, ["--lr", "fast"], "--lr"),
