@@ -45,7 +45,7 @@ def speaks() -> bool:
 def note(script: str, text: str) -> None:
     """Tell a person something in a line or two of standard error."""
     if speaks():
-        print(f"{script}: {text}", file=sys.stderr, flush=True)
+        print(f"{script}: {shown(text)}", file=sys.stderr, flush=True)
 
 
 def printable(text: str) -> str:
@@ -59,7 +59,7 @@ def reason(error: BaseException) -> str:
 
 
 def shown(message: str) -> str:
-    """The lines of an error, printable; of a word that fills several lines of a screen, the two ends."""
+    """The lines of a note, printable; of a word that fills several lines of a screen, the two ends."""
     short = re.sub(r"(\S{200})\S{200,}(\S{50})", r"\1...\2", message)
     return "\n".join(map(printable, short.split("\n")))
 
@@ -101,7 +101,7 @@ def run(script: str, main: Callable[[], int | None]) -> int:
             sys.stdout.flush()
         except OSError:  # else Python would fail in it again as it ends
             close_output()
-    note(script, shown(why))
+    note(script, why)
     return status
 
 
