@@ -54,15 +54,15 @@ def test_a_run_goes_on_from_another_and_is_restored_through_both(small, tmp_path
 
 def test_the_epochs_of_the_parent_run_use_up_their_draws(small, monkeypatch):
     """So that the batches are those of the later epochs of one long run."""
-    seen, drawn = [], data.Loader.drawn
+    seen, start = [], data._ResidentLoader.start
 
     def noted(loader, epoch):
         seen.extend([epoch] if loader.train else [])
-        return drawn(loader, epoch)
+        start(loader, epoch)
 
     assert exit_status([*small, "--mode", "all"]) == 0
     parent = only_run()
-    monkeypatch.setattr(data.Loader, "drawn", noted)
+    monkeypatch.setattr(data._ResidentLoader, "start", noted)
     assert exit_status([*small, "--init-from", str(parent), "--out", "more"]) == 0
     assert seen == [3, 4, 5]
 
