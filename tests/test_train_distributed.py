@@ -197,7 +197,9 @@ def test_one_process_speaks_and_the_others_end_where_it_refuses(done):
     ended = {name: [ending[name][0] for ending in (first, second)] for name in first}
     failed = {name: statuses for name, statuses in ended.items() if any(statuses)}
     assert failed == {"other number": [2, 2], "diverged": [1, 1], "refused": [2, 1]}
-    assert said.count("train.py: ") == 4 and "exists; add --resume" in said  # and "continuing", of "resumed"
+    # once each: what ended badly, "continuing" of "resumed", and the milestones that its plateaus do not heed
+    assert said.count("train.py: ") == 5 and "exists; add --resume" in said
+    assert said.count("without effect: --milestones") == 1
 
 
 def test_another_number_of_processes_resumes_with_sync_bn_only(done):
