@@ -34,7 +34,10 @@ bench() { # NAME PART [OPTIONS]: the rows go to NAME.jsonl
     "${turns[@]}" "${@:3}"
 }
 
-tests() { "$python" -m pytest -m gpu -q "${collect[@]}"; }
+tests() {
+  [[ $device == cpu ]] || "$python" -c "import xdist" 2>/dev/null || collect=() # one at a time
+  "$python" -m pytest -m gpu -q "${collect[@]}"
+}
 short() {
   rm -rf "$CACHE"
   local caches
