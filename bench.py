@@ -46,12 +46,12 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pandas
 import torch
 from PIL import Image, ImageOps
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from tabulate import tabulate
 from torch import nn
 from torch.nn import functional as F
 
@@ -296,7 +296,7 @@ def memory(options: Namespace, dataset: data.Dataset) -> Measured:
     """What autograd keeps of a step, and the least that a frozen network must keep.
 
     The largest batch for a budget is that whose kept bytes fit beside the weights, their gradients and the
-    momentum; on a GPU, as much as half as large a batch takes less is one image's share of the peak.
+    momentum. On a GPU, the peaks of two batch sizes tell what an image takes, and what all take together.
     """
     dtype = DTYPES[options.dtype]
     images, labels = next(our_loader("plain", dataset, options).epoch(0))
@@ -324,15 +324,16 @@ def largest_batch(
     impl: str, arch: str, mode: str, dataset: data.Dataset, options: Namespace, each: float
 ) -> int:
     """How many images a step may have within options.budget bytes, `each` of which keeps so many."""
-    model = network(impl, arch, mode, len(dataset.classes), torch.device("cpu"))
-    fixed = sum(p.nbytes * (3 if p.requires_grad else 1) for p in model.parameters())
     if options.device.type == "cuda":
-        sizes, peaks = (options.batch_size // 2, options.batch_size), []
+        sizes, peaks = (options.batch_size, 2 * options.batch_size), []
         for batch_size in sizes:
             given = Namespace(**vars(options) | {"batch_size": batch_size})
             peaks.append(peak_bytes(partial(training, impl, arch, mode, dataset, given), options.device))
         each = (peaks[1] - peaks[0]) / (sizes[1] - sizes[0])
-        fixed = peaks[1] - each * sizes[1]
+        fixed = peaks[0] - each * sizes[0]
+    else:
+        model = network(impl, arch, mode, len(dataset.classes), options.device)
+        fixed = sum(p.nbytes * (3 if p.requires_grad else 1) for p in model.parameters())
     return max(0, int((options.budget - fixed) / each))
 
 
@@ -493,7 +494,7 @@ def row(options: Namespace, impl: str, measured: dict) -> dict:
         on_cores = options.device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
         dtype = "tf32" if on_cores and options.part == "speed" else "fp32"
     if impl in STEPS and options.part != "data":
-        passes = kernels.passes_name(options.device.type, impl in ("lean", "recompute"))
+        passes = kernels.passes_for(options.device.type, impl in ("lean", "recompute")).name
     told = {"impl": impl, "dtype": dtype, "passes": passes, "batch_size": options.batch_size}
     return dict.fromkeys(COLUMNS) | told | measured
 
@@ -515,7 +516,7 @@ def show_markdown(files: list[str]) -> None:
         try:
             rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
             where = WHERE.format_map(rows[0])
-            table = pandas.DataFrame(cells(rows)).to_markdown(index=False, disable_numparse=True)
+            table = tabulate(cells(rows), headers="keys", tablefmt="pipe", disable_numparse=True)
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise OptionError(f"{file}: is not what --json has written ({error})") from None
         print(f"{Path(file).name}, {where}, batches of {rows[-1]['batch_size']}\n\n{table}\n")

@@ -623,9 +623,11 @@ class Run:
 
         last.pt goes first and holds the metrics too: killed between the two, a run loses nothing.
         """
-        rows, saved = [*self.rows, row], io.BytesIO()  # torch.save would not say that a disk is full
-        torch.save({**state, "rows": [row.to_json(None) for row in rows]}, saved)
-        self.write("last.pt", saved.getvalue())
+        rows = [*self.rows, row]
+        if self.writes:
+            saved = io.BytesIO()  # torch.save would not say that a disk is full
+            torch.save({**state, "rows": [row.to_json(None) for row in rows]}, saved)
+            self.write("last.pt", saved.getvalue())
         self.rows = rows
         self.write_metrics()
 

@@ -92,7 +92,7 @@ def train(
             note(f"no epoch of {run.path} is there to resume from: starting it")
         yield  # nothing is written before every run is known to be in order
 
-        passes = kernels.passes_name(device.type, spec.compiled and options.memory != "stock")
+        passes = kernels.passes_for(device.type, spec.compiled and options.memory != "stock").name
         came_to = {"options": options, "spec": spec, "parent": parent, "data_title": dataset.title}
         own = runs.environment(device, bars.runs)
         run.begin(runs.Config(**came_to, **hashes, passes=passes, **own))

@@ -116,11 +116,6 @@ def infer_block(
     return x
 
 
-def passes_name(device_type: str, compiled: bool = True) -> str:
-    """Which passes a device of this type uses: "cpp" or "triton", which are our own, or "torch"."""
-    return passes_for(device_type, compiled).name
-
-
 class _Block(torch.autograd.Function):
     """A block. The lists are over its units; weights are in x's dtype, zs and norms as in reference.py."""
 
@@ -176,8 +171,8 @@ class _Block(torch.autograd.Function):
         return None, d_x, d_shortcut, *d_weights, *d_bn
 
 
-def passes_for(device_type: str, compiled: bool) -> TorchPasses:
-    """The passes of a device of this type: our own, or PyTorch's."""
+def passes_for(device_type: str, compiled: bool = True) -> TorchPasses:
+    """The passes of a device of this type; their `name` is "cpp" or "triton", our own, or "torch"."""
     if compiled and device_type == "cpu":
         return cpu.passes()
     if compiled and device_type == "cuda":

@@ -11,6 +11,7 @@ and no measurement: that memory and shared memory are waited for is not in it.
 
 import argparse
 import functools
+import math
 import re
 import subprocess
 import tempfile
@@ -89,7 +90,7 @@ class Forecast(CudaPasses):
         back = k // 2 // stride + (p - 1 + k // 2) // stride + 1
         windows = {"convolve": stride * (p - 1) + k, "convolve_backward": back}
         trips = windows.get(kernel.__name__, 1) ** 2
-        rounds, programs = -(-grid[0] // constants.get("STEP", grid[0])), functools.reduce(int.__mul__, grid)
+        rounds, programs = -(-grid[0] // constants.get("STEP", grid[0])), math.prod(grid)
         code = compiled(kernel, typed(tuple(given.items())), config, tuple(constants.items()), trips, rounds)
         together = max(2, config.warps / 4 * -(-programs // SMS))  # clocks for an instruction of every warp
         issue_s = (code.instructions * together + 2 * code.at_last) / CLOCK_HZ

@@ -146,3 +146,13 @@ def shorten(file: Path) -> None:
 
 def fill_with_rubbish(file: Path) -> None:
     file.write_bytes(b"<html>404</html>")
+
+
+def official_places(root: Path, name: str, python: Path, binary: Path) -> list[Path]:
+    """Where a set that lies in these two folders may be found: in or beside them, or packed there."""
+    archives = [
+        pack(root / "c" / f"{name}-python.tar.gz", python).parent,
+        pack(root / "d" / f"{name}-binary.tar.gz", binary).parent,
+        pack(root / "e" / "renamed.tar.gz", binary),
+    ]
+    return [python.parent, python, binary.parent, binary, *archives]

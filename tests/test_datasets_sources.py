@@ -15,6 +15,7 @@ from layouts import (
     change_set,
     expected_images,
     fill_with_rubbish,
+    official_places,
     pack,
     python_file,
     shorten,
@@ -36,15 +37,7 @@ def test_every_official_layout_gives_the_same_pixels(tmp_path):
     batches = tiny_cifar10()
     python = write_python(tmp_path / "a" / "cifar-10-batches-py", batches)
     binary = write_binary(tmp_path / "b" / "cifar-10-batches-bin", batches)
-    places = [
-        tmp_path / "a",
-        python,
-        tmp_path / "b",
-        binary,
-        pack(tmp_path / "c" / "cifar-10-python.tar.gz", python).parent,
-        pack(tmp_path / "d" / "cifar-10-binary.tar.gz", binary).parent,
-        pack(tmp_path / "e" / "renamed.tar.gz", binary),
-    ]
+    places = official_places(tmp_path, "cifar-10", python, binary)
     opened = [data.open_dataset("cifar10", place, say=silent) for place in places]
     for dataset in opened:
         assert dataset.fingerprint == opened[0].fingerprint

@@ -13,6 +13,7 @@ from layouts import (
     ROWS_100,
     Attack,
     change_set,
+    official_places,
     pack,
     shorten,
     silent,
@@ -33,15 +34,7 @@ def test_every_official_layout_gives_the_same_pixels_and_fine_labels(tmp_path):
     files = tiny_cifar100()
     python = write_python100(tmp_path / "a" / "cifar-100-python", files)
     binary = write_binary100(tmp_path / "b" / "cifar-100-binary", files)
-    places = [
-        tmp_path / "a",
-        python,
-        tmp_path / "b",
-        binary,
-        pack(tmp_path / "c" / "cifar-100-python.tar.gz", python).parent,
-        pack(tmp_path / "d" / "cifar-100-binary.tar.gz", binary).parent,
-        pack(tmp_path / "e" / "renamed.tar.gz", binary),
-    ]
+    places = official_places(tmp_path, "cifar-100", python, binary)
     opened = [data.open_dataset("cifar100", place, say=silent) for place in places]
     for dataset in opened:
         assert dataset.fingerprint == opened[0].fingerprint

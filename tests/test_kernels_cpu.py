@@ -155,7 +155,7 @@ def test_a_library_in_a_folder_that_others_may_write_to_is_not_loaded(compiled, 
 
 
 def test_which_passes_a_device_uses_can_be_asked():
-    assert kernels.passes_name("cpu") == ("torch" if type(COMPILED) is TorchPasses else "cpp")
-    assert kernels.passes_name("cpu", compiled=False) == "torch"
-    assert kernels.passes_name("cuda", compiled=False) == "torch"
-    assert kernels.passes_name("meta") == "torch"
+    assert kernels.passes_for("cpu").name == ("torch" if type(COMPILED) is TorchPasses else "cpp")
+    assert kernels.passes_for("cpu", compiled=False).name == "torch"
+    assert kernels.passes_for("cuda", compiled=False).name == "torch"
+    assert kernels.passes_for("meta").name == "torch"

@@ -147,4 +147,4 @@ def test_what_is_larger_than_32_bits_can_count_is_left_to_cudnn(monkeypatch):
 
 @pytest.mark.gpu
 def test_on_a_gpu_the_passes_are_tritons():
-    assert kernels.passes_name("cuda") == "triton"
+    assert kernels.passes_for("cuda").name == "triton"

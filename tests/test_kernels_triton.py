@@ -221,6 +221,14 @@ def test_passes_over_one_unit(channels, dtype):
     )
 
 
+@pytest.mark.parametrize("channels", [16, 200])
+def test_the_norm_of_running_statistics(channels):
+    bn = bn_of(channels)
+    mean, var = image(channels, mean=1.0), image(channels).abs() + 0.1
+    expected = TorchPasses().norm(*wide((mean, var)), copied(bn))
+    assert_close([fused().norm(mean, var, bn)], [expected], 2e-5)
+
+
 def test_statistics_hold_where_the_mean_is_ten_thousand_deviations_from_zero():
     torch.manual_seed(0)
     z, bn = image(3, 16, 31, 33, mean=1e4), bn_of(16)

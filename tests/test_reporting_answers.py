@@ -80,7 +80,7 @@ def test_batchnorm_first_is_compared_seed_by_seed_with_a_pooled_variance(tmp_pat
     assert rows[0][2].mean == pytest.approx(81.0) and rows[0][3] is None
     assert rows[2][3].mean == pytest.approx(0.5 + 0.1 / 3) and rows[2][3].n == 3
     assert rows[4][3].mean == pytest.approx(-31 / 30)
-    # What is left of (1.0, 0.0, 1.0 ...) without the means of seeds and columns: 0.0622 over 2 x 2 degrees
+    # What is left of accuracies without the means of seeds and of columns, on 2 x 2 degrees of freedom
     left = [[0, -0.1, 0.1], [-1 / 30, 2 / 30, -1 / 30], [1 / 30, 1 / 30, -2 / 30]]
     variance = sum(each**2 for row in left for each in row) / 4
     interval = 3.495 * (2 * variance / 3) ** 0.5  # Student's t of four degrees at 1 - 0.05 / 4
