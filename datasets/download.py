@@ -6,6 +6,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import pooch
+import requests
 from tqdm import tqdm
 
 from datasets import DataError, Say, sources
@@ -44,7 +45,9 @@ def fetch(name: str, places: list[Path], say: Say) -> None:
     except (OSError, ValueError) as error:  # pooch reports a wrong checksum as a ValueError
         why = f"came from {url} with a wrong checksum and was removed"
         if isinstance(error, OSError):
-            why = f"cannot be downloaded ({sources.brief(error)})"
+            lost = isinstance(error, requests.exceptions.ConnectionError)  # whose text is urllib3's, and long
+            why = f"no connection to {url.split('/')[2]}" if lost else sources.brief(error)
+            why = f"cannot be downloaded ({why})"
         raise DataError(missing(name, places, why)) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)  # also what a killed download has left there

@@ -175,3 +175,10 @@ def test_nothing_is_downloaded_when_told_so(tmp_path, archive, serve):
     with pytest.raises(data.DataError, match="--data synthetic"):
         data.open_dataset("cifar10", tmp_path / "data", download=False, say=silent)
     assert site.asked == 0 and not (tmp_path / "data").exists()
+
+
+def test_a_site_that_cannot_be_reached_is_named_in_a_few_words(small_and_offline, tmp_path):
+    with pytest.raises(
+        data.DataError, match=r"cifar10 cannot be downloaded \(no connection to 127.0.0.1:9\)"
+    ):
+        data.open_dataset("cifar10", tmp_path, say=lambda line: None)
