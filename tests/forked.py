@@ -33,13 +33,16 @@ CHANGES = {"os.mkdir", "os.rmdir", "os.rename", "os.remove", "os.truncate", "os.
 
 
 def serve() -> None:
-    """Start the process that is forked, unless it runs."""
+    """Start the process that is forked, unless it runs, and wait until it has imported all."""
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
         environment.setenv("NUMBA_THREADING_LAYER", "omp")  # with TBB, a process that forked may never end
         environment.setenv("OMP_NUM_THREADS", "1")
         CONTEXT.set_forkserver_preload(IMPORTED)
         forkserver.ensure_running()
+    process = CONTEXT.Process(target=os.getpid)
+    process.start()
+    process.join()
 
 
 def start(
@@ -54,7 +57,6 @@ def start(
     `kill_at`, a number n and a folder: SIGKILL ends it before its n-th change in or under that folder.
     `first` is a function of a module that it calls before the script's own.
     """
-    serve()
     ready = log.with_suffix(f".{time.monotonic_ns()}")
     process = CONTEXT.Process(target=_run, args=(script, options, log, ready, kill_at, first))
     process.start()
