@@ -14,7 +14,10 @@ import progress  # isort: split
 
 import base64
 import concurrent.futures
+import ctypes
+import multiprocessing
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,6 +43,9 @@ def main(argv: list[str] | None = None) -> None:
         return
     try:
         write_report(found, Path(given.out))
+    except concurrent.futures.BrokenExecutor:
+        why = "a process that draws was killed, perhaps for want of memory; free some, or name fewer runs"
+        raise ChildProcessError(why) from None
     except OSError as error:
         why = f"{error.filename or 'it'} cannot be written ({error.strerror})"
         raise runs.RunError(f"--out {given.out}: {why}; name a folder that can") from None
@@ -50,14 +56,26 @@ def write_report(found: list[Run], out: Path) -> None:
     settings = series.by_setting(found)
     for folder in (out, *out.glob("*/*")):  # also of settings that only an earlier report had
         runs.remove_half_written(folder)
-    with concurrent.futures.ProcessPoolExecutor(min(len(settings), os.cpu_count() or 1)) as pool:
+    processes = min(len(settings), os.cpu_count() or 1)
+    with concurrent.futures.ProcessPoolExecutor(processes, initializer=end_with_this) as pool:
         apart = pool.map if len(settings) > 1 else map  # drawing takes most of the time
-        sections = list(apart(write_section, settings, [out] * len(settings)))
+        try:
+            sections = list(apart(write_section, settings, [out] * len(settings)))
+        except BaseException:
+            for process in multiprocessing.active_children():  # else what they draw is waited for
+                process.kill()
+            raise
     template = (Path(__file__).parent / "reporting" / "page.html").read_text()
     page = jinja2.Template(template, autoescape=True, undefined=jinja2.StrictUndefined)
     sections = list(zip(settings, sections, strict=True))
     text = page.render(sections=sections, machines=tables.machines(found))
     runs.write_atomically(out / "index.html", text)
+
+
+def end_with_this() -> None:
+    """Let a process that draws leave Ctrl-C to the one that started it, and end when that one is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def write_section(setting: Setting, out: Path) -> dict[str, Any]:

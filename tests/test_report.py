@@ -4,10 +4,14 @@ import base64
 import csv
 import io
 import json
+import multiprocessing
+import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -168,6 +172,52 @@ def test_what_a_killed_report_left_half_written_is_removed(tmp_path):
     write_run(tmp_path / "runs", "resnet14", "bn_only")
     assert render(tmp_path / "runs", out=tmp_path)[0] == 0
     assert not list(tmp_path.rglob(".*"))
+
+
+@pytest.fixture
+def two_sections(tmp_path) -> list[str]:
+    """Options of a report whose two sections are drawn by processes of their own."""
+    for epochs in (4, 6):
+        write_run(tmp_path / "runs", epochs=epochs, analysis=False)
+    return [str(tmp_path / "runs"), "--out", str(tmp_path / "report")]
+
+
+def test_an_interrupted_report_does_not_wait_for_what_is_drawn(two_sections, monkeypatch, capsys):
+    monkeypatch.setattr(report, "render", lambda _: (os.kill(os.getppid(), signal.SIGTERM), time.sleep(30)))
+    began = time.monotonic()
+    assert run(two_sections) == 1 and time.monotonic() - began < 20
+    assert capsys.readouterr().err == "report.py: interrupted\n" and not multiprocessing.active_children()
+
+
+def test_a_drawing_process_that_is_killed_is_a_line(two_sections, monkeypatch, capsys):
+    monkeypatch.setattr(report, "render", lambda _: os.kill(os.getpid(), signal.SIGKILL))
+    assert run(two_sections) == 1
+    said = capsys.readouterr().err
+    assert "a process that draws was killed" in said and said.count("\n") == 1
+
+
+def test_a_killed_report_leaves_no_process(two_sections, monkeypatch, tmp_path):
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    monkeypatch.setattr(report, "render", lambda _: ((marks / str(os.getpid())).touch(), time.sleep(60)))
+    whole = multiprocessing.get_context("fork").Process(target=report.main, args=[two_sections])
+    whole.start()
+    while whole.is_alive() and not list(marks.iterdir()):
+        time.sleep(0.05)
+    whole.kill()
+    whole.join()
+    assert list(marks.iterdir()), "it drew"
+    for mark in marks.iterdir():
+        deadline = time.monotonic() + 10
+        while (state := state_of(mark.name)) not in "ZX":  # gone, or not yet collected
+            assert time.monotonic() < deadline, state
+            time.sleep(0.05)
+
+
+def state_of(process: str) -> str:
+    """The letter of a process's state, see proc(5); X where there is none."""
+    status = Path("/proc", process, "status")
+    return re.search(r"State:\s+(\w)", status.read_text())[1] if status.exists() else "X"
 
 
 def test_packed_runs_give_the_same_report(full, tmp_path, capsys):

@@ -211,8 +211,10 @@ class Killed:
         assert contents(out) == self.undisturbed
 
     def at_changes(self, numbers: Iterator[int], together: int = 1) -> int:
-        """Killed before a change of each number, until there are no more, which are returned; after so many
-        kills it is called again, and ends as undisturbed."""
+        """Kill it before a change of each of the numbers, until it has fewer; returns the last number.
+
+        After `together` kills in one folder it is called again, and leaves what it does undisturbed.
+        """
         out = self.new()
         for count, number in enumerate(numbers, start=1):
             status = end(self.begin(out, kill_at=(number, out)))
@@ -258,8 +260,8 @@ class Killed:
             self.again(out)
             self.check(out)
 
-    def tried(self, what: str, changes: int, pairs: int) -> str:
-        told = f"{self.kills} kills, before each of {changes} changes of files and at random moments"
+    def tried(self, what: str, changes: str, pairs: int) -> str:
+        told = f"{self.kills} kills, before {changes} changes of files and at random moments"
         return f"{what}: {told}, {pairs} pairs at once; lost: nothing"
 
 
@@ -277,7 +279,7 @@ def test_data_preparation_that_is_killed_is_made_up_for(tiny_folder, tmp_path, r
     assert changes > 10
     data.at_random(15)
     data.two_at_once(12)
-    record_property("tried", data.tried("data preparation", changes, 12))
+    record_property("tried", data.tried("data preparation", f"each of {changes}", 12))
 
 
 def test_a_rebuild_that_is_killed_is_made_up_for(tiny_folder, tmp_path, record_property):
@@ -290,7 +292,7 @@ def test_a_rebuild_that_is_killed_is_made_up_for(tiny_folder, tmp_path, record_p
     assert changes > 3 and list(rebuilt.undisturbed) == ["full.safetensors"]
     rebuilt.at_random(15)
     rebuilt.two_at_once(12)
-    record_property("tried", rebuilt.tried("rebuild", changes, 12))
+    record_property("tried", rebuilt.tried("rebuild", f"each of {changes}", 12))
 
 
 def draws_nothing() -> None:
@@ -303,7 +305,7 @@ def test_a_report_that_is_killed_is_made_up_for(tmp_path, record_property):
         write_run(tmp_path / "runs", "resnet14", "bn_only", seed, analysis=False)
     options = [str(tmp_path / "runs"), "--out"]
     killed = Killed("report", options, tmp_path, first=draws_nothing)
-    changes = killed.at_changes(itertools.count(1), together=10)
+    changes = killed.at_changes(itertools.count(1, 4), together=10)  # of a file there are five
     assert changes > 4 * len(killed.undisturbed)
     write_run(tmp_path / "runs", "resnet14", "bn_only", 0, epochs=6, analysis=False)  # another section
     (tmp_path / "two").mkdir()
@@ -312,4 +314,4 @@ def test_a_report_that_is_killed_is_made_up_for(tmp_path, record_property):
     two.at_random(6)
     two.two_at_once(4)
     killed.kills += two.kills
-    record_property("tried", killed.tried("report", changes, 4))
+    record_property("tried", killed.tried("report", f"every fourth of {changes}", 4))
