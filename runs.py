@@ -344,7 +344,7 @@ class Kept(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(strict=True)
     rows: Annotated[list[str], Field(min_length=1)]
-    model: dict[str, object] = {}
+    model: object = None
     step: dict[str, object] = {}
     schedule: _Schedule | None = None
     epochs_before: Epochs = 0

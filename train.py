@@ -246,8 +246,9 @@ class Training:
         return self.lap_began - began
 
     def state_dict(self) -> dict:
+        state = freeze.trained_state(self.model).values()
         return {
-            "model": freeze.trained_state(self.model),
+            "model": torch.cat([t.reshape(-1) for t in state]),  # one tensor: thousands take 0.3 s to save
             "step": self.step.state_dict(),
             "schedule": self.schedule.state_dict(),
             **config.some(self, "epochs_before startup_s train_s"),
@@ -262,9 +263,10 @@ class Training:
         if state is None:
             return False
         try:
-            if state["model"].keys() != freeze.trained_state(self.model).keys():
-                raise KeyError("its tensors are not those that this run trains")
-            self.model.load_state_dict(state["model"], strict=False)
+            tensors = list(freeze.trained_state(self.model).values())
+            parts = state["model"].split([t.numel() for t in tensors])
+            for tensor, part in zip(tensors, parts, strict=True):
+                tensor.copy_(part.view_as(tensor))
             self.step.load_state_dict(state["step"])
             self.schedule.load_state_dict(state["schedule"])
             self.epochs_before = int(state["epochs_before"])
