@@ -51,8 +51,8 @@ class Config(NamedTuple):
 Attempt = Callable[[Config | None], Sequence[Tensor | None]]
 
 CONFIGS = (
-    Config(32, 4, 1), Config(64, 4, 1), Config(64, 4, 3),
-    Config(32, 4, 1, 2), Config(64, 4, 1, 2), Config(64, 4, 3, 2), Config(128, 4, 1, 2),
+    Config(64, 4, 1), Config(32, 8, 1), Config(64, 8, 1), Config(64, 8, 3),
+    Config(32, 4, 1, 2), Config(64, 8, 1, 2), Config(64, 8, 3, 2), Config(128, 4, 1, 2), Config(256, 8, 1, 2),
 )  # fmt: skip
 ELEMENTWISE = Config(0, 4, 1)
 TILE = 4096  # elements per program of an elementwise kernel
