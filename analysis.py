@@ -8,6 +8,8 @@ Writes RUN/analysis.json: what section 5 of Frankle et al. 2020 looks at, for ev
 Exit status 0: done, 1: some could not be analysed, 2: unusable options, or no run found.
 """
 
+import progress  # isort: split
+
 import argparse
 import functools
 import gc
@@ -26,7 +28,6 @@ import data
 import evaluation
 import freeze
 import kernels
-import progress
 import runs
 from datasets import sources
 from kernels import device as devices

@@ -26,6 +26,8 @@ an implementation takes by itself, and `floor` is its share of the images/s that
 matrix rates allow (kernels/roofline.py).
 """
 
+import progress  # isort: split
+
 import codecs
 import gc
 import itertools
@@ -59,7 +61,6 @@ import data
 import freeze
 import kernels.device
 import models
-import progress
 import runs
 from datasets import augment
 from kernels import roofline

@@ -5,6 +5,8 @@
 Also reads the weight files of others, for --init-from.
 """
 
+import progress  # isort: split
+
 import json
 import os
 import sys
@@ -18,7 +20,6 @@ from torch import nn
 
 import freeze
 import models
-import progress
 import runs
 from runs import CHECKPOINT, NetworkSpec
 

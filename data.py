@@ -7,6 +7,8 @@ train = make_loader(dataset, "train", batch_size=128, device="cuda", dtype=torch
 for images, labels in train.epoch(0): ...
 """
 
+import progress  # isort: split
+
 import contextlib
 import functools
 import os
@@ -21,7 +23,6 @@ import numpy as np
 import torch
 
 import kernels
-import progress
 from datasets import DataError, Say, augment, prepare, sources
 from datasets import download as downloading
 from datasets.prepare import Dataset

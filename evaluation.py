@@ -6,6 +6,8 @@
 It is computed as the run did, on the run's images or on those that --data names.
 """
 
+import progress  # isort: split
+
 import dataclasses
 import functools
 import math
@@ -20,7 +22,6 @@ from torch.nn import functional as F
 import checkpoint
 import data
 import kernels
-import progress
 import runs
 from kernels import device as devices
 from kernels.device import DTYPES, Captured

@@ -6,6 +6,8 @@ A mode is `all`, `none`, `random` (K weights of every filter), or a sum of PARTS
 alone.
 """
 
+import progress  # isort: split
+
 import hashlib
 import itertools
 import sys
@@ -17,7 +19,6 @@ from tabulate import tabulate
 from torch import nn
 
 import models
-import progress
 
 # The parts of a mode: whether each trains a parameter, given its module, what it is called there, and whether
 # the module lies in a block's shortcut.

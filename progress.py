@@ -10,12 +10,18 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from rich.text import Text
+
+# Every script of ours imports this module first: from here to `run`, Ctrl-C ends it without a traceback.
+_script = Path(getattr(sys.modules["__main__"], "__file__", "/")).resolve()
+if _script.parent == Path(__file__).resolve().parent and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # ---- notes, command lines and exit statuses, the same for every script ----
 
@@ -76,7 +82,8 @@ def run(script: str, main: Callable[[], int | None]) -> int:
     told in a line or two, as are a failing disk, too little memory, and an interruption by Ctrl-C or SIGTERM;
     each of these is 1. A name that the file system does not take is 2. Every other exception passes.
     """
-    signal.signal(signal.SIGTERM, interrupt)
+    ours = [signal.SIGTERM] + [signal.SIGINT] * (signal.getsignal(signal.SIGINT) != signal.SIG_IGN)
+    before = {number: signal.signal(number, interrupt) or signal.SIG_DFL for number in ours}
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # of a character that its encoding lacks
     try:
@@ -97,6 +104,8 @@ def run(script: str, main: Callable[[], int | None]) -> int:
         if status is None:
             raise
     finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
         try:
             sys.stdout.flush()
         except OSError:  # else Python would fail in it again as it ends
@@ -111,9 +120,15 @@ def close_output() -> None:
 
 
 def interrupt(*_: object) -> NoReturn:
-    """End as by Ctrl-C: what a cluster's SIGTERM comes to. A second one changes nothing."""
+    """End by Ctrl-C, which is what a cluster's SIGTERM comes to. Another SIGTERM changes nothing."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise KeyboardInterrupt
+
+
+def end_if_interrupted() -> None:
+    """End as `interrupt` did, where that was lost: C code that calls Python, as numba's, drops exceptions."""
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
+        raise KeyboardInterrupt
 
 
 class Terminal(Console):

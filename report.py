@@ -10,6 +10,8 @@ that train.py would not have left is named on stderr and left out. Exit status: 
 no usable run or nowhere to write.
 """
 
+import progress  # isort: split
+
 import base64
 import concurrent.futures
 import os
@@ -19,7 +21,6 @@ from typing import Any
 
 import jinja2
 
-import progress
 import runs
 from reporting import answers, figures, reading, series, tables
 from reporting.drawing import render

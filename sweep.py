@@ -9,6 +9,8 @@ sweeps may share the folders, and the next one goes on where a killed one stoppe
 not all, 2: unusable options or data.
 """
 
+import progress  # isort: split
+
 import contextlib
 import ctypes
 import os
@@ -32,7 +34,6 @@ from rich.table import Column
 from tabulate import tabulate
 
 import config
-import progress
 import runs
 from config import OptionError, Options
 from datasets import sources

@@ -15,6 +15,8 @@ import time
 
 STARTED = time.perf_counter()  # before the imports: start-up is what a user waits for
 
+import progress  # isort: split
+
 import contextlib
 import dataclasses
 import functools
@@ -31,7 +33,6 @@ import data
 import freeze
 import kernels
 import models
-import progress
 import runs
 from config import OptionError, Options
 from evaluation import Evaluation, Scores, evaluation_batch_size
@@ -189,6 +190,7 @@ class Training:
         for i, _ in enumerate(self.step.epoch(self.loader, self.epochs_before + epoch - 1, lrs), start=1):
             self.look(epoch, i)
             display.step(self.step)
+            progress.end_if_interrupted()
             self.group.stop_together()
             yield
         train_loss, train_acc = self.step.metrics()  # which waits for the device, and so stops the clock

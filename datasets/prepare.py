@@ -194,7 +194,6 @@ def _new_beton(path: Path, labels: np.ndarray, size: int) -> dict[str, object]:
     that no one array covers all images. Raises DataError where the space is not there.
     """
     from ffcv import types
-    from ffcv.fields.rgb_image import IMAGE_MODES
 
     count, each = len(labels), size * size * 3
     rows = np.zeros(count, types.get_metadata_type([types.RGBImageField(), types.IntField()]))
@@ -204,7 +203,8 @@ def _new_beton(path: Path, labels: np.ndarray, size: int) -> dict[str, object]:
     images_at = -(-(rows_at + rows.nbytes) // 4096) * 4096
     end = images_at + count * each
     image, label = rows.dtype.names
-    rows[image]["mode"], rows[image]["height"], rows[image]["width"] = IMAGE_MODES["raw"], size, size
+    raw = 1  # of FFCV's table, which numba would compile a function for, as in import_ffcv
+    rows[image]["mode"], rows[image]["height"], rows[image]["width"] = raw, size, size
     rows[image]["data_ptr"] = table["ptr"] = images_at + np.arange(count) * each
     rows[label], table["sample_id"], table["size"] = labels, np.arange(count), each
     page = 1 << min(31, max(21, (count * (each + 64)).bit_length()))  # up to 2 GiB all images lie on one page

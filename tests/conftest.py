@@ -1,6 +1,7 @@
 """What several rooms' tests need: a tiny image folder, and the real images where they are at hand."""
 
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,25 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.gpu)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU; torch finds none"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print what the stress tests tried: each says it by `record_property("tried", line)`."""
+    reports = [report for of_a_kind in terminalreporter.stats.values() for report in of_a_kind]
+    told = [told for report in reports for told in getattr(report, "user_properties", ())]
+    lines = dict.fromkeys(str(line) for name, line in told if name == "tried")  # once for all of its phases
+    if lines:
+        terminalreporter.section("what was tried")
+    for line in lines:
+        terminalreporter.line(line)
+
+
+@pytest.fixture
+def heeds_ctrl_c():
+    """Handle SIGINT as at a terminal, also where the tests run in the background of a script."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

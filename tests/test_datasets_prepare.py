@@ -48,6 +48,7 @@ def test_prepared_files_are_named_by_fingerprint_and_readable_by_ffcv(cifar10):
     dataset = data.open_dataset("cifar10", cifar10, say=silent)
     stem = f"cifar10-32px-{dataset.fingerprint}"
     assert files_in(cifar10) == {f"{stem}-train.beton", f"{stem}-test.beton", "index.json"}
+    from ffcv.fields.rgb_image import IMAGE_MODES
     from ffcv.reader import Reader
 
     reader = Reader(str(dataset.train.beton))
@@ -55,6 +56,7 @@ def test_prepared_files_are_named_by_fingerprint_and_readable_by_ffcv(cifar10):
     assert reader.field_names == ["image", "label"] and reader.num_samples == 5 * ROWS
     np.testing.assert_array_equal(reader.metadata[label], dataset.train.labels)
     assert (reader.alloc_table["ptr"] == reader.metadata[image]["data_ptr"]).all()
+    assert (reader.metadata[image]["mode"] == IMAGE_MODES["raw"]).all()
     raw = dataset.train.beton.read_bytes()
     for row, pixels in zip(reader.metadata[image], dataset.train.images, strict=True):
         assert raw[row["data_ptr"] :][:3072] == pixels.tobytes()
@@ -279,3 +281,8 @@ def test_an_interruption_while_ffcv_is_imported_is_a_line_and_the_next_start_pre
     assert capfd.readouterr().err.splitlines()[-1:] == ["data.py: interrupted"]
     assert not files_in(cifar10)
     assert data.main(command) == 0 and "index.json" in files_in(cifar10)
+
+
+def test_preparing_looks_nothing_up_that_numba_compiles_and_so_drops_no_interruption(cifar10, monkeypatch):
+    monkeypatch.setattr("ffcv.fields.rgb_image.IMAGE_MODES", {})
+    assert data.open_dataset("cifar10", cifar10, say=silent).train.beton

@@ -15,13 +15,6 @@ import progress
 ROOT = Path(progress.__file__).parent
 
 
-@pytest.fixture(autouse=True)
-def sigterm_as_before():
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
-
-
 def ends_with(error: BaseException):
     def main():
         raise error
@@ -84,6 +77,28 @@ def test_sigterm_ends_a_script_as_ctrl_c_does_and_a_second_one_changes_nothing(c
 
     assert progress.run("x.py", main) == 1
     assert cleaned and capsys.readouterr().err == "x.py: interrupted\n"
+
+
+def test_signals_are_handled_by_a_script_alone_and_as_before_once_it_has_ended(heeds_ctrl_c):
+    def handlers() -> list:
+        return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    before, main = handlers(), ends_with(KeyboardInterrupt())
+    assert before[0] is signal.default_int_handler and progress.interrupt not in before
+    assert progress.run("x.py", lambda: handlers().count(progress.interrupt)) == 2
+    assert progress.run("x.py", main) == 1 and handlers() == before
+
+
+SCRIPTS = [path for path in sorted(ROOT.glob("*.py")) if "__main__" in path.read_text().splitlines()[-2]]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_ctrl_c_among_the_imports_of_a_script_leaves_no_traceback(script, tmp_path):
+    (tmp_path / "torch.py").write_text("import os, time\nos.kill(os.getpid(), 2)\ntime.sleep(20)\n")
+    settings = {"env": os.environ | {"PYTHONPATH": str(tmp_path)}, "capture_output": True}
+    at_a_terminal = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    ended = subprocess.run([sys.executable, str(script)], **settings, **at_a_terminal)
+    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, b"")
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():

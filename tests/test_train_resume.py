@@ -1,5 +1,7 @@
 """Runs that stop and go on: resumed to the same bits, refused where anything else has changed."""
 
+import ctypes
+import os
 import shutil
 import signal
 import subprocess
@@ -24,6 +26,7 @@ from small_runs import (
 
 import checkpoint
 import models
+import progress
 import runs
 
 GAMMA = ["--mode", "gamma+output", "--conv-init", "sparse", "--nonzeros", "3"]
@@ -92,6 +95,19 @@ def test_a_run_interrupted_while_it_keeps_an_epoch_goes_on_after_the_one_before(
     assert "--resume goes on after epoch 1" in capsys.readouterr().err
     assert summary(only_run())["epochs_done"] == len(metrics(only_run())) == 1
     assert exit_status([*small, "--resume"]) == 0
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_whose_exception_c_code_drops_still_ends_the_run(small, monkeypatch, heeds_ctrl_c, number):
+    def called_back():
+        os.kill(os.getpid(), number)
+        time.sleep(0.01)  # the handler runs, and raises in here
+
+    drops, step = ctypes.CFUNCTYPE(None)(called_back), progress.Display.step
+    monkeypatch.setattr(progress.Display, "step", lambda *given: (step(*given), drops()))
+    assert exit_status(small) == 1
+    assert summary(only_run())["status"] == "interrupted" and summary(only_run())["epochs_done"] == 0
 
 
 def test_a_run_that_stopped_early_is_not_resumed_past_its_end(small, monkeypatch):
