@@ -24,6 +24,7 @@ import shutil
 import stat
 import statistics
 import subprocess
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -366,6 +367,20 @@ def read_text(file: Path) -> str | None:
         raise RunError(f"{file} cannot be read ({error})") from None
 
 
+def load_tensors(file: Path) -> object:
+    """What torch.save wrote to a plain file: no code in it is run, and it unpacks to no more than its size.
+
+    Raises whatever reading rubbish does.
+    """
+    if file.exists() and not file.is_file():
+        raise ValueError("it is no plain file")
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as packed:
+            if sum(each.file_size for each in packed.infolist()) > file.stat().st_size:
+                raise ValueError("it unpacks to more than its size")
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
 def read_epochs(folder: Path) -> Iterator[Epoch]:
     """The epochs of metrics.jsonl, if there is one. RunError at the first line that does not fit."""
     file = folder / "metrics.jsonl"
@@ -640,7 +655,7 @@ class Run:
         if not self.last.exists():
             return None
         try:
-            state = torch.load(self.last, map_location="cpu", weights_only=True)
+            state = load_tensors(self.last)
             Kept.model_validate(state)
             self.rows = list(parse_epochs(state.pop("rows"), self.last.name))
             of = self.config

@@ -262,15 +262,17 @@ class Training:
         if state is None:
             return False
         try:
-            if state["model"].keys() != freeze.trained_state(self.model).keys():
-                raise KeyError("its tensors are not those that this run trains")
+            own = freeze.trained_state(self.model)
+            kept = {name: (t.shape, t.dtype) for name, t in state["model"].items()}
+            if kept != {name: (t.shape, t.dtype) for name, t in own.items()}:
+                raise ValueError("its tensors are not those that this run trains")
             self.model.load_state_dict(state["model"], strict=False)
             self.step.load_state_dict(state["step"])
             self.schedule.load_state_dict(state["schedule"])
             self.epochs_before = int(state["epochs_before"])
             names = "startup_s", "train_s", "wall_s"
             self.startup_s, self.train_s, self.wall_s = (float(state[name]) for name in names)
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        except Exception as error:  # rubbish fails in many ways
             raise run.unusable(error) from None
         return True
 

@@ -28,7 +28,7 @@ from layouts import (
 from PIL import Image
 
 import data
-from datasets import sources
+from datasets import sources, untrusted
 
 pytestmark = pytest.mark.usefixtures("small_and_offline")
 
@@ -126,9 +126,9 @@ def test_a_pickle_may_not_reach_past_the_admitted_names(tmp_path):
             + name.encode()
         )
         with pytest.raises(pickle.UnpicklingError, match=name):
-            sources._Unpickler(io.BytesIO(head + b"\x93.")).load()
+            untrusted._Unpickler(io.BytesIO(head + b"\x93.")).load()
     with pytest.raises(pickle.UnpicklingError, match="rot13"):
-        sources._Unpickler(
+        untrusted._Unpickler(
             io.BytesIO(b"c_codecs\nencode\n(X\x01\x00\x00\x00aX\x05\x00\x00\x00rot13tR.")
         ).load()
 
