@@ -238,7 +238,8 @@ def _files(found: Found) -> dict[str, Path | bytes]:
     wanted, depth = (SETS[found.name].file_names.__contains__, 1) if rows else (_is_image, 3)
     try:
         members = untrusted.members(path, lambda name: wanted(name.split("/")[-1]))
-        return dict(sorted(("/".join(name.split("/")[-depth:]), content) for name, content in members))
+        files = {"/".join(name.split("/")[-depth:]): content for name, content in members}
+        return dict(sorted(files.items()))
     except Exception as error:  # tarfile, too, can raise anything
         what = f"{path} is truncated or no archive ({brief(error)})"
         raise DataError(f"{what}; remove it and fetch it again") from error

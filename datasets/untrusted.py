@@ -22,7 +22,7 @@ def members(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, by
     Images and pixels hardly shrink, so that an archive is not read further than to 16 times its size.
     """
     with open(path, "rb") as file:
-        opener, end = gzip.open if file.read(2) == b"\x1f\x8b" else open, 2**26 + 16 * path.stat().st_size
+        opener, end = gzip.open if file.read(2) == b"\x1f\x8b" else open, 2**24 + 16 * path.stat().st_size
     with opener(path, "rb") as file, tarfile.open(fileobj=_Headers(file, end), mode="r:") as tar:
         for member in tar:
             size, starts = member.size, member.offset_data
@@ -32,6 +32,9 @@ def members(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, by
                 if len(content) < size:
                     raise EOFError(f"it ends within {member.name}")
                 yield member.name, content
+        while file.read(2**20):  # to its end, where gzip has a checksum
+            if file.tell() > end:
+                raise tarfile.ReadError("it unpacks to far more than its size")
 
 
 class _Headers:
@@ -56,7 +59,7 @@ class _Headers:
 
 def unpickled(data: bytes) -> dict:
     """What a file of the python version holds; its keys are byte strings as Python 2 wrote them."""
-    content = _Unpickler(io.BytesIO(data), encoding="bytes").load()
+    content = _Unpickler(data).load()
     return {key.decode() if isinstance(key, bytes) else key: value for key, value in content.items()}
 
 
@@ -91,12 +94,28 @@ class _Dtype:
         pass
 
 
+class _Opcodes(dict):
+    """What each opcode does; a million are more than any CIFAR file has."""
+
+    left = 10**6
+
+    def __getitem__(self, opcode: int) -> Callable:
+        self.left -= 1
+        if self.left < 0 or opcode not in self:
+            raise pickle.UnpicklingError("it has more or other opcodes than any CIFAR file")
+        return super().__getitem__(opcode)
+
+
 class _Unpickler(pickle._Unpickler):
     """Makes arrays of bytes and the containers around them, all that CIFAR's files hold, and runs nothing.
 
     Neither NumPy's constructors, which can be made to write anywhere in memory, nor the unpickler in C, which
     takes as much memory as a file asks for.
     """
+
+    def __init__(self, data: bytes):
+        super().__init__(io.BytesIO(data), encoding="bytes")
+        self.dispatch, self.encoded = _Opcodes(_Unpickler.known), 0
 
     def load_empty_dictionary(self) -> None:
         self.append(_Named())
@@ -107,16 +126,12 @@ class _Unpickler(pickle._Unpickler):
         for key, value in zip(items[::2], items[1::2], strict=True):
             self.stack[-1][key] = value
 
-    def load_refused(self) -> None:
-        raise pickle.UnpicklingError("it asks for a set or buffer, which no CIFAR file does")
-
-    dispatch = pickle._Unpickler.dispatch | {
+    known = pickle._Unpickler.dispatch | {
         pickle.EMPTY_DICT[0]: load_empty_dictionary,
         pickle.DICT[0]: load_dict,
-        pickle.EMPTY_SET[0]: load_refused,
-        pickle.FROZENSET[0]: load_refused,
-        pickle.BYTEARRAY8[0]: load_refused,
     }
+    for _opcode in (pickle.EMPTY_SET, pickle.FROZENSET, pickle.BYTEARRAY8):
+        del known[_opcode[0]]
 
     def find_class(self, module: str, name: str) -> object:
         admitted = {
@@ -124,14 +139,14 @@ class _Unpickler(pickle._Unpickler):
             "numpy.dtype": _Dtype,
             "numpy.core.multiarray._reconstruct": _Array,
             "numpy._core.multiarray._reconstruct": _Array,  # since NumPy 2
-            "_codecs.encode": _encode_latin1,
+            "_codecs.encode": self.encode_latin1,
         }
         if f"{module}.{name}" not in admitted:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR file does")
         return admitted[f"{module}.{name}"]
 
-
-def _encode_latin1(text: str, encoding: str) -> bytes:
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"it asks for the encoding {encoding!r}, which no CIFAR file does")
-    return text.encode("latin1")
+    def encode_latin1(self, text: str, encoding: str) -> bytes:
+        self.encoded += len(text)
+        if encoding != "latin1" or self.encoded > MOST_BYTES:
+            raise pickle.UnpicklingError(f"it asks for the encoding {encoding!r} as no CIFAR file does")
+        return text.encode("latin1")
