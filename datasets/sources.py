@@ -247,6 +247,7 @@ def _files(found: Found) -> dict[str, Path | bytes]:
 
 def _read_images(found: Found, files: dict[str, Path | bytes]) -> tuple[list[str], dict, dict]:
     """Classes, and by split the images' names and files, and their labels, of <split>/<class>/<name>."""
+    warnings.filterwarnings("ignore", module="PIL")  # what damages an image is told, or else it is read
     warnings.simplefilter("error", Image.DecompressionBombWarning)  # for all threads that will decode
     images, classes, labels = {}, {}, {}
     for split in ("train", "test"):
@@ -292,7 +293,6 @@ def _fit(image: Image.Image, size: int) -> np.ndarray:
         image = Image.fromarray((grey >> 8).astype(np.uint8))
     if image.mode == "F":
         raise ValueError("its pixels are no whole numbers")
-    image.info.pop("transparency", None)  # which is ignored, and of which Pillow may warn
     image, short = image.convert("RGB"), min(image.size)
     if short != size:
         sides = [max(size, round(side * size / short)) for side in image.size]
