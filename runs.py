@@ -18,12 +18,15 @@ import importlib.metadata
 import io
 import math
 import os
+import pickle
 import platform
+import re
 import secrets
 import shutil
 import stat
 import statistics
 import subprocess
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -378,7 +381,12 @@ def load_tensors(file: Path) -> object:
         with zipfile.ZipFile(file) as packed:
             if sum(each.file_size for each in packed.infolist()) > file.stat().st_size:
                 raise ValueError("it unpacks to more than its size")
-    return torch.load(file, map_location="cpu", weights_only=True)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of protocols that torch does not write
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # torch's text is long, and says how to run the code
+        why = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
+        raise ValueError(re.split(r"\. |\n", why)[0]) from None
 
 
 def read_epochs(folder: Path) -> Iterator[Epoch]:
@@ -651,7 +659,7 @@ class Run:
         self.write("metrics.jsonl", "".join(row.to_json(None) for row in self.rows))
 
     def load_last(self) -> dict | None:
-        """What `end_epoch` last kept, or None; the metrics are set back to it. Runs no code from the file."""
+        """What `end_epoch` last kept, or None; `rows` are set back to it. Runs no code from the file."""
         if not self.last.exists():
             return None
         try:
@@ -665,7 +673,6 @@ class Run:
             raise self.unusable(ValueError(_first(error))) from None
         except Exception as error:  # unpickling rubbish fails in many ways
             raise self.unusable(error) from None
-        self.write_metrics()
         return state
 
     def unusable(self, error: Exception) -> RunError:

@@ -274,6 +274,7 @@ class Training:
             self.startup_s, self.train_s, self.wall_s = (float(state[name]) for name in names)
         except Exception as error:  # rubbish fails in many ways
             raise run.unusable(error) from None
+        run.write_metrics()
         return True
 
     def summary(self, status: str, why: str | None, run: runs.Run, checkpoint_bytes: int) -> runs.Summary:

@@ -69,7 +69,7 @@ def _settle(folder: Path, *outputs: Path) -> None:
     """Make this process, a fork of pytest, one as a shell starts it."""
     for number, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
-    sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
     os.chdir(folder)
     torch.set_num_threads(1)  # those of the process that was forked are not here
     resource.setrlimit(resource.RLIMIT_AS, (_bytes_in_use()[0] + 2**32, resource.RLIM_INFINITY))
