@@ -112,7 +112,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str
         return tensors, metadata, NetworkSpec.parse(metadata["spec"], "its spec")
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such run or file") from None
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, OSError, MemoryError, KeyError, TypeError, ValueError) as error:
         why = repr(error) if isinstance(error, KeyError) else error
         raise CheckpointError(f"{file} is no checkpoint of train.py ({why}); give a run folder") from None
 
@@ -124,15 +124,18 @@ def restore(path: str | Path, init_from: str | None = None) -> tuple[nn.Module, 
     the weights of a run with --init-from lie now.
     """
     tensors, metadata, spec = read_checkpoint(path)
-    _check_shapes(tensors, spec, path)
-    if "frozen_sha256" not in metadata:  # a file that `rebuild` wrote holds everything
-        model = freeze.empty(spec.arch, len(spec.classes), spec.shortcut)
-    else:
-        spec = spec.model_copy(update={"init_from": _initial_path(path, spec, init_from)})
-        model = create(spec)
-        if freeze.frozen_sha256(model) != metadata["frozen_sha256"]:
-            why = f"{spec.init_from} has changed" if spec.init_from else "it was altered"
-            raise CheckpointError(f"{path} does not match: its seed gives other frozen weights\n({why})")
+    try:
+        _check_shapes(tensors, spec, path)
+        if whole := "frozen_sha256" not in metadata:  # a file that `rebuild` wrote holds everything
+            model = freeze.empty(spec.arch, len(spec.classes), spec.shortcut)
+        else:
+            spec = spec.model_copy(update={"init_from": _initial_path(path, spec, init_from)})
+            model = create(spec)
+    except (freeze.ModeError, models.ModelError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    if not whole and freeze.frozen_sha256(model) != metadata["frozen_sha256"]:
+        why = f"{spec.init_from} has changed" if spec.init_from else "it was altered"
+        raise CheckpointError(f"{path} does not match: its seed gives other frozen weights\n({why})")
     try:
         _, unexpected = model.load_state_dict(tensors, strict=False)
     except RuntimeError as error:

@@ -121,7 +121,7 @@ class NetworkSpec(Record):
     data: Text
     fingerprint: Text  # of the prepared images
     image_size: Annotated[int, Field(ge=1, le=65535)]  # pixels
-    classes: Annotated[tuple[Text, ...], Field(min_length=1)]
+    classes: Annotated[tuple[Text, ...], Field(min_length=1, max_length=2**16)]
     mean: tuple[Number, Number, Number]  # of the training pixels per channel, on the 0..255 scale, like std
     std: tuple[Number, Number, Number]
     train_images: Count

@@ -276,3 +276,8 @@ def test_a_run_that_goes_on_from_nan_ends_as_diverged(work, begun, tiny_folder, 
     assert outcome.status == 1 and "the loss is not finite at epoch 2" in outcome.said, outcome
     assert len(outcome.lines) == 2 and outcome.lines[0].startswith("train.py: continuing")
     assert runs.Summary.read(folder / "summary.json").status == "diverged"
+
+
+def test_what_was_tried(record_property):
+    weights, kept = len(CODE) + len(PTH), len(CODE) + len(KEPT) + len(HARMS)
+    record_property("tried", f"{weights} hostile weight files and {kept} of last.pt: {SURVIVED}")
