@@ -18,12 +18,16 @@ import importlib.metadata
 import io
 import math
 import os
+import pickle
 import platform
+import re
 import secrets
 import shutil
 import stat
 import statistics
 import subprocess
+import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -117,7 +121,7 @@ class NetworkSpec(Record):
     data: Text
     fingerprint: Text  # of the prepared images
     image_size: Annotated[int, Field(ge=1, le=65535)]  # pixels
-    classes: Annotated[tuple[Text, ...], Field(min_length=1)]
+    classes: Annotated[tuple[Text, ...], Field(min_length=1, max_length=2**16)]
     mean: tuple[Number, Number, Number]  # of the training pixels per channel, on the 0..255 scale, like std
     std: tuple[Number, Number, Number]
     train_images: Count
@@ -364,6 +368,25 @@ def read_text(file: Path) -> str | None:
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise RunError(f"{file} cannot be read ({error})") from None
+
+
+def load_tensors(file: Path) -> object:
+    """What torch.save wrote to a plain file: no code in it is run, and it unpacks to no more than its size.
+
+    Raises whatever reading rubbish does.
+    """
+    if file.exists() and not file.is_file():
+        raise ValueError("it is no plain file")
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as packed:
+            if sum(each.file_size for each in packed.infolist()) > file.stat().st_size:
+                raise ValueError("it unpacks to more than its size")
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of protocols that torch does not write
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # torch's text is long, and says how to run the code
+        why = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
+        raise ValueError(re.split(r"\. |\n", why)[0]) from None
 
 
 def read_epochs(folder: Path) -> Iterator[Epoch]:
@@ -636,11 +659,11 @@ class Run:
         self.write("metrics.jsonl", "".join(row.to_json(None) for row in self.rows))
 
     def load_last(self) -> dict | None:
-        """What `end_epoch` last kept, or None; the metrics are set back to it. Runs no code from the file."""
+        """What `end_epoch` last kept, or None; `rows` are set back to it. Runs no code from the file."""
         if not self.last.exists():
             return None
         try:
-            state = torch.load(self.last, map_location="cpu", weights_only=True)
+            state = load_tensors(self.last)
             Kept.model_validate(state)
             self.rows = list(parse_epochs(state.pop("rows"), self.last.name))
             of = self.config
@@ -650,7 +673,6 @@ class Run:
             raise self.unusable(ValueError(_first(error))) from None
         except Exception as error:  # unpickling rubbish fails in many ways
             raise self.unusable(error) from None
-        self.write_metrics()
         return state
 
     def unusable(self, error: Exception) -> RunError:

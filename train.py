@@ -265,17 +265,20 @@ class Training:
         if state is None:
             return False
         try:
-            tensors = list(freeze.trained_state(self.model).values())
-            parts = state["model"].split([t.numel() for t in tensors])
-            for tensor, part in zip(tensors, parts, strict=True):
+            own = list(freeze.trained_state(self.model).values())
+            kept, sizes = state["model"], [t.numel() for t in own]
+            if (kept.shape, kept.dtype) != ((sum(sizes),), own[0].dtype):
+                raise ValueError("its tensors are not those that this run trains")
+            for tensor, part in zip(own, kept.split(sizes), strict=True):
                 tensor.copy_(part.view_as(tensor))
             self.step.load_state_dict(state["step"])
             self.schedule.load_state_dict(state["schedule"])
             self.epochs_before = int(state["epochs_before"])
             names = "startup_s", "train_s", "wall_s"
             self.startup_s, self.train_s, self.wall_s = (float(state[name]) for name in names)
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        except Exception as error:  # rubbish fails in many ways
             raise run.unusable(error) from None
+        run.write_metrics()
         return True
 
     def summary(self, status: str, why: str | None, run: runs.Run, checkpoint_bytes: int) -> runs.Summary:

@@ -74,7 +74,8 @@ def _places(given: Sequence[str], say: Say) -> Iterator[tuple[str, Callable[[], 
     for folder, name in runs.run_folders(folders, say):
         yield str(folder), partial(read_run, folder, name, say)
     for top in folders:
-        packed += sorted(file for file in top.glob("*.jsonl") if file.name != "metrics.jsonl")
+        files = top.glob("*.jsonl")
+        packed += sorted(file for file in files if file.name != "metrics.jsonl" and file.is_file())
     for file in {file.resolve(): file for file in packed}.values():
         try:
             lines = file.read_bytes().splitlines()

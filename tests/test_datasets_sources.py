@@ -1,7 +1,6 @@
 """datasets/sources.py: layouts and folders are read right, or refused by name; nothing in them runs."""
 
 import hashlib
-import io
 import os
 import pickle
 from pathlib import Path
@@ -28,7 +27,7 @@ from layouts import (
 from PIL import Image
 
 import data
-from datasets import sources
+from datasets import sources, untrusted
 
 pytestmark = pytest.mark.usefixtures("small_and_offline")
 
@@ -126,11 +125,9 @@ def test_a_pickle_may_not_reach_past_the_admitted_names(tmp_path):
             + name.encode()
         )
         with pytest.raises(pickle.UnpicklingError, match=name):
-            sources._Unpickler(io.BytesIO(head + b"\x93.")).load()
+            untrusted.unpickled(head + b"\x93.")
     with pytest.raises(pickle.UnpicklingError, match="rot13"):
-        sources._Unpickler(
-            io.BytesIO(b"c_codecs\nencode\n(X\x01\x00\x00\x00aX\x05\x00\x00\x00rot13tR.")
-        ).load()
+        untrusted.unpickled(b"c_codecs\nencode\n(X\x01\x00\x00\x00aX\x05\x00\x00\x00rot13tR.")
 
 
 def test_pickles_of_python_2_and_of_both_numpy_names_are_read():
