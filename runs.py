@@ -55,7 +55,13 @@ class RunError(progress.OptionError):
 # ---- the schema ----
 
 
-def _printable_options(options: Options) -> Options:
+def _usable_options(options: Options) -> Options:
+    """The options, their texts printable. ValueError for one that train.py does not take."""
+    for name, field in config.FIELDS.items():
+        value, choices = getattr(options, name), field.metadata["argparse"].get("choices")
+        least, most = field.metadata["limits"] or (value, value)
+        if value is not None and not (least <= value <= most and (choices is None or value in choices)):
+            raise ValueError(f"{name} is not one of a run")
     shown = {k: printable(v) for k, v in dataclasses.asdict(options).items() if isinstance(v, str)}
     return dataclasses.replace(options, **shown)
 
@@ -172,7 +178,7 @@ class Origin(NamedTuple):
 class Config(Record):
     """config.json: what was asked for, what it came to, and on what it ran."""
 
-    options: Annotated[Options, AfterValidator(_printable_options)]
+    options: Annotated[Options, AfterValidator(_usable_options)]
     spec: NetworkSpec
     parent: Parent | None
     data_title: Text

@@ -185,7 +185,7 @@ def _index(folder: Path) -> dict[str, _Entry]:
     """What index.json tells, by a source's key; without what does not fit, which will be prepared anew."""
     try:
         file = folder / "index.json"
-        told = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+        told = json.loads(file.read_text("utf-8")) if file.is_file() and file.stat().st_size < 2**26 else {}
     except (OSError, ValueError, RecursionError):
         return {}
     kept = {}

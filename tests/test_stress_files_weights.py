@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hostile import attempt, payloads, refused
+from hostile import SURVIVED, attempt, payloads, refused
 from small_runs import interrupt_after_an_epoch, only_run, small_options
 
 import models
