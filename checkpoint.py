@@ -193,7 +193,7 @@ def rebuild(run: str | Path, out: str | Path, init_from: str | None = None, over
     try:
         runs.write_atomically(out, to_bytes(freeze.full_state(model), metadata))
     except OSError as error:
-        why = f"cannot be written ({error.strerror}); name a file in a folder that exists"
+        why = f"cannot be written ({error.strerror}); name a file in a folder that exists and has room for it"
         raise CheckpointError(f"--out {out}: {why}") from None
 
 

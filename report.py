@@ -53,7 +53,7 @@ def write_report(found: list[Run], out: Path) -> None:
     with concurrent.futures.ProcessPoolExecutor(min(len(settings), os.cpu_count() or 1)) as pool:
         apart = pool.map if len(settings) > 1 else map  # drawing takes most of the time
         sections = list(apart(write_section, settings, [out] * len(settings)))
-    template = (Path(__file__).parent / "reporting" / "page.html").read_text()
+    template = (Path(__file__).parent / "reporting" / "page.html").read_text("utf-8")
     page = jinja2.Template(template, autoescape=True, undefined=jinja2.StrictUndefined)
     sections = list(zip(settings, sections, strict=True))
     text = page.render(sections=sections, machines=tables.machines(found))

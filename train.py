@@ -352,9 +352,15 @@ def how_it_ended(error: BaseException, options: Options, run: runs.Run) -> tuple
     if isinstance(error, ConnectionError):
         return "failed", str(error)
     if isinstance(error, OSError):
-        return "failed", f"a file cannot be written: {error}"
-    if isinstance(error, RuntimeError) and progress.out_of_memory(error):
-        return "failed", f"out of memory at --batch-size {options.batch_size}; try a smaller one"
+        mend = f"mend that, and --resume goes on after epoch {len(run.rows)}"
+        return "failed", f"a file cannot be written: {error}; {mend}"
+    if progress.out_of_memory(error):
+        memory = devices.memory_bytes(devices.choose(options.device)) // 10**6
+        asked = {name: getattr(options, name) for name in ("arch", "mode", "data")} | {"impl": options.memory}
+        asked |= {"dtype": run.described.spec.dtype, "budget": f"{memory}MB"}
+        ask = " ".join(f"--{name} {value}" for name, value in asked.items())
+        what = f"out of memory at --batch-size {options.batch_size}; try a smaller one"
+        return "failed", f"{what} (python bench.py memory {ask} says what would fit)"
     raise error
 
 
@@ -378,7 +384,7 @@ def train_side_by_side(each: list[Options], dataset: data.Dataset, group: Group)
             return True
         except StopIteration as end:
             done.append(end.value)
-        except RunFailed as error:
+        except (RunFailed, OSError) as error:  # this, where not even summary.json can be written
             failed.append(error)
             if isinstance(error, Interrupted) and not interrupted:
                 raise KeyboardInterrupt from None

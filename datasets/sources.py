@@ -265,7 +265,9 @@ def _read_images(found: Found, files: dict[str, Path | bytes]) -> tuple[list[str
             f"{found.path} is incomplete: {have} training and test images, not {want}\n"
             f"copy or unpack it again, or give --data {found.path} to use what is there"
         )
-    return classes["train"].tolist(), images, labels
+    # What the locale could not decode in a folder's name is read as UTF-8, or is shown by a replacement
+    names = [name.encode("utf-8", "surrogateescape") for name in classes["train"].tolist()]
+    return [name.decode("utf-8", "replace") for name in names], images, labels
 
 
 def _own_size(files: dict[str, Path]) -> int:

@@ -1,6 +1,7 @@
 """datasets/sources.py: layouts and folders are read right, or refused by name; nothing in them runs."""
 
 import hashlib
+import itertools
 import os
 import pickle
 from pathlib import Path
@@ -216,6 +217,16 @@ def test_a_folder_of_equal_squares_keeps_its_size_and_pixels(tmp_path):
     for index in range(3):
         image = np.asarray(Image.open(tmp_path / "train" / "dog" / f"{index}.png"))
         np.testing.assert_array_equal(dataset.train.images[3 + index], image)
+
+
+def test_a_class_whose_name_is_no_text_is_read_with_a_replacement(tmp_path):
+    for split, name in itertools.product((b"train", b"test"), (b"fr\xc3\xaane", b"\xff")):
+        folder = Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), b"images", split, name)))
+        folder.mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(folder / "1.png")
+    for _ in range(2):  # read, and then as prepared
+        dataset = data.open_dataset(str(tmp_path / "images"), tmp_path / "prepared", say=silent)
+        assert dataset.classes == ("frêne", "\N{REPLACEMENT CHARACTER}")
 
 
 def test_the_centre_square_is_kept():

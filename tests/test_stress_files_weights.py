@@ -263,7 +263,7 @@ def test_a_run_is_not_resumed_from_a_last_pt_that_it_did_not_write(work, begun, 
     assert not canary.exists()
 
 
-@pytest.mark.parametrize("place", [BN, MOMENTUM])
+@pytest.mark.parametrize("place", ["model", MOMENTUM])
 def test_a_run_that_goes_on_from_nan_ends_as_diverged(work, begun, tiny_folder, place):
     """Because a run may have kept them itself: they came about in the last step of an epoch."""
     folder = Path(shutil.copytree(begun["sgd"], work / "runs" / begun["sgd"].name))
