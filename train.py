@@ -267,7 +267,7 @@ class Training:
         try:
             own = list(freeze.trained_state(self.model).values())
             kept, sizes = state["model"], [t.numel() for t in own]
-            if (kept.shape, kept.dtype) != ((sum(sizes),), own[0].dtype):
+            if (kept.shape, kept.dtype, kept.layout) != ((sum(sizes),), own[0].dtype, own[0].layout):
                 raise ValueError("its tensors are not those that this run trains")
             for tensor, part in zip(own, kept.split(sizes), strict=True):
                 tensor.copy_(part.view_as(tensor))
