@@ -269,3 +269,27 @@ def test_imagenette_is_read_from_its_archive_and_from_its_folder(tmp_path, monke
         == data.open_dataset("imagenette", folder, say=silent).fingerprint
     )
     assert (packed.title, unpacked.title) == ("Imagenette", "Imagenette (bytes not verified)")
+
+
+GREY = {"too many bits": ("i4", 2**16), "below zero": ("i4", -1), "no whole numbers": ("f4", 0.5)}
+
+
+@pytest.mark.parametrize("case", [*GREY, "too long and thin", "PostScript"])
+def test_a_picture_that_would_be_read_as_another_or_fill_memory_is_refused(tmp_path, case):
+    write_images(tmp_path, each=1, size=(16, 16))
+    file = tmp_path / "train" / "cat" / "1.tif"
+    if case == "PostScript":  # which Pillow would give to Ghostscript
+        file.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\nshowpage\n")
+    elif case == "too long and thin":
+        Image.new("1", (500_000, 1)).save(file)
+    else:
+        dtype, value = GREY[case]
+        Image.fromarray(np.full((16, 16), value, dtype)).save(file)
+    with pytest.raises(data.DataError, match=r"1\.tif is no readable image") as refused:
+        data.open_dataset(str(tmp_path), tmp_path / "data", image_size=16, say=silent)
+    assert case != "PostScript" or "cannot identify" in str(refused.value)
+
+
+def test_images_are_prepared_in_blocks_that_fit_in_memory():
+    sizes = [sources.Source("x", size, [], {}, {}).block_size for size in (32, 224, 9000)]
+    assert sizes == [1000, 1000, 1]
