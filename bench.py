@@ -36,6 +36,7 @@ import locale
 import multiprocessing
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -395,7 +396,7 @@ def startup(options: Namespace, dataset: data.Dataset) -> Measured:
                     if ended.returncode:
                         raise ChildProcessError(f"train.py: {['it fails', *ended.stderr.splitlines()][-1]}")
                     (summary,) = Path(folder, "runs").glob("*/summary.json")
-                    seconds[impl].append((json.loads(summary.read_text())["startup_s"], run_s))
+                    seconds[impl].append((json.loads(summary.read_bytes())["startup_s"], run_s))
         for impl in options.impl:
             first_s, run_s = map(statistics.median, zip(*seconds[impl], strict=True))
             seconds_of = {"seconds": first_s, "run_seconds": run_s}
@@ -473,12 +474,17 @@ def parse_options(argv: list[str] | None) -> Namespace:
         raise OptionError("--mode none: nothing trains, so there is no backward pass to measure")
     if options.budget is not None and part != "memory":
         raise OptionError(f"--budget: {part} takes none; it goes with memory")
-    if options.json and (Path(options.json).is_dir() or not Path(options.json).absolute().parent.is_dir()):
-        raise OptionError(f"--json {options.json}: name a file in a folder that exists")
+    file = Path(options.json or "rows.jsonl").absolute()
+    if options.json and (file.is_dir() or not file.parent.is_dir() or not os.access(file.parent, os.W_OK)):
+        raise OptionError(f"--json {options.json}: name a file in a folder that exists and can be written to")
     encoding = locale.getpreferredencoding(False)
     if "compiled" in options.impl and codecs.lookup(encoding).name == "ascii":
         what = f"--impl compiled: torch.compile cannot read its own files in this locale's {encoding}"
         raise OptionError(f"{what};\nset PYTHONUTF8=1, or name others with --impl")
+    compiler = os.environ.get("CXX", "g++")
+    if "compiled" in options.impl and not on_gpu and not shutil.which(compiler):
+        what = f"--impl compiled: torch.compile finds no C++ compiler ({compiler})"
+        raise OptionError(f"{what}; install it, or name others with --impl")
     for arch, mode in itertools.product(options.arch, options.mode):
         with torch.device("meta"):  # before minutes of measuring: do both exist?
             model = models.build(arch)
@@ -563,9 +569,11 @@ def main(argv: list[str] | None = None) -> None:
         "date": time.strftime("%Y-%m-%d"),
         "warm_up": options.warm_up,
     }
-    if options.json:
-        runs.write_atomically(Path(options.json), "".join(json.dumps(where | row) + "\n" for row in rows))
-    show(rows, where)
+    try:
+        if options.json:
+            runs.write_atomically(Path(options.json), "".join(json.dumps(where | row) + "\n" for row in rows))
+    finally:  # also where that fails: they took minutes
+        show(rows, where)
 
 
 if __name__ == "__main__":

@@ -91,7 +91,9 @@ def create(spec: NetworkSpec, say: Callable[[str], None] = lambda line: None) ->
 
 
 def read_safetensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors by name, and metadata."""
+    """Tensors by name, and metadata. FileNotFoundError, too, for what is no plain file."""
+    if not file.is_file():
+        raise FileNotFoundError(file)
     with safe_open(file, "pt") as opened:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, not a dict
         return tensors, opened.metadata() or {}
@@ -111,7 +113,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str
         return tensors, metadata, NetworkSpec.parse(metadata["spec"], "its spec")
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such run or file") from None
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, OSError, MemoryError, KeyError, TypeError, ValueError) as error:
         why = repr(error) if isinstance(error, KeyError) else error
         raise CheckpointError(f"{file} is no checkpoint of train.py ({why}); give a run folder") from None
 
@@ -123,14 +125,18 @@ def restore(path: str | Path, init_from: str | None = None) -> tuple[nn.Module, 
     the weights of a run with --init-from lie now.
     """
     tensors, metadata, spec = read_checkpoint(path)
-    if "frozen_sha256" not in metadata:  # a file that `rebuild` wrote holds everything
-        model = freeze.empty(spec.arch, len(spec.classes), spec.shortcut)
-    else:
-        spec = spec.model_copy(update={"init_from": _initial_path(path, spec, init_from)})
-        model = create(spec)
-        if freeze.frozen_sha256(model) != metadata["frozen_sha256"]:
-            why = f"{spec.init_from} has changed" if spec.init_from else "it was altered"
-            raise CheckpointError(f"{path} does not match: its seed gives other frozen weights\n({why})")
+    try:
+        _check_shapes(tensors, spec, path)
+        if whole := "frozen_sha256" not in metadata:  # a file that `rebuild` wrote holds everything
+            model = freeze.empty(spec.arch, len(spec.classes), spec.shortcut)
+        else:
+            spec = spec.model_copy(update={"init_from": _initial_path(path, spec, init_from)})
+            model = create(spec)
+    except (freeze.ModeError, models.ModelError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    if not whole and freeze.frozen_sha256(model) != metadata["frozen_sha256"]:
+        why = f"{spec.init_from} has changed" if spec.init_from else "it was altered"
+        raise CheckpointError(f"{path} does not match: its seed gives other frozen weights\n({why})")
     try:
         _, unexpected = model.load_state_dict(tensors, strict=False)
     except RuntimeError as error:
@@ -141,6 +147,16 @@ def restore(path: str | Path, init_from: str | None = None) -> tuple[nn.Module, 
         raise CheckpointError(f"{path} does not match: its tensors are not the trained ones; it was altered")
     _check_finite(model, path)
     return model, spec
+
+
+def _check_shapes(tensors: dict[str, torch.Tensor], spec: NetworkSpec, path: str | Path) -> None:
+    """CheckpointError where `tensors` cannot be of the network of `spec`, for which no memory is taken."""
+    with torch.device("meta"):
+        own = models.build(spec.arch, len(spec.classes), spec.shortcut).state_dict()
+    wrong = [name for name in own if ".running_" in name and name not in tensors]
+    wrong += [name for name, t in tensors.items() if name in own and own[name].shape != t.shape]
+    if wrong:
+        raise CheckpointError(f"{path} does not match its spec: {wrong[0]} is missing or of another shape")
 
 
 def _check_finite(model: nn.Module, path: str | Path) -> None:
@@ -177,7 +193,7 @@ def rebuild(run: str | Path, out: str | Path, init_from: str | None = None, over
     try:
         runs.write_atomically(out, to_bytes(freeze.full_state(model), metadata))
     except OSError as error:
-        why = f"cannot be written ({error.strerror}); name a file in a folder that exists"
+        why = f"cannot be written ({error.strerror}); name a file in a folder that exists and has room for it"
         raise CheckpointError(f"--out {out}: {why}") from None
 
 
@@ -199,7 +215,7 @@ def read_initial(path: str | Path) -> dict[str, torch.Tensor]:
             if "frozen_sha256" in metadata:
                 return freeze.full_state(restore(path)[0])
         else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
+            tensors = runs.load_tensors(path)
     except (CheckpointError, freeze.ModeError, models.ModelError):
         raise
     except FileNotFoundError:
@@ -211,7 +227,7 @@ def read_initial(path: str | Path) -> dict[str, torch.Tensor]:
         give = "give a .safetensors file, or a state dict saved with torch.save(model.state_dict(), ...)"
         raise CheckpointError(f"{what};\n{give}") from None
     named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
-    if not named or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+    if not named or not all(isinstance(t, torch.Tensor) and not t.is_nested for t in tensors.values()):
         raise CheckpointError(f"--init-from {path}: holds no state dict (names to tensors)")
     return tensors
 
@@ -229,6 +245,7 @@ def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], path: str |
     given |= {name: own[name] for name in other_head}
     wrong = [f"{n} (missing)" for n in own if n not in given]
     wrong += [f"{n} (not in this network)" for n in given if n not in own]
+    wrong += [f"{n} (of {given[n].dtype})" for n in own if n in given and not given[n].is_floating_point()]
     shapes = {n: (list(given[n].shape), list(own[n].shape)) for n in own if n in given}
     wrong += [f"{n} ({found}, needs {needed})" for n, (found, needed) in shapes.items() if found != needed]
     if wrong:

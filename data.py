@@ -26,6 +26,7 @@ import kernels
 from datasets import DataError, Say, augment, prepare, sources
 from datasets import download as downloading
 from datasets.prepare import Dataset
+from kernels.device import user_cache
 
 
 def open_dataset(
@@ -44,7 +45,7 @@ def open_dataset(
     home = store = data_dir.parent if data_dir.is_file() else data_dir
     there = next(path for path in (home, *home.absolute().parents) if path.exists())
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        store = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "batchnorm-only"
+        store = user_cache()
     places = list(dict.fromkeys((data_dir, store)))
     try:
         found = sources.locate(name, places, image_size, say)

@@ -103,7 +103,8 @@ def test_loader(dataset: data.Dataset, spec: runs.NetworkSpec, device: torch.dev
     """The test images in batches, normalised as in the run that `spec` is of."""
     dataset = dataclasses.replace(dataset, mean=spec.mean, std=spec.std)
     settings = {"device": device, "dtype": DTYPES[spec.dtype], "compiled": spec.compiled}
-    batch_size = evaluation_batch_size(spec.batch_size, spec.image_size, device)
+    images = max(len(dataset.train.labels), len(dataset.test.labels))  # a run has no larger batches
+    batch_size = evaluation_batch_size(min(spec.batch_size, images), spec.image_size, device)
     return data.make_loader(dataset, "test", batch_size=batch_size, **settings)
 
 

@@ -74,7 +74,8 @@ def _entries() -> dict:
     """
     found = {}
     for file in sorted(_HERE.glob("results/**/model.safetensors")):
-        summary, config = (json.loads(file.with_name(f"{n}.json").read_text()) for n in ("summary", "config"))
+        read = (file.with_name(f"{name}.json").read_bytes() for name in ("summary", "config"))
+        summary, config = map(json.loads, read)
         run = config["options"] | summary | {"folder": file.parent}
         if run["status"] == "done" and not run["variant"]:
             runs = found.setdefault(f"{run['arch']}_{run['mode']}".replace("+", "_"), {})

@@ -11,12 +11,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from rich.text import Text
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, or a user's or a process's share of it
+BATCHED = ("train.py", "bench.py")  # the scripts that have --batch-size
 
 # Every script of ours imports this module first: from here to `run`, Ctrl-C ends it without a traceback.
 _script = Path(getattr(sys.modules["__main__"], "__file__", "/")).resolve()
@@ -49,9 +52,12 @@ def speaks() -> bool:
 
 
 def note(script: str, text: str) -> None:
-    """Tell a person something in a line or two of standard error."""
+    """Tell a person something in a line or two of standard error, if that can be written to."""
     if speaks():
-        print(f"{script}: {shown(text)}", file=sys.stderr, flush=True)
+        try:
+            print(f"{script}: {shown(text)}", file=sys.stderr, flush=True)
+        except OSError:
+            close_output(sys.stderr)
 
 
 def printable(text: str) -> str:
@@ -71,8 +77,17 @@ def shown(message: str) -> str:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether torch found too little memory, of a GPU or of the machine."""
-    return any(text in str(error) for text in ("out of memory", "can't allocate memory"))
+    """Whether torch, NumPy or Python found too little memory, of a GPU or of the machine."""
+    # The last two are oneDNN's, which says no more
+    texts = "out of memory", "can't allocate memory", "not create a primitive\n", "not execute a primitive\n"
+    told = isinstance(error, RuntimeError) and any(text in f"{error}\n" for text in texts)
+    return told or isinstance(error, MemoryError)
+
+
+def no_room(error: BaseException) -> str | None:
+    """The line in which torch says that a disk, or /dev/shm, has no room for a file; None where none does."""
+    lines = str(error).splitlines()
+    return next((line for line in lines if any(os.strerror(number) in line for number in FULL)), None)
 
 
 def run(script: str, main: Callable[[], int | None]) -> int:
@@ -84,6 +99,9 @@ def run(script: str, main: Callable[[], int | None]) -> int:
     """
     ours = [signal.SIGTERM] + [signal.SIGINT] * (signal.getsignal(signal.SIGINT) != signal.SIG_IGN)
     before = {number: signal.signal(number, interrupt) or signal.SIG_DFL for number in ours}
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed: else the next file that is opened would take its number
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115, it stays open
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # of a character that its encoding lacks
     try:
@@ -99,24 +117,30 @@ def run(script: str, main: Callable[[], int | None]) -> int:
         status, why = getattr(error, "exit_status", None), str(error)
         if isinstance(error, OSError) and status is None:
             status = 2 if error.errno == errno.ENAMETOOLONG else 1
-        if status is None and isinstance(error, RuntimeError) and out_of_memory(error):
-            status, why = 1, "out of memory; try a smaller --batch-size"
+            if error.errno in FULL and not error.filename:
+                why += ", where its output goes; make room, or send it elsewhere"
+        if status is None and out_of_memory(error):
+            mend = "try a smaller --batch-size" if script in BATCHED else "it needs a machine with more"
+            status, why = 1, f"out of memory; {mend}"
+        if status is None and isinstance(error, RuntimeError) and (line := no_room(error)):
+            status, why = 1, f"{line}; make room"
         if status is None:
             raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        try:
-            sys.stdout.flush()
-        except OSError:  # else Python would fail in it again as it ends
-            close_output()
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:  # else Python would fail in it again as it ends
+                close_output(stream)
     note(script, why)
     return status
 
 
-def close_output() -> None:
-    """Let what is still printed go nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def close_output(stream: TextIO | None = None) -> None:
+    """Let what is still printed to `stream`, by default standard output, go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), (stream or sys.stdout).fileno())
 
 
 def interrupt(*_: object) -> NoReturn:

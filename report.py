@@ -65,7 +65,7 @@ def write_report(found: list[Run], out: Path) -> None:
             for process in multiprocessing.active_children():  # else what they draw is waited for
                 process.kill()
             raise
-    template = (Path(__file__).parent / "reporting" / "page.html").read_text()
+    template = (Path(__file__).parent / "reporting" / "page.html").read_text("utf-8")
     page = jinja2.Template(template, autoescape=True, undefined=jinja2.StrictUndefined)
     sections = list(zip(settings, sections, strict=True))
     text = page.render(sections=sections, machines=tables.machines(found))

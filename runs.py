@@ -18,12 +18,16 @@ import importlib.metadata
 import io
 import math
 import os
+import pickle
 import platform
+import re
 import secrets
 import shutil
 import stat
 import statistics
 import subprocess
+import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -51,7 +55,13 @@ class RunError(progress.OptionError):
 # ---- the schema ----
 
 
-def _printable_options(options: Options) -> Options:
+def _usable_options(options: Options) -> Options:
+    """The options, their texts printable. ValueError for one that train.py does not take."""
+    for name, field in config.FIELDS.items():
+        value, choices = getattr(options, name), field.metadata["argparse"].get("choices")
+        least, most = field.metadata["limits"] or (value, value)
+        if value is not None and not (least <= value <= most and (choices is None or value in choices)):
+            raise ValueError(f"{name} is not one of a run")
     shown = {k: printable(v) for k, v in dataclasses.asdict(options).items() if isinstance(v, str)}
     return dataclasses.replace(options, **shown)
 
@@ -117,7 +127,7 @@ class NetworkSpec(Record):
     data: Text
     fingerprint: Text  # of the prepared images
     image_size: Annotated[int, Field(ge=1, le=65535)]  # pixels
-    classes: Annotated[tuple[Text, ...], Field(min_length=1)]
+    classes: Annotated[tuple[Text, ...], Field(min_length=1, max_length=2**16)]
     mean: tuple[Number, Number, Number]  # of the training pixels per channel, on the 0..255 scale, like std
     std: tuple[Number, Number, Number]
     train_images: Count
@@ -168,7 +178,7 @@ class Origin(NamedTuple):
 class Config(Record):
     """config.json: what was asked for, what it came to, and on what it ran."""
 
-    options: Annotated[Options, AfterValidator(_printable_options)]
+    options: Annotated[Options, AfterValidator(_usable_options)]
     spec: NetworkSpec
     parent: Parent | None
     data_title: Text
@@ -344,7 +354,7 @@ class Kept(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(strict=True)
     rows: Annotated[list[str], Field(min_length=1)]
-    model: dict[str, object] = {}
+    model: object = None
     step: dict[str, object] = {}
     schedule: _Schedule | None = None
     epochs_before: Epochs = 0
@@ -364,6 +374,25 @@ def read_text(file: Path) -> str | None:
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise RunError(f"{file} cannot be read ({error})") from None
+
+
+def load_tensors(file: Path) -> object:
+    """What torch.save wrote to a plain file: no code in it is run, and it unpacks to no more than its size.
+
+    Raises whatever reading rubbish does.
+    """
+    if file.exists() and not file.is_file():
+        raise ValueError("it is no plain file")
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as packed:
+            if sum(each.file_size for each in packed.infolist()) > file.stat().st_size:
+                raise ValueError("it unpacks to more than its size")
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of protocols that torch does not write
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # torch's text is long, and says how to run the code
+        why = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
+        raise ValueError(re.split(r"\. |\n", why)[0]) from None
 
 
 def read_epochs(folder: Path) -> Iterator[Epoch]:
@@ -636,11 +665,11 @@ class Run:
         self.write("metrics.jsonl", "".join(row.to_json(None) for row in self.rows))
 
     def load_last(self) -> dict | None:
-        """What `end_epoch` last kept, or None; the metrics are set back to it. Runs no code from the file."""
+        """What `end_epoch` last kept, or None; `rows` are set back to it. Runs no code from the file."""
         if not self.last.exists():
             return None
         try:
-            state = torch.load(self.last, map_location="cpu", weights_only=True)
+            state = load_tensors(self.last)
             Kept.model_validate(state)
             self.rows = list(parse_epochs(state.pop("rows"), self.last.name))
             of = self.config
@@ -650,7 +679,6 @@ class Run:
             raise self.unusable(ValueError(_first(error))) from None
         except Exception as error:  # unpickling rubbish fails in many ways
             raise self.unusable(error) from None
-        self.write_metrics()
         return state
 
     def unusable(self, error: Exception) -> RunError:

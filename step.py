@@ -5,6 +5,7 @@ step, fetching its batch included, becomes a CUDA graph after a few steps, and t
 step that is shared among processes does not.
 """
 
+import functools
 import inspect
 import math
 from collections.abc import Iterator, Sequence
@@ -115,7 +116,8 @@ class Step:
         self.lr = torch.zeros((), device=self.device)
         if self.trained:  # else, in mode `none`, only BatchNorm's running statistics follow the data
             self.flat = flatten(self.trained)
-            self.optimizer = self._make_optimizer(options)
+            self.make_optimizer = functools.partial(self._make_optimizer, options)
+            self.optimizer = self.make_optimizer(self.flat)
         # fp16 gradients underflow without it; with other dtypes it does nothing
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         zero = {"dtype": torch.int64, "device": self.device}
@@ -135,7 +137,7 @@ class Step:
         self.warm_up_steps = EAGER_CALLS + 1 if self.captures else 1
         self.start_epoch()
 
-    def _make_optimizer(self, options: Options) -> torch.optim.Optimizer:
+    def _make_optimizer(self, options: Options, flat: nn.Parameter) -> torch.optim.Optimizer:
         """The one of torch.optim whose lower-case name they say, with those of the options that it takes."""
         names = {name.lower(): name for name in torch.optim.__all__}
         maker = getattr(torch.optim, names[options.optimizer])
@@ -144,12 +146,12 @@ class Step:
             "momentum": options.momentum,
             "weight_decay": options.weight_decay,
             "fused": True,
-            "capturable": self.flat.is_cuda,
+            "capturable": flat.is_cuda,
         }
         taken = inspect.signature(maker).parameters.keys() & given.keys()
-        optimizer = maker([self.flat], **{name: given[name] for name in taken})
+        optimizer = maker([flat], **{name: given[name] for name in taken})
         if maker is torch.optim.SGD and options.momentum:  # unwritten where fp16's first step is skipped
-            optimizer.state[self.flat]["momentum_buffer"] = torch.zeros_like(self.flat.detach())
+            optimizer.state[flat]["momentum_buffer"] = torch.zeros_like(flat.detach())
         return optimizer
 
     def start_epoch(self) -> None:
@@ -245,11 +247,31 @@ class Step:
         return {"optimizer": optimizer, "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
+        """Go on from `state`. Where that is of no such step, an exception of any kind says so."""
         if self.trained:
             settings = self.optimizer.param_groups[0]  # this device's, and the lr that each step sets
+            unstepped, stepped = self.optimizer.state[self.flat], self._state_after_a_step()
             self.optimizer.load_state_dict(state["optimizer"])
             self.optimizer.param_groups[0].update(settings)
-        self.scaler.load_state_dict(state["scaler"])
+            found = self.optimizer.state[self.flat]
+            if found.keys() != stepped.keys() and found.keys() != unstepped.keys():  # fp16 may skip all steps
+                raise ValueError(f"its optimizer has {sorted(found)}, not {sorted(stepped)}")
+            for name, tensor in found.items():
+                if (tensor.shape, tensor.dtype) != (stepped[name].shape, stepped[name].dtype):
+                    raise ValueError(f"{name} of its optimizer has another shape or dtype")
+        if own := self.scaler.state_dict():
+            scale, tracker = float(state["scaler"]["scale"]), int(state["scaler"]["_growth_tracker"])
+            if not 0 < scale < torch.finfo().max or not 0 <= tracker <= own["growth_interval"]:
+                raise ValueError("its loss scale is none")
+            self.scaler.load_state_dict(own | {"scale": scale, "_growth_tracker": tracker})
+
+    def _state_after_a_step(self) -> dict[str, torch.Tensor]:
+        """What the optimiser keeps of the trained vector; the values are of no use."""
+        trial = nn.Parameter(torch.zeros_like(self.flat))
+        trial.grad = torch.zeros_like(trial)
+        optimizer = self.make_optimizer(trial)
+        optimizer.step()
+        return optimizer.state[trial]
 
 
 @torch.no_grad()  # never compiled on a CPU: torch 2.13 drops the sum of a float64 without dimensions there

@@ -196,7 +196,7 @@ class Job:
         self.log = path.parent / "logs" / f"{path.name}.log"
         self.log.parent.mkdir(parents=True, exist_ok=True)
         libc = ctypes.CDLL(None)
-        with open(self.log, "a") as file:
+        with open(self.log, "a", encoding="utf-8", errors="backslashreplace") as file:
             print("$", shlex.join(["python", *command[1:]]), file=file, flush=True)
             streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
             # In its own group, for Ctrl-C is passed on; it stops (PR_SET_PDEATHSIG) if the sweep is killed
@@ -207,7 +207,7 @@ class Job:
         """What train.py last had to say, or the end of its traceback, or the signal that killed it."""
         if (signal_number := -self.process.returncode) > 0:
             return f"killed by {signal.Signals(signal_number).name}"
-        said = self.log.read_text(errors="replace").rpartition("\n$ ")[2].strip()  # in this attempt
+        said = self.log.read_text("utf-8", "replace").rpartition("\n$ ")[2].strip()  # in this attempt
         _, noted, last = said.rpartition("\ntrain.py: ")
         lines = last.splitlines() if noted and "\nTraceback " not in said else said.splitlines()[-1:]
         return runs.printable(" ".join(lines))

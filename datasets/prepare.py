@@ -54,6 +54,13 @@ class Dataset:
     test: Split
 
 
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("it would steer a terminal")
+    return text
+
+
+Text = Annotated[str, pydantic.AfterValidator(_printable)]
 Count = Annotated[int, pydantic.Field(ge=1, le=2**62)]
 Number = Annotated[float, pydantic.Field(ge=0, le=255)]
 
@@ -79,9 +86,9 @@ class _Entry(_Record):
     train: _Part
     test: _Part
     facts: tuple[
-        str,
-        str,
-        str,
+        Text,
+        Text,
+        Text,
         Annotated[tuple[str, ...], pydantic.Field(min_length=1)],
         Annotated[int, pydantic.Field(ge=sources.SMALLEST, le=sources.LARGEST)],
         tuple[Number, Number, Number],
@@ -146,7 +153,7 @@ def prepare(folder: Path, found: sources.Found, say: Say) -> Dataset:
                     images[split] = np.memmap(part, np.uint8, "r+", entry[split]["images_at"], shape)
                 else:
                     images[split] = np.empty(shape, np.uint8)
-                for first in range(0, counts[split], sources.BLOCK):
+                for first in range(0, counts[split], source.block_size):
                     block = source.block(split, first)
                     images[split][first : first + len(block)] = block
                     digest.update(np.ascontiguousarray(block))
@@ -177,7 +184,8 @@ def prepare(folder: Path, found: sources.Found, say: Say) -> Dataset:
 def _index(folder: Path) -> dict[str, _Entry]:
     """What index.json tells, by a source's key; without what does not fit, which will be prepared anew."""
     try:
-        told = json.loads((folder / "index.json").read_text("utf-8"))
+        file = folder / "index.json"
+        told = json.loads(file.read_text("utf-8")) if file.is_file() and file.stat().st_size < 2**26 else {}
     except (OSError, ValueError, RecursionError):
         return {}
     kept = {}

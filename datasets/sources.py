@@ -10,11 +10,9 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import re
-import tarfile
 import tomllib
-import zlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,11 +21,21 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from datasets import DataError, Say, synthetic
+from datasets import DataError, Say, synthetic, untrusted
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "BMP",
+    "GIF",
+    "WEBP",
+    "TIFF",
+    "PPM",
+)  # whatever the suffix; EPS would run Ghostscript
 SMALLEST, LARGEST = 8, 65535  # sides of images, in pixels
-BLOCK = 1000  # images handled together while preparing
+BLOCK = 1000  # images handled together while preparing, or as many as fill BLOCK_BYTES
+BLOCK_BYTES = 1 << 28
 FORMAT = 1  # part of every key in index.json: raised when data is read, drawn or written another way
 
 
@@ -183,9 +191,13 @@ class Source:
     images: dict[str, Sequence]  # of each split: uint8 [N, 32, 32, 3], or the name and file of every image
     labels: dict[str, np.ndarray]  # of each split, int64 [N]
 
+    @property
+    def block_size(self) -> int:
+        return max(1, min(BLOCK, BLOCK_BYTES // (3 * self.image_size**2)))
+
     def block(self, split: str, first: int) -> np.ndarray:
-        """Up to BLOCK images of a split, from `first` on: uint8 [n, H, W, 3]. Raises DataError."""
-        block = self.images[split][first : first + BLOCK]
+        """Up to `block_size` images of a split, from `first` on: uint8 [n, H, W, 3]. Raises DataError."""
+        block = self.images[split][first : first + self.block_size]
         if isinstance(block, np.ndarray) and block.shape[1] == self.image_size:
             return block
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow lets other threads run while it decodes
@@ -220,20 +232,23 @@ def _files(found: Found) -> dict[str, Path | bytes]:
     """Row files by name, or image files by <split>/<class>/<name>; an archive is not unpacked to the disk."""
     rows, path = found.kind == "batches", found.path
     if path.is_dir():
-        return {name: (path / name).read_bytes() if rows else path / name for name in found.stamps}
+        files = {name: path / name for name in found.stamps}
+        small = (item for item in files.items() if item[1].stat().st_size < untrusted.MOST_BYTES)
+        return {name: file.read_bytes() for name, file in small} if rows else files
     wanted, depth = (SETS[found.name].file_names.__contains__, 1) if rows else (_is_image, 3)
     try:
-        with tarfile.open(path) as tar:
-            members = (m for m in tar if m.isfile() and m.size < 1 << 28 and wanted(m.name.split("/")[-1]))
-            files = {"/".join(m.name.split("/")[-depth:]): tar.extractfile(m).read() for m in members}
-            return dict(sorted(files.items()))
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        members = untrusted.members(path, lambda name: wanted(name.split("/")[-1]))
+        files = {"/".join(name.split("/")[-depth:]): content for name, content in members}
+        return dict(sorted(files.items()))
+    except Exception as error:  # tarfile, too, can raise anything
         what = f"{path} is truncated or no archive ({brief(error)})"
         raise DataError(f"{what}; remove it and fetch it again") from error
 
 
 def _read_images(found: Found, files: dict[str, Path | bytes]) -> tuple[list[str], dict, dict]:
     """Classes, and by split the images' names and files, and their labels, of <split>/<class>/<name>."""
+    warnings.filterwarnings("ignore", module="PIL")  # what damages an image is told, or else it is read
+    warnings.simplefilter("error", Image.DecompressionBombWarning)  # for all threads that will decode
     images, classes, labels = {}, {}, {}
     for split in ("train", "test"):
         images[split] = [item for item in files.items() if item[0].startswith("train/") == (split == "train")]
@@ -250,7 +265,9 @@ def _read_images(found: Found, files: dict[str, Path | bytes]) -> tuple[list[str
             f"{found.path} is incomplete: {have} training and test images, not {want}\n"
             f"copy or unpack it again, or give --data {found.path} to use what is there"
         )
-    return classes["train"].tolist(), images, labels
+    # What the locale could not decode in a folder's name is read as UTF-8, or is shown by a replacement
+    names = [name.encode("utf-8", "surrogateescape") for name in classes["train"].tolist()]
+    return [name.decode("utf-8", "replace") for name in names], images, labels
 
 
 def _own_size(files: dict[str, Path]) -> int:
@@ -262,9 +279,9 @@ def _own_size(files: dict[str, Path]) -> int:
 
 def _opened(name: str, file: Path | bytes, use: Callable[[Image.Image], object]):
     try:
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
             return use(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # damaged, it can raise anything
         where = name if isinstance(file, bytes) else file
         raise DataError(f"{where} is no readable image ({brief(error)}); replace or remove it") from error
 
@@ -272,10 +289,17 @@ def _opened(name: str, file: Path | bytes, use: Callable[[Image.Image], object])
 def _fit(image: Image.Image, size: int) -> np.ndarray:
     """Any image as RGB uint8 [size, size, 3]: shorter side resized to `size` if it differs, centre square."""
     if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip to white
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        grey = np.asarray(image)
+        if grey.min() < 0 or grey.max() > 0xFFFF:
+            raise ValueError("its pixels have more than 16 bits")
+        image = Image.fromarray((grey >> 8).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("its pixels are no whole numbers")
     image, short = image.convert("RGB"), min(image.size)
     if short != size:
         sides = [max(size, round(side * size / short)) for side in image.size]
+        if sides[0] * sides[1] > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"it is too long and thin to be resized to {size} pixels")
         image = image.resize(sides, Image.Resampling.BILINEAR)
     left, top = ((side - size) // 2 for side in image.size)
     return np.asarray(image.crop((left, top, left + size, top + size)))
@@ -317,8 +341,10 @@ def _doubt(found: Found, files: dict[str, Path | bytes], images: Sequence) -> st
     digests = {name: hashlib.md5(files[name]).hexdigest() for name in known.checksums if name in files}
     if digests and digests == known.checksums:
         return ""
-    if found.path.is_file() and hashlib.md5(found.path.read_bytes()).hexdigest() in known.archives.values():
-        return ""
+    if found.path.is_file():
+        with open(found.path, "rb") as file:
+            if hashlib.file_digest(file, "md5").hexdigest() in known.archives.values():
+                return ""
     # Unpacked binary files have no checksums to go by. With the published mean their pixels may be official.
     binary = found.kind == "batches" and not digests
     if not known.files or (binary and np.allclose(images.mean((0, 1, 2)), known.mean, rtol=0, atol=1e-3)):
@@ -333,9 +359,12 @@ def _rows(data: bytes, binary: bool, known: NamedSet, count: int) -> tuple[np.nd
         rows = np.frombuffer(data, np.uint8).reshape(count, head + 3072)
         pixels, labels = rows[:, head:], rows[:, head - 1].astype(np.int64)
     else:
-        batch = _unpickled(data)
-        pixels, labels = batch["data"], np.array(batch[known.label_key])
-    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape != (count, 3072):
+        batch = untrusted.unpickled(data)
+        pixels, labels = getattr(batch["data"], "pixels", None), batch[known.label_key]
+        if type(labels) is not list or len(labels) != count or set(map(type, labels)) != {int}:
+            labels = ()
+        labels = np.array(labels)
+    if not isinstance(pixels, np.ndarray) or pixels.shape != (count, 3072):
         raise ValueError(f"its pixels are not {count} rows of 3072 bytes")
     most = len(known.classes) - 1
     if labels.shape != (count,) or labels.dtype.kind != "i" or labels.min() < 0 or labels.max() > most:
@@ -345,38 +374,10 @@ def _rows(data: bytes, binary: bool, known: NamedSet, count: int) -> tuple[np.nd
 
 def _check_classes(data: bytes, key: str, classes: list[str]) -> None:
     """Raise ValueError where a file names other classes, or the same in another order."""
-    names = _unpickled(data)[key] if key else data.split()
+    names = untrusted.unpickled(data)[key] if key else data.split()
     names = [name.decode() if isinstance(name, bytes) else name for name in names]
     if names != classes:
         raise ValueError(f"it does not name the {len(classes)} classes in their order")
-
-
-def _unpickled(data: bytes) -> dict:
-    """What a file of the python version holds; its keys are byte strings as Python 2 wrote them."""
-    content = _Unpickler(io.BytesIO(data), encoding="bytes").load()
-    return {key.decode() if isinstance(key, bytes) else key: value for key, value in content.items()}
-
-
-class _Unpickler(pickle.Unpickler):
-    """Admits arrays and the containers around them, all that CIFAR's files hold, and runs nothing else."""
-
-    def find_class(self, module: str, name: str) -> object:
-        admitted = {
-            "numpy.ndarray": np.ndarray,
-            "numpy.dtype": np.dtype,
-            "numpy.core.multiarray._reconstruct": np.empty(0).__reduce__()[0],
-            "numpy._core.multiarray._reconstruct": np.empty(0).__reduce__()[0],  # since NumPy 2
-            "_codecs.encode": _encode_latin1,
-        }
-        if f"{module}.{name}" not in admitted:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR file does")
-        return admitted[f"{module}.{name}"]
-
-
-def _encode_latin1(text: str, encoding: str) -> bytes:
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"it asks for the encoding {encoding!r}, which no CIFAR file does")
-    return text.encode("latin1")
 
 
 def brief(error: Exception) -> str:

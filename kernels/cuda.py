@@ -51,8 +51,8 @@ class Config(NamedTuple):
 Attempt = Callable[[Config | None], Sequence[Tensor | None]]
 
 CONFIGS = (
-    Config(32, 4, 1), Config(64, 4, 1), Config(64, 4, 3),
-    Config(32, 4, 1, 2), Config(64, 4, 1, 2), Config(64, 4, 3, 2), Config(128, 4, 1, 2),
+    Config(64, 4, 1), Config(32, 8, 1), Config(64, 8, 1), Config(64, 8, 3),
+    Config(32, 4, 1, 2), Config(64, 8, 1, 2), Config(64, 8, 3, 2), Config(128, 4, 1, 2), Config(256, 8, 1, 2),
 )  # fmt: skip
 ELEMENTWISE = Config(0, 4, 1)
 TILE = 4096  # elements per program of an elementwise kernel
@@ -75,33 +75,52 @@ def passes() -> TorchPasses:
     except Exception as error:  # training is possible without Triton, whatever is wrong
         warnings.warn(f"Triton fails; PyTorch's slower kernels are used ({error!r})", stacklevel=2)
         return TorchPasses()
+    made.pdl = torch.cuda.get_device_capability() >= (9, 0)
+    try:
+        check_sums(made, torch.device("cuda"))
+    except Exception as error:
+        warnings.warn(
+            f"kernels wait for each other's end, as dependent launch fails ({error!r})", stacklevel=2
+        )
+        made.pdl = False
     return made
 
 
 def check_sums(passes: TorchPasses, device: torch.device) -> None:
-    """RuntimeError where a kernel's last program does not see what the others have written: on this GPU."""
+    """RuntimeError where, on this GPU, a kernel's last program or the next kernel misses what was written."""
     z = torch.linspace(-2, 3, 8 * 16 * 1024, device=device).view(8, 32, 32, 16).permute(0, 3, 1, 2)
 
     def sums_by(way: TorchPasses) -> tuple[Tensor, Tensor]:
         ones = [torch.ones(16, device=device) for _ in range(4)]
-        norm = way.statistics(z, BatchNorm(*ones, 1e-5, 0.1))
+        norm = way.statistics(z.clone(), BatchNorm(*ones, 1e-5, 0.1))
         return norm, way.mask_and_sum(z, z, norm)[1]
 
-    if not agrees(sums_by(passes), sums_by(TorchPasses())):
+    found = [sums_by(passes)]
+    if device.type == "cuda":  # also from a graph, after a copy that is no kernel
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            found.append(sums_by(passes))
+        graph.replay()
+    if not all(agrees(sums, sums_by(TorchPasses())) for sums in found):
         raise RuntimeError("sums over a batch are wrong")
 
 
 class CudaPasses(TorchPasses):
-    """`choose` gives a convolution's Config, or None for cuDNN between elementwise kernels; see Choices."""
+    """`choose` gives a convolution's Config, or None for cuDNN between elementwise kernels; see Choices.
+
+    `pdl`: programmatic dependent launch, for which the device must be a Hopper or newer.
+    """
 
     name = "triton"
 
-    def __init__(self, choose: Callable[[str, Attempt], Config | None]):
-        self.choose, self.streams, self.counters = choose, {}, None
+    def __init__(self, choose: Callable[[str, Attempt], Config | None], pdl: bool = False):
+        self.choose, self.pdl, self.streams, self.counters = choose, pdl, {}, None
         self.expanded = WeakTensorKeyDictionary()
 
     def launch(self, kernel, grid: tuple[int, ...], *arguments, config: Config = ELEMENTWISE, **constants):
-        kernel[grid](*arguments, **constants, num_warps=config.warps, num_stages=config.stages)
+        options = {"num_warps": config.warps, "num_stages": config.stages}
+        options |= {"launch_pdl": True} if self.pdl else {}
+        kernel[grid](*arguments, **constants, PDL=self.pdl, **options)
 
     def over(self, kernel, image: Tensor, *arguments, of=None, config: Config = ELEMENTWISE, **constants):
         """Launch `kernel` over the positions of `image`, or over its patches of side P.

@@ -1,6 +1,7 @@
 """The device that a network runs on: its name, its fastest dtype, its memory, and its CUDA graphs."""
 
 import atexit
+import contextlib
 import ctypes
 import functools
 import gc
@@ -37,9 +38,21 @@ def cache_folder() -> Path:
     """The folder in which compiled and chosen kernels are kept between runs: the user's own.
 
     Where the one in the user's cache is not the user's, may be written to by others, or cannot be made, a
-    private one takes its place until this process ends, and a line on stderr says so.
+    private one takes its place until this process ends, and a line on stderr says so. Where there is no room
+    for that either, it is a path at which nothing can be written or read.
     """
-    return _own_folder(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "batchnorm-only")
+    return _own_folder(user_cache())
+
+
+def user_cache() -> Path:
+    """Our folder in the user's cache; of a user without a home, one that cannot be made."""
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(given, "batchnorm-only")
+    try:
+        home = Path.home()
+    except RuntimeError:  # no HOME, and the system does not know the user
+        home = Path("/nonexistent")
+    return home / ".cache" / "batchnorm-only"
 
 
 @functools.cache
@@ -50,10 +63,14 @@ def _own_folder(folder: Path) -> Path:
             return folder
         why = "others may write to it; remove it, or make it yours alone with chown and chmod go-w"
     except OSError as error:
-        why = error.strerror
-    private = tempfile.mkdtemp(prefix="batchnorm-only-")  # no start finds this again
+        why = f"{error.strerror}; XDG_CACHE_HOME can name another place"
+    with contextlib.suppress(OSError):
+        print(f"{folder}: compiled kernels are not kept there ({why})", file=sys.stderr)
+    try:
+        private = tempfile.mkdtemp(prefix="batchnorm-only-")  # no start finds this again
+    except OSError:
+        return Path(os.devnull, "batchnorm-only")
     atexit.register(shutil.rmtree, private, ignore_errors=True)
-    print(f"{folder}: compiled kernels are not kept there ({why})", file=sys.stderr)
     return Path(private)
 
 
@@ -126,6 +143,15 @@ def keep_freed_memory() -> None:
         return
     mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its upper limit
     mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+
+
+def memory_bytes(device: torch.device) -> int:
+    """All memory of a GPU; on a CPU the machine's, or what `ulimit -v` allows the process of it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return there if limit == resource.RLIM_INFINITY else min(limit, there)
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -68,7 +68,7 @@ class Forecast(CudaPasses):
     """
 
     def __init__(self, configs: tuple[Config, ...] = CONFIGS):
-        super().__init__(self.fastest)
+        super().__init__(self.fastest, pdl=True)
         self.configs, self.launches, self.best = configs, [], {}
 
     def fastest(self, key, attempt):
@@ -91,7 +91,8 @@ class Forecast(CudaPasses):
         windows = {"convolve": stride * (p - 1) + k, "convolve_backward": back}
         trips = windows.get(kernel.__name__, 1) ** 2
         rounds, programs = -(-grid[0] // constants.get("STEP", grid[0])), math.prod(grid)
-        code = compiled(kernel, typed(tuple(given.items())), config, tuple(constants.items()), trips, rounds)
+        fixed = (*constants.items(), ("PDL", self.pdl))
+        code = compiled(kernel, typed(tuple(given.items())), config, fixed, trips, rounds)
         together = max(2, config.warps / 4 * -(-programs // SMS))  # clocks for an instruction of every warp
         issue_s = (code.instructions * together + 2 * code.at_last) / CLOCK_HZ
         bytes_s = sum(a.nbytes for a in arguments if isinstance(a, Tensor)) / BYTES_PER_S

@@ -15,6 +15,7 @@ to do so adds up all of them, always in the same order. Which one is the last, `
 import triton
 import triton.language as tl
 from triton.language import constexpr
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.reference import NORM_ROWS, SUMS_ROWS
 
@@ -43,6 +44,17 @@ def _gradient_coefficients(norm, sums, channels, C: constexpr):
     """scale, b and c of dz = g scale + z b + c."""
     b, c = _per_channel(sums, _D_B, channels, C), _per_channel(sums, _D_C, channels, C)
     return _per_channel(norm, _SCALE, channels, C), b, c
+
+
+@triton.jit
+def _wait(PDL: constexpr):
+    """Wait until the kernel before is done; what comes before this must not read or write memory.
+
+    By programmatic dependent launch a kernel's programs take their places while those of the one before end.
+    """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 # ---- sums over positions ----
@@ -188,12 +200,13 @@ def convolve(
     x, norm, weight, z, after, shortcut, ends, patches, positions, H: constexpr, W: constexpr,
     H_OUT: constexpr, W_OUT: constexpr, C_IN: constexpr, C_OUT: constexpr, K: constexpr, STRIDE: constexpr,
     W_O: constexpr, W_I: constexpr, W_TAP: constexpr, P: constexpr, RELU: constexpr, BLOCK: constexpr,
-    STEP: constexpr,
+    STEP: constexpr, PDL: constexpr,
 ):  # fmt: skip
     """z `[positions, C_OUT]` of x, or with norm of relu(x scale + shift); and with ends its statistics.
 
     With `after`, its norm, what is stored is relu(z scale + shift + shortcut).
     """
+    _wait(PDL)
     image, down, across, live = _patches(patches, H_OUT, W_OUT, P, BLOCK)
     BLOCK_IN: constexpr = 16 if C_IN < 16 else C_IN  # tl.dot wants 16
     WINDOW: constexpr = STRIDE * (P - 1) + K
@@ -234,12 +247,13 @@ def convolve_backward(
     g, z, norm, sums, weight, add, z_below, norm_below, dx, ends, patches, positions, H: constexpr,
     W: constexpr, H_OUT: constexpr, W_OUT: constexpr, C_IN: constexpr, C_OUT: constexpr, K: constexpr,
     STRIDE: constexpr, W_O: constexpr, W_I: constexpr, W_TAP: constexpr, P: constexpr, BLOCK: constexpr,
-    STEP: constexpr,
+    STEP: constexpr, PDL: constexpr,
 ):  # fmt: skip
     """The gradient of x, dx `[positions, C_IN]`; or with z_below, the g of the unit below, and its sums.
 
     Patches are of dx, and P is a multiple of STRIDE. The window is gone through from its end.
     """
+    _wait(PDL)
     image, down, across, live = _patches(patches, H, W, P, BLOCK)
     LAST: constexpr = (P - 1 + K // 2) // STRIDE
     WINDOW: constexpr = K // 2 // STRIDE + LAST + 1
@@ -282,8 +296,11 @@ def _tile(positions, C: constexpr, BLOCK: constexpr, BLOCK_C: constexpr):
 
 
 @triton.jit
-def statistics(z, ends, positions, C: constexpr, BLOCK: constexpr, BLOCK_C: constexpr, STEP: constexpr):
+def statistics(
+    z, ends, positions, C: constexpr, BLOCK: constexpr, BLOCK_C: constexpr, STEP: constexpr, PDL: constexpr
+):
     """The statistics of z, when the convolution was done by cuDNN."""
+    _wait(PDL)
     channels, here, live = _tile(positions, C, BLOCK, BLOCK_C)
     values = tl.load(z + here, mask=live, other=0.0).to(tl.float32)
     rows = tl.minimum(positions - tl.program_id(0) * BLOCK, BLOCK)
@@ -293,9 +310,10 @@ def statistics(z, ends, positions, C: constexpr, BLOCK: constexpr, BLOCK_C: cons
 @triton.jit
 def activate(
     z, norm, shortcut, y, signs, positions, RELU: constexpr, C: constexpr, BLOCK: constexpr,
-    BLOCK_C: constexpr,
+    BLOCK_C: constexpr, PDL: constexpr,
 ):  # fmt: skip
     """y = relu(z scale + shift + shortcut); with signs, also those."""
+    _wait(PDL)
     channels, here, live = _tile(positions, C, BLOCK, BLOCK_C)
     values = _normalise(tl.load(z + here, mask=live, other=0.0), norm, channels, C)
     if shortcut is not None:
@@ -312,9 +330,10 @@ def activate(
 @triton.jit
 def mask_and_sum(
     dy, z, norm, signs, g, ends, positions, C: constexpr, BLOCK: constexpr, BLOCK_C: constexpr,
-    STEP: constexpr,
+    STEP: constexpr, PDL: constexpr,
 ):  # fmt: skip
     """g and its sums from dy, masked by signs or else by z scale + shift; without g, nothing is masked."""
+    _wait(PDL)
     channels, here, live = _tile(positions, C, BLOCK, BLOCK_C)
     gradient = tl.load(dy + here, mask=live, other=0.0)
     values = tl.load(z + here, mask=live, other=0.0)
@@ -330,8 +349,11 @@ def mask_and_sum(
 
 
 @triton.jit
-def gradient(g, z, norm, sums, dz, positions, C: constexpr, BLOCK: constexpr, BLOCK_C: constexpr):
+def gradient(
+    g, z, norm, sums, dz, positions, C: constexpr, BLOCK: constexpr, BLOCK_C: constexpr, PDL: constexpr
+):
     """The gradient dz of a convolution's output, when its weights train or cuDNN does its backward pass."""
+    _wait(PDL)
     channels, here, live = _tile(positions, C, BLOCK, BLOCK_C)
     a, b, c = _gradient_coefficients(norm, sums, channels, C)
     d_out = tl.load(g + here, mask=live, other=0.0).to(tl.float32) * a
@@ -340,8 +362,9 @@ def gradient(g, z, norm, sums, dz, positions, C: constexpr, BLOCK: constexpr, BL
 
 
 @triton.jit
-def norm_of(mean, var, gamma, beta, norm, eps, C: constexpr, BLOCK: constexpr):
+def norm_of(mean, var, gamma, beta, norm, eps, C: constexpr, BLOCK: constexpr, PDL: constexpr):
     """The norm of given statistics, for evaluation."""
+    _wait(PDL)
     channels = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = channels < C
     rstd = 1 / tl.sqrt(tl.load(var + channels, mask=live, other=1.0) + eps)
@@ -358,12 +381,13 @@ def norm_of(mean, var, gamma, beta, norm, eps, C: constexpr, BLOCK: constexpr):
 @triton.jit
 def batch(
     images, labels, order, draws, position, mean, std, out, out_labels, H: constexpr, W: constexpr,
-    DRAWS: constexpr, PAD: constexpr, BLOCK: constexpr,
+    DRAWS: constexpr, PAD: constexpr, BLOCK: constexpr, PDL: constexpr,
 ):  # fmt: skip
     """Images of a batch, cropped and flipped by their draws and normalised, and labels; see augment.py.
 
     `order` `[steps, N]` and `draws` `[steps, N, DRAWS]` say which and how, `position` at which step.
     """
+    _wait(PDL)
     n, at = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     drawn = tl.load(position) * tl.num_programs(0) + n
     image = tl.load(order + drawn)
@@ -389,12 +413,13 @@ def batch(
 def head(
     features, weight, bias, labels, d_features, partial, counter, loss_sum, correct, first_bad_step, position,
     lrs, lr, smoothing, HW: constexpr, C: constexpr, CLASSES: constexpr, BLOCK: constexpr,
-    BLOCK_CLASSES: constexpr, STEP: constexpr,
+    BLOCK_CLASSES: constexpr, STEP: constexpr, PDL: constexpr,
 ):  # fmt: skip
     """The gradient of the mean cross-entropy in features `[N, HW, C]`, one image per program.
 
     The last program adds the batch to the epoch's metrics, sets lr to that of this step, and counts the step.
     """
+    _wait(PDL)
     n, count = tl.program_id(0), tl.num_programs(0)
     at, c, k = tl.arange(0, BLOCK), tl.arange(0, C), tl.arange(0, BLOCK_CLASSES)
     here, live = (n * HW + at)[:, None] * C + c, (at < HW)[:, None]

@@ -23,7 +23,7 @@ from reporting.tables import Table
 from runs import variant_text
 
 INHERITED = ("init_from", "reset_bn", "warmup_epochs")  # by the first part, from the plain run's options
-WORDS = jinja2.Template(Path(__file__).with_name("answers.txt").read_text()).module  # of the sentences
+WORDS = jinja2.Template(Path(__file__).with_name("answers.txt").read_text("utf-8")).module  # of the sentences
 CHANGE = ["change (points)", "interval (points)"]
 
 

@@ -74,9 +74,12 @@ def _places(given: Sequence[str], say: Say) -> Iterator[tuple[str, Callable[[], 
     for folder, name in runs.run_folders(folders, say):
         yield str(folder), partial(read_run, folder, name, say)
     for top in folders:
-        packed += sorted(file for file in top.glob("*.jsonl") if file.name != "metrics.jsonl")
+        files = top.glob("*.jsonl")
+        packed += sorted(file for file in files if file.name != "metrics.jsonl" and file.is_file())
     for file in {file.resolve(): file for file in packed}.values():
         try:
+            if file.stat().st_size > 2**30:
+                raise RunError(f"{file} is larger than packed runs are")
             lines = file.read_bytes().splitlines()
         except OSError as error:
             raise RunError(f"{file} cannot be read ({error.strerror})") from None
@@ -108,6 +111,8 @@ def _wrong(run: Run) -> str | None:
     for name in ("data", "data_title", "arch", "mode", "seed", "variant", "frozen_sha256"):
         if summary and getattr(summary, name) != found[name]:
             return f"config.json and summary.json are of different runs: their {name} differs"
+    if [row.epoch for row in run.epochs] != list(range(1, len(run.epochs) + 1)):
+        return "its epochs are not numbered from 1 on"
     if not run.done:
         return None
     for name in ("final_test_acc", "best_test_acc", "checkpoint_bytes"):

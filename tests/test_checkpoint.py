@@ -205,3 +205,13 @@ def test_init_from_freezes_the_given_weights(tmp_path):
     torch.save(given.state_dict(), tmp_path / "moved.pt")
     with pytest.raises(checkpoint.CheckpointError, match=r"moved\.pt has changed"):
         checkpoint.restore(tmp_path, init_from=str(tmp_path / "moved.pt"))
+
+
+def test_a_checkpoint_of_tensors_of_another_network_is_refused_before_that_is_drawn(
+    sealed, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(checkpoint, "create", lambda spec: pytest.fail("it was drawn"))
+    for arch in ("resnet8_w2", "resnet14", "resnet14_w40"):
+        file = altered(sealed, tmp_path / "altered.safetensors", spec={"arch": arch})
+        with pytest.raises(checkpoint.CheckpointError, match="missing or of another shape"):
+            checkpoint.restore(file)

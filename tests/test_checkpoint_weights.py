@@ -1,5 +1,8 @@
 """Weights of others load by torchvision's names; what does not fit, or would run code, is refused."""
 
+import os
+import zipfile
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -85,3 +88,35 @@ def test_a_file_that_is_no_state_dict_is_refused_and_runs_no_code(tmp_path, cont
     with pytest.raises(checkpoint.CheckpointError, match=r"w\.pt"):
         load(models.build("resnet8"), path)
     assert not Trap.sprung
+
+
+def test_a_file_that_unpacks_to_more_than_its_size_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "w.pt", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("archive/data.pkl", bytes(10**6))
+    with pytest.raises(checkpoint.CheckpointError, match=r"w\.pt: .*unpacks to more than its size"):
+        load(models.build("resnet8"), tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_weights_that_are_no_plain_file_are_not_waited_for(tmp_path, suffix):
+    os.mkfifo(tmp_path / f"w{suffix}")
+    with pytest.raises(checkpoint.CheckpointError, match=f"w{suffix}"):
+        checkpoint.read_initial(tmp_path / f"w{suffix}")
+
+
+@pytest.mark.parametrize("kind", ["nested", "whole numbers", "complex"])
+def test_weights_that_are_no_plain_floating_point_tensors_are_refused(tmp_path, kind):
+    state = torchvision_like()
+    gamma = state["bn1.weight"]
+    nested = torch.nested.nested_tensor([gamma, gamma])
+    made = {"nested": nested, "whole numbers": gamma.long(), "complex": gamma.to(torch.complex64)}
+    torch.save(state | {"bn1.weight": made[kind]}, tmp_path / "w.pt")
+    with pytest.raises(checkpoint.CheckpointError, match=r"bn1\.weight|no state dict"):
+        load(models.build("resnet18"), tmp_path / "w.pt")
+
+
+def test_what_is_said_of_code_does_not_tell_how_to_run_it(tmp_path):
+    torch.save({"conv1.weight": Trap()}, tmp_path / "w.pt")
+    with pytest.raises(checkpoint.CheckpointError, match=r"Unsupported global: GLOBAL .*setattr") as refused:
+        load(models.build("resnet8"), tmp_path / "w.pt")
+    assert "weights_only" not in str(refused.value) and str(refused.value).count("\n") == 1

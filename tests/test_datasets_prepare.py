@@ -139,6 +139,7 @@ MISFITS = [
     ("facts", []),
     ("facts", ["cifar10"]),
     ("facts.1", 7),
+    ("facts.1", "CIFAR-10\x1b[2J"),
     ("facts.2", None),
     ("facts.3", CIFAR10_CLASSES[:5]),
     ("facts.3", "abcdefghij"),
@@ -286,3 +287,16 @@ def test_an_interruption_while_ffcv_is_imported_is_a_line_and_the_next_start_pre
 def test_preparing_looks_nothing_up_that_numba_compiles_and_so_drops_no_interruption(cifar10, monkeypatch):
     monkeypatch.setattr("ffcv.fields.rgb_image.IMAGE_MODES", {})
     assert data.open_dataset("cifar10", cifar10, say=silent).train.beton
+
+
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, lambda file: os.truncate(os.open(file, os.O_CREAT | os.O_RDWR), 2**40)]
+)
+def test_an_index_that_is_no_small_file_is_made_again(cifar10, make):
+    data.open_dataset("cifar10", cifar10, say=silent)
+    file = cifar10 / "beton" / "index.json"
+    whole = file.read_text()
+    file.unlink()
+    make(file)
+    data.open_dataset("cifar10", cifar10, say=silent)
+    assert file.read_text() == whole

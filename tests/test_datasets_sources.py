@@ -1,7 +1,7 @@
 """datasets/sources.py: layouts and folders are read right, or refused by name; nothing in them runs."""
 
 import hashlib
-import io
+import itertools
 import os
 import pickle
 from pathlib import Path
@@ -28,7 +28,7 @@ from layouts import (
 from PIL import Image
 
 import data
-from datasets import sources
+from datasets import sources, untrusted
 
 pytestmark = pytest.mark.usefixtures("small_and_offline")
 
@@ -126,11 +126,9 @@ def test_a_pickle_may_not_reach_past_the_admitted_names(tmp_path):
             + name.encode()
         )
         with pytest.raises(pickle.UnpicklingError, match=name):
-            sources._Unpickler(io.BytesIO(head + b"\x93.")).load()
+            untrusted.unpickled(head + b"\x93.")
     with pytest.raises(pickle.UnpicklingError, match="rot13"):
-        sources._Unpickler(
-            io.BytesIO(b"c_codecs\nencode\n(X\x01\x00\x00\x00aX\x05\x00\x00\x00rot13tR.")
-        ).load()
+        untrusted.unpickled(b"c_codecs\nencode\n(X\x01\x00\x00\x00aX\x05\x00\x00\x00rot13tR.")
 
 
 def test_pickles_of_python_2_and_of_both_numpy_names_are_read():
@@ -221,6 +219,16 @@ def test_a_folder_of_equal_squares_keeps_its_size_and_pixels(tmp_path):
         np.testing.assert_array_equal(dataset.train.images[3 + index], image)
 
 
+def test_a_class_whose_name_is_no_text_is_read_with_a_replacement(tmp_path):
+    for split, name in itertools.product((b"train", b"test"), (b"fr\xc3\xaane", b"\xff")):
+        folder = Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), b"images", split, name)))
+        folder.mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(folder / "1.png")
+    for _ in range(2):  # read, and then as prepared
+        dataset = data.open_dataset(str(tmp_path / "images"), tmp_path / "prepared", say=silent)
+        assert dataset.classes == ("frêne", "\N{REPLACEMENT CHARACTER}")
+
+
 def test_the_centre_square_is_kept():
     pixels = np.zeros((10, 30, 3), np.uint8)
     pixels[:, 10:20] = 255
@@ -261,3 +269,27 @@ def test_imagenette_is_read_from_its_archive_and_from_its_folder(tmp_path, monke
         == data.open_dataset("imagenette", folder, say=silent).fingerprint
     )
     assert (packed.title, unpacked.title) == ("Imagenette", "Imagenette (bytes not verified)")
+
+
+GREY = {"too many bits": ("i4", 2**16), "below zero": ("i4", -1), "no whole numbers": ("f4", 0.5)}
+
+
+@pytest.mark.parametrize("case", [*GREY, "too long and thin", "PostScript"])
+def test_a_picture_that_would_be_read_as_another_or_fill_memory_is_refused(tmp_path, case):
+    write_images(tmp_path, each=1, size=(16, 16))
+    file = tmp_path / "train" / "cat" / "1.tif"
+    if case == "PostScript":  # which Pillow would give to Ghostscript
+        file.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\nshowpage\n")
+    elif case == "too long and thin":
+        Image.new("1", (500_000, 1)).save(file)
+    else:
+        dtype, value = GREY[case]
+        Image.fromarray(np.full((16, 16), value, dtype)).save(file)
+    with pytest.raises(data.DataError, match=r"1\.tif is no readable image") as refused:
+        data.open_dataset(str(tmp_path), tmp_path / "data", image_size=16, say=silent)
+    assert case != "PostScript" or "cannot identify" in str(refused.value)
+
+
+def test_images_are_prepared_in_blocks_that_fit_in_memory():
+    sizes = [sources.Source("x", size, [], {}, {}).block_size for size in (32, 224, 9000)]
+    assert sizes == [1000, 1000, 1]

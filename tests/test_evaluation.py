@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from layouts import tiny_cifar100, write_python100
-from networks import batch, network
+from layouts import silent, tiny_cifar100, write_python100
+from networks import SPEC, batch, network
 from small_runs import SMALL, exit_status, only_run, summary
 from torch.nn import functional as F
 
+import data
 import evaluation
 from evaluation import Evaluation
 from kernels.device import Captured
@@ -87,3 +88,11 @@ def test_a_network_whose_loss_is_not_finite_has_no_accuracy(small, capsys, monke
     assert exit_status([str(only_run())], evaluation) == 2
     said = capsys.readouterr()
     assert "this network is not finite" in said.err and said.err.count("\n") == 1 and not said.out
+
+
+def test_a_batch_is_no_larger_than_there_are_images(tiny_folder):
+    """A file may claim any batch size, and memory would be taken for it."""
+    dataset = data.open_dataset(str(tiny_folder), tiny_folder.parent / "prepared", say=silent)
+    for claimed, taken in ((2**31, 96), (97, 96), (96, 96), (7, 7)):
+        spec = SPEC.model_copy(update={"batch_size": claimed, "image_size": 16})
+        assert evaluation.test_loader(dataset, spec, torch.device("cpu")).batch_size == taken

@@ -154,6 +154,23 @@ def test_a_library_in_a_folder_that_others_may_write_to_is_not_loaded(compiled, 
     assert answer() == 42 and not capfd.readouterr().err  # and says it once
 
 
+def test_without_a_home_or_any_place_for_files_pytorchs_passes_are_used(monkeypatch, capfd):
+    def nowhere(*_, **__):
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home directory")))
+    assert device.user_cache() == Path("/nonexistent/.cache/batchnorm-only")
+    monkeypatch.setattr(device.Path, "mkdir", nowhere)
+    monkeypatch.setattr(device.tempfile, "mkdtemp", nowhere)
+    device._own_folder.cache_clear()
+    with pytest.warns(UserWarning, match="PyTorch's slower kernels are used"):
+        assert type(cpu.passes.__wrapped__()) is TorchPasses
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1 and "/nonexistent" in said and "XDG_CACHE_HOME" in said
+    device._own_folder.cache_clear()
+
+
 def test_which_passes_a_device_uses_can_be_asked():
     assert kernels.passes_for("cpu").name == ("torch" if type(COMPILED) is TorchPasses else "cpp")
     assert kernels.passes_for("cpu", compiled=False).name == "torch"

@@ -123,6 +123,23 @@ def test_without_a_compiler_the_passes_are_pytorchs_and_a_warning_says_so(monkey
         assert type(cuda.passes.__wrapped__()) is TorchPasses
 
 
+def test_where_dependent_launch_fails_kernels_wait_for_each_other_and_a_warning_says_so(monkeypatch):
+    launch, made = CudaPasses.launch, torch.device
+
+    def without(self, *arguments, **constants):
+        if self.pdl:
+            raise RuntimeError("operation not supported")
+        launch(self, *arguments, **constants)
+
+    monkeypatch.setattr(torch, "device", lambda name: made(DEVICE))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(CudaPasses, "launch", without)
+    with pytest.warns(UserWarning, match="wait for each other's end.*operation not supported"):
+        passes = cuda.passes.__wrapped__()
+    assert type(passes) is CudaPasses and not passes.pdl
+
+
 def test_kernels_whose_sums_are_wrong_are_found_out(monkeypatch):
     cuda.check_sums(CudaPasses(lambda key, attempt: None), torch.device(DEVICE))
 

@@ -42,8 +42,11 @@ def test_a_script_that_returns_ends_with_what_it_returned_or_0(capsys):
         (Failed("runs/a: diverged"), 1, "runs/a: diverged"),
         (OSError(28, "No space left on device", "runs/a"), 1, "No space left on device: 'runs/a'"),
         (ConnectionError("another process has ended"), 1, "another process has ended"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried"), 1, "out of memory; try a smaller --batch-size"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "out of memory; try a smaller"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), 1, "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "out of memory; it needs a machine"),
+        (RuntimeError("could not create a primitive"), 1, "out of memory"),
+        (MemoryError(), 1, "out of memory"),
+        (RuntimeError("In process 0:\n</a>: No space left on device (28)"), 1, "</a>: No space left"),
         (KeyboardInterrupt(), 1, "interrupted"),
         (KeyboardInterrupt("interrupted before the first cell"), 1, "interrupted before the first cell"),
     ],
@@ -53,6 +56,13 @@ def test_an_error_that_a_person_can_do_something_about_is_a_line_and_its_status(
     assert progress.run("x.py", ends_with(error)) == status
     out, err = capsys.readouterr()
     assert err.startswith("x.py: ") and said in err and err.count("\n") == 1 and out == ""
+
+
+@pytest.mark.parametrize("script, mend", [("train.py", "try a smaller --batch-size"), ("report.py", "more")])
+def test_too_little_memory_is_mended_by_an_option_only_where_there_is_one(capsys, script, mend):
+    assert progress.run(script, ends_with(MemoryError())) == 1
+    said = capsys.readouterr().err
+    assert mend in said and ("--batch-size" in said) is (script == "train.py")
 
 
 @pytest.mark.parametrize(
@@ -148,7 +158,28 @@ def test_a_full_device_is_told_in_a_line(lines, unbuffered):
         ended = subprocess.run(
             [sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, **settings
         )
-    assert (ended.returncode, ended.stderr) == (1, "x.py: [Errno 28] No space left on device\n")
+    mend = "make room, or send it elsewhere"
+    said = f"x.py: [Errno 28] No space left on device, where its output goes; {mend}\n"
+    assert (ended.returncode, ended.stderr) == (1, said)
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", "<&- >&- 2>&-", "2>/dev/full"])
+def test_closed_streams_and_a_full_one_for_errors_end_no_script_and_reach_no_file(tmp_path, closed):
+    code = f"""if True:
+        import os, progress, sys
+        def main():
+            with open({str(tmp_path / "kept")!r}, "w"):
+                print("told")
+                progress.note("x.py", "told")
+                for number in (1, 2):
+                    os.write(number, b"told") if sys.argv[1] != "2>/dev/full" else None
+            return 3
+        sys.exit(progress.run("x.py", main))
+    """
+    command = f'exec "$0" -c "$1" "{closed}" {closed}'
+    ended = subprocess.run(["bash", "-c", command, sys.executable, code], capture_output=True, cwd=ROOT)
+    assert ended.returncode == 3 and b"Traceback" not in ended.stderr
+    assert (tmp_path / "kept").read_bytes() == b""
 
 
 def test_what_the_output_cannot_encode_is_escaped():

@@ -274,9 +274,10 @@ def test_unusable_input_is_one_line_and_status_2(tmp_path, capsys):
         assert line.startswith("report.py: ")
 
 
-def test_the_script_ends_with_its_exit_status(tmp_path):
-    script = Path(report.__file__)
-    ended = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, cwd=tmp_path)
+@pytest.mark.parametrize("locale", [{}, {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}])
+def test_the_script_ends_with_its_exit_status_in_any_locale(tmp_path, locale):
+    script, settings = Path(report.__file__), {"cwd": tmp_path, "env": os.environ | locale}
+    ended = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, **settings)
     assert ended.returncode == 2 and ended.stderr.startswith("report.py: no usable run in ")
 
 

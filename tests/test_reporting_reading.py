@@ -1,6 +1,7 @@
 """What a run's folder holds is read whole, or named and left out."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,7 @@ RUBBISH = {
         *({key: bad} for key in ("options", "spec", "data_title") for bad in (None, 7, [])),
         *({"options__epochs": bad} for bad in (-1, 0, "4", None)),
         *({f"options__{key}": 0.5} for key in ("train_subset", "loader", "arch", "milestones")),
+        *({"options__preset": "none"}, {"options__schedule": "[red]"}, {"options__batch_size": 10**400}),
         *(
             {"spec__classes": []},
             {"spec__mean": [1, 2]},
@@ -149,6 +151,7 @@ def test_a_packed_line_goes_through_the_same_checks(tmp_path):
         json.dumps(good | {"summary": summary | {"final_test_acc": 101}}),
         json.dumps(good | {"summary": summary | {"mode": "all"}}),
         json.dumps(good | {"summary": None, "epochs": good["epochs"][1:]}),
+        json.dumps(good | {"summary": None, "epochs": good["epochs"][:1] * 2}),
         text.strip(),
     ]
     packed.write_text("\n".join(lines))
@@ -169,3 +172,13 @@ def test_names_are_read_without_what_steers_a_terminal(tmp_path):
     [run] = read(tmp_path)
     assert run.config.data_title == "a\N{REPLACEMENT CHARACTER}[2Jb\N{REPLACEMENT CHARACTER}c"
     assert run.name.isprintable()
+
+
+def test_packed_runs_that_are_no_file_or_enormous_are_not_read(tmp_path):
+    write_run(tmp_path / "a")
+    os.mkfifo(tmp_path / "runs.jsonl")
+    assert len(read(tmp_path)) == 1 and not told
+    (tmp_path / "more.jsonl").touch()
+    os.truncate(tmp_path / "more.jsonl", 2**40)
+    with pytest.raises(runs.RunError, match=r"more\.jsonl is larger"):
+        read(tmp_path)

@@ -101,6 +101,7 @@ def test_a_run_killed_between_its_two_files_loses_no_epoch(tmp_path, monkeypatch
     with runs.open_run(tmp_path / "a", resume=True) as run:
         run.load_last()
         assert [row.epoch for row in run.rows] == [1, 2]
+        run.write_metrics()
     lines = (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
     assert list(runs.read_epochs(tmp_path / "a")) == [epoch(1), epoch(2)]

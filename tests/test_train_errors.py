@@ -7,7 +7,9 @@ import pytest
 import torch
 from small_runs import exit_status, only_run, summary
 
+import bench
 import runs
+import train
 
 
 @pytest.mark.parametrize(
@@ -67,4 +69,22 @@ def test_a_disk_that_fills_up_ends_the_run_in_a_line(small, monkeypatch, capsys)
 
     monkeypatch.setattr(runs.Run, "end_epoch", full_disk)
     assert exit_status(small) == 1
-    assert "No space left on device" in capsys.readouterr().err and summary(only_run())["status"] == "failed"
+    said = capsys.readouterr().err
+    assert "No space left on device; mend that, and --resume goes on after epoch 0\n" in said
+    assert summary(only_run())["status"] == "failed"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()])
+def test_too_little_memory_names_the_batch_size_and_the_command_that_says_what_would_fit(
+    small, monkeypatch, capsys, error
+):
+    def step(*_):
+        raise error
+
+    monkeypatch.setattr(train.Step, "_step", step)
+    assert exit_status(small) == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "out of memory at --batch-size 32; try a smaller one" in said
+    assert summary(only_run())["status"] == "failed" and "out of memory" in summary(only_run())["why"]
+    asked = re.search(r"\(python bench\.py (memory .*) says what would fit\)", said)[1].split()
+    assert bench.parse_options(asked).impl == ["lean"] and "--budget" in asked

@@ -239,6 +239,34 @@ def test_a_run_is_not_resumed_from_numbers_and_rows_that_no_run_keeps(begun, cap
     runs.Run(begun, writes=False).load_last()
 
 
+BUFFER = "momentum_buffer"
+MISFITS = {
+    "a momentum of another shape": lambda state, of: of.update({BUFFER: of[BUFFER][:-1]}),
+    "a momentum that would be stretched": lambda state, of: of.update({BUFFER: of[BUFFER][:1]}),
+    "a momentum of text": lambda state, of: of.update({BUFFER: "fast"}),
+    "no momentum": lambda state, of: of.clear(),
+    "another optimiser's": lambda state, of: of.update(exp_avg=of[BUFFER]),
+    "no groups": lambda state, of: state["step"]["optimizer"].update(param_groups=[]),
+    "weights of whole numbers": lambda state, of: state["model"].update(
+        {name: tensor.long() for name, tensor in state["model"].items()}
+    ),
+}
+
+
+@pytest.mark.parametrize("harm", MISFITS)
+def test_a_run_is_not_resumed_from_tensors_that_are_not_its_own(small, tmp_path, begun, capsys, harm):
+    folder = Path(shutil.copytree(begun, tmp_path / "runs" / begun.name))
+    state = torch.load(folder / "last.pt", weights_only=True)
+    MISFITS[harm](state, state["step"]["optimizer"]["state"][0])
+    torch.save(state, folder / "last.pt")
+    before = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+    capsys.readouterr()
+    assert exit_status([*small, "--resume"]) == 2
+    said = capsys.readouterr().err
+    assert "last.pt cannot be resumed from" in said and "--overwrite" in said and said.count("\n") == 2
+    assert before == {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+
+
 @pytest.fixture(scope="module")
 def begun(tiny_folder, tmp_path_factory):
     """The folder of a run that was interrupted after its first epoch."""

@@ -76,6 +76,21 @@ def test_a_seed_that_fails_does_not_stop_the_others(seeds, monkeypatch, capsys):
     assert "No space left on device" in capsys.readouterr().err
 
 
+def test_a_seed_whose_folder_cannot_be_written_to_does_not_stop_the_others(seeds, monkeypatch, capsys):
+    write = runs.write_atomically
+
+    def full(path, content):
+        if "-s1-" in path.parent.name:
+            raise OSError(28, "No space left on device", str(path))
+        write(path, content)
+
+    monkeypatch.setattr(runs, "write_atomically", full)
+    assert exit_status(seeds) == 1
+    ended = [folder / "summary.json" for folder in sorted(Path("runs").iterdir())]
+    assert [file.exists() and summary(file.parent)["status"] for file in ended] == ["done", False, "done"]
+    assert capsys.readouterr().err.count("No space left on device") == 1
+
+
 def test_no_seed_starts_where_one_of_them_is_refused(small, seeds, capsys):
     assert exit_status([*small, "--seed", "2"]) == 0
     assert exit_status(seeds) == 2
