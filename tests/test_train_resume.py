@@ -247,9 +247,8 @@ MISFITS = {
     "no momentum": lambda state, of: of.clear(),
     "another optimiser's": lambda state, of: of.update(exp_avg=of[BUFFER]),
     "no groups": lambda state, of: state["step"]["optimizer"].update(param_groups=[]),
-    "weights of whole numbers": lambda state, of: state["model"].update(
-        {name: tensor.long() for name, tensor in state["model"].items()}
-    ),
+    "weights of whole numbers": lambda state, of: state.update(model=state["model"].long()),
+    "a weight too many": lambda state, of: state.update(model=state["model"].repeat(2)),
 }
 
 
