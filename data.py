@@ -15,9 +15,10 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import torch
@@ -182,7 +183,7 @@ class _ResidentLoader(Loader):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.images, self.labels = self.source.on(self.device)
-        self.drawing, self.ahead = ThreadPoolExecutor(1), None  # epoch, and what is drawn for it
+        self.ahead = None  # epoch, and what is drawn for it
         shape = len(self), self.batch_size
         self.order = torch.zeros(shape, dtype=torch.int64, device=self.device)
         self.draws = torch.zeros(*shape, augment.DRAWS if self.parts else 0, device=self.device)
@@ -199,12 +200,25 @@ class _ResidentLoader(Loader):
         if not self.train and self.ahead:
             return
         if self.ahead is None or self.ahead[0] != epoch:
-            self.ahead = epoch, self.drawing.submit(self.drawn, epoch)
+            self.ahead = epoch, self.drawing(epoch)
         order, draws = self.ahead[1].result()
-        self.ahead = epoch + 1, self.drawing.submit(self.drawn, epoch + 1) if self.train else None
+        self.ahead = epoch + 1, self.drawing(epoch + 1) if self.train else None
         # A last batch that is not full ends in zeros: image 0 stands in.
         self.order.view(-1)[: len(order)] = torch.from_numpy(order)
         self.draws.flatten(0, 1)[: len(order)] = draws
+
+    def drawing(self, epoch: int) -> Future:
+        """What `drawn` returns, by a thread that ends; a pool's, interrupted as it begins, never does."""
+        future = Future()
+
+        def draw() -> None:
+            try:
+                future.set_result(self.drawn(epoch))
+            except BaseException as error:  # raised where the result is asked for
+                future.set_exception(error)
+
+        Thread(target=draw).start()
+        return future
 
     def batch(self, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The batch of the epoch started last at `position`, int64 [1]; nothing waits for the device."""

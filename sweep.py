@@ -243,6 +243,7 @@ class Sweep:
                     self.say(f"waiting for {len(elsewhere)} cells that other processes train")
                     told = True
                 self.show()
+                progress.end_if_interrupted()
                 time.sleep(1)
 
     def show(self) -> None:

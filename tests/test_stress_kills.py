@@ -67,10 +67,13 @@ class Runs:
         assert "Traceback" not in self.log.read_text()
 
     def in_shared_memory(self) -> list[str]:
-        """What is new there, without what bears the number of somebody else's process."""
+        """What is new there, and neither bears the number of another process nor is the forking process's.
+
+        That one removes its locks, `sem.mp-*`, when it ends; train.py by itself has none with a name.
+        """
         new = set(os.listdir("/dev/shm")) - self.shared_memory
-        numbers = {name: re.match(r"torch_(\d+)_", name) for name in new}
-        return [name for name in new if not numbers[name] or int(numbers[name][1]) in self.pids]
+        numbers = {name: re.match(r"torch_(\d+)_", name) for name in new if not name.startswith("sem.mp-")}
+        return [name for name, of in numbers.items() if not of or int(of[1]) in self.pids]
 
 
 def folders(out: Path) -> dict[int, Path]:

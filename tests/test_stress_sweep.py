@@ -44,8 +44,11 @@ def send(process: BaseProcess, number: int) -> None:
 
 # ---- a sweep ----
 
-LRS = [f"--lr 0.{i:02d}" for i in range(1, 19)]
-FAILING = {"--lr 1e30": "the loss is not finite", "--batch-size 4096": "--batch-size 4096: give"}
+LRS = [f"--batch-size 32 --lr 0.{i:02d}" for i in range(1, 19)]
+FAILING = {
+    "--batch-size 32 --lr 1e30": "the loss is not finite",
+    "--batch-size 4096": "--batch-size 4096: give",
+}
 VARIANTS = [*LRS[:9], *FAILING, *LRS[9:]]
 SEEDS = 10
 CELLS = len(VARIANTS) * SEEDS
@@ -128,7 +131,7 @@ def test_a_sweep_whose_processes_are_killed_ends_with_every_cell_done_or_failed_
     """All is real, but that train.py's processes are forks of the sweep's, and images are prepared before."""
     out, log, drawn, kills = tmp_path / "runs", tmp_path / "log", random.Random(0), Counter()
     images = ["--data", str(tiny_folder), "--data-dir", str(tmp_path / "prepared")]
-    options = [*images, *SMALL[2:], "--epochs", "2", "--milestones", "1", "--out", str(out)]
+    options = [*images, *SMALL[4:], "--epochs", "2", "--milestones", "1", "--out", str(out)]
     assert end(start("data", [images[1], *images[2:]], log)) == 0
 
     def kill(pid: int, number: int, what: str) -> None:
@@ -142,7 +145,7 @@ def test_a_sweep_whose_processes_are_killed_ends_with_every_cell_done_or_failed_
         wait_for(lambda enough=enough: statuses(out)["done"] >= enough, process)
         for pid in drawn.sample(pids := trainers(process), min(2, len(pids))):
             kill(pid, signal.SIGKILL, "a cell's process")
-        time.sleep(drawn.uniform(0, 2))
+        time.sleep(drawn.uniform(0, 0.5))
         kill(process.pid, number, "the sweep")
         assert end(process, seconds=10) in (-number, 1)
     assert 0 < statuses(out)["done"] < CELLS - 2 * SEEDS, "it was killed on its way"
