@@ -1,5 +1,6 @@
 """data.py, its loaders: batches depend on seed and epoch alone, whichever loader brings them."""
 
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -206,3 +207,18 @@ def test_resident_is_the_default_where_the_set_fits(cifar10, monkeypatch):
     assert isinstance(loader_of(dataset), data._ResidentLoader)
     monkeypatch.setattr(data, "_free_bytes", lambda device: 2 * size - 2)
     assert loader_of(dataset) == "ffcv"
+
+
+def test_a_thread_that_draws_ends_by_itself_so_that_no_interrupted_process_waits_for_it():
+    before, loader = set(threading.enumerate()), loader_of(numbered(64))
+    loader.start(0)
+    loader.ahead[1].result()
+    for thread in set(threading.enumerate()) - before:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def test_what_drawing_raises_is_raised_where_the_draws_are_wanted():
+    loader = loader_of(numbered(64), rng=lambda *names: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        loader.start(0)

@@ -29,18 +29,8 @@ def small(tiny_folder, tmp_path, monkeypatch):
     for name, value in chosen.items():
         monkeypatch.setenv(name, value)
     options = ["--data", str(tiny_folder), "--data-dir", str(tiny_folder.parent / "prepared")]
-    options += [
-        "--device",
-        "cpu",
-        "--batch-size",
-        "32",
-        "--epochs",
-        str(EPOCHS),
-        "--milestones",
-        "8",
-        "--no-compile",
-    ]
-    return [*options, "--out", str(tmp_path / "runs")]
+    options += ["--device", "cpu", "--batch-size", "32", "--epochs", str(EPOCHS), "--milestones", "8"]
+    return [*options, "--no-compile", "--out", str(tmp_path / "runs")]
 
 
 def begin(options: list[str], **settings) -> subprocess.Popen:
@@ -393,3 +383,14 @@ def test_the_shell_script_starts_it_from_anywhere(tmp_path):
     command = ["bash", str(ROOT / "sweep.sh"), "--list"]
     listed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert listed.splitlines()[26].split()[:2] == ["26", "cifar10-resnet110-random-s2"]
+
+
+def test_an_interruption_that_is_lost_while_a_process_is_started_ends_the_sweep(small, monkeypatch, capsys):
+    started = sweep.Job.__init__
+
+    def start_and_lose(*given):
+        started(*given)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all that `progress.interrupt` leaves then
+
+    monkeypatch.setattr(sweep.Job, "__init__", start_and_lose)
+    assert main(small) == 1 and "interrupted" in capsys.readouterr().err
