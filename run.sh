@@ -2,7 +2,7 @@
 # Set up what is missing on this machine, once, then run a command in that environment.
 #
 #   bash run.sh                    the main job: ResNet-32, only BatchNorm trained (with --quick where there is no CUDA GPU)
-#   bash run.sh pytest             the tests
+#   bash run.sh pytest             the tests, several at a time
 #   bash run.sh python train.py …  anything else
 #
 # Set-up: FFCV's system libraries (apt), a virtual environment in .venv, requirements.txt. PYTHON names another
@@ -83,5 +83,8 @@ export VIRTUAL_ENV=$PWD/.venv PATH=$PWD/.venv/bin:$PATH
 if (($# == 0)); then
   set -- python train.py --arch resnet32 --mode bn_only --resume
   python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || set -- "$@" --quick
+elif [[ $* == pytest ]]; then # all tests: on all cores, a thread each
+  export OMP_NUM_THREADS=1
+  set -- pytest -n auto --maxprocesses 4
 fi
 exec "$@"
