@@ -267,7 +267,7 @@ def peak_bytes(make: Callable[[], Iterator], device: torch.device) -> int:
     return kernels.device.peak_memory_bytes(device) - before
 
 
-# ---- the four parts: each yields what it has measured, of one implementation after another ----
+# ---- the parts: each yields what it has measured, of one implementation after another ----
 Measured = Iterator[tuple[str, dict]]
 
 

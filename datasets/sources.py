@@ -24,15 +24,7 @@ from PIL import Image
 from datasets import DataError, Say, synthetic, untrusted
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
-FORMATS = (
-    "JPEG",
-    "PNG",
-    "BMP",
-    "GIF",
-    "WEBP",
-    "TIFF",
-    "PPM",
-)  # whatever the suffix; EPS would run Ghostscript
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # by content; EPS would run Ghostscript
 SMALLEST, LARGEST = 8, 65535  # sides of images, in pixels
 BLOCK = 1000  # images handled together while preparing, or as many as fill BLOCK_BYTES
 BLOCK_BYTES = 1 << 28

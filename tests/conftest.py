@@ -10,7 +10,7 @@ import torch
 from layouts import ROWS, ROWS_100, change_set
 from PIL import Image
 
-from datasets import sources
+from datasets import prepare, sources
 
 if not torch.cuda.is_available():  # before anything imports Triton: without a GPU its kernels run in Python
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -22,19 +22,39 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if getattr(item.module, "DEVICE", "cpu") == "cuda":
             item.add_marker(pytest.mark.gpu)
+        if tried := item.get_closest_marker("tried"):
+            item.user_properties.append(("case", tried.args[0]))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU; torch finds none"))
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Print what the stress tests tried: each says it by `record_property("tried", line)`."""
+    """Print what the stress tests tried, and what was lost.
+
+    Tests marked `tried` are counted, by what they try. Others say it by `record_property("tried", line)`,
+    which is shown where they pass.
+    """
     reports = [report for of_a_kind in terminalreporter.stats.values() for report in of_a_kind]
-    told = [told for report in reports for told in getattr(report, "user_properties", ())]
-    lines = dict.fromkeys(str(line) for name, line in told if name == "tried")  # once for all of its phases
+    reports = [report for report in reports if hasattr(report, "user_properties")]
+    failed = {report.nodeid for report in reports if report.failed}
+    cases, lines = {}, set()
+    for report in reports:
+        for name, told in report.user_properties:
+            if name == "case":
+                cases.setdefault(told, set()).add(report.nodeid)
+            elif name == "tried" and report.nodeid not in failed:
+                lines.add(told)
+    lines |= {f"{len(ids)} {what}; lost: {len(ids & failed) or 'nothing'}" for what, ids in cases.items()}
     if lines:
         terminalreporter.section("what was tried")
-    for line in lines:
+    for line in sorted(lines):
         terminalreporter.line(line)
+
+
+@pytest.fixture(scope="session")
+def ffcv():
+    """Imported once, and not in every fork."""
+    prepare.import_ffcv()
 
 
 @pytest.fixture

@@ -19,7 +19,6 @@ import torch
 import progress
 
 MOST_SECONDS, MOST_GROWTH = 60, 600 * 2**20  # of a process that meets a hostile file
-SURVIVED = "a process that met hostile files ran nothing, wrote nothing, and took less than 600 MB and 60 s"
 
 
 class Outcome(NamedTuple):

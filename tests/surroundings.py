@@ -30,7 +30,6 @@ LONGEST_S = 120
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii", "PYTHONCOERCECLOCALE": "0"}
 MEASURE = ["--arch", "resnet8", "--mode", "bn_only", "--batch-size", "32", "--repeats", "1", "--steps", "1"]
 MEASURE += ["--warm-up", "1"]
-tried = {}  # how often, by test
 
 
 class Ended(NamedTuple):
@@ -96,8 +95,6 @@ def fresh(
 
 def told_well(script: str, of: Ended, statuses: tuple[int, ...], said: str = "") -> None:
     """Assert that it ended as documented, and if it failed, in a line or two that say `said`."""
-    caller = sys._getframe(1).f_code.co_name
-    tried[caller] = tried.get(caller, 0) + 1
     assert of.status in statuses, of
     assert "Traceback" not in of.out + of.err, of
     if of.status and of.err:

@@ -10,7 +10,10 @@ import bench
 import config
 import progress
 
-pytestmark = pytest.mark.stress
+pytestmark = [
+    pytest.mark.stress,
+    pytest.mark.tried("scripts with a share of 1,000 command lines made at random"),
+]
 TRIES = 1000  # of all scripts together
 TEXTS = ["9" * 5000, "-" + "9" * 5000, "a" * 5000, "~", "~no_such_user", "~no_such_user/a", "", " "]
 TEXTS += ["--", "-", "\N{SNOWMAN}", "w.pt", "/dev/null", "/dev/full/a", "{seed}", "{0}", "%s"]

@@ -9,7 +9,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from hostile import SURVIVED, attempt, call, name, payloads, refused, text
+from hostile import attempt, call, name, payloads, refused, text
 from layouts import (
     change_set,
     pack,
@@ -22,16 +22,14 @@ from layouts import (
 )
 
 import data
-from datasets import prepare, sources
+from datasets import sources
 
-pytestmark = [pytest.mark.stress, pytest.mark.usefixtures("small_and_offline")]
+pytestmark = [
+    pytest.mark.stress,
+    pytest.mark.tried("hostile pickles and archives of images"),
+    pytest.mark.usefixtures("ffcv", "small_and_offline"),
+]
 PIXELS, LABELS = tiny_cifar10()["data_batch_3"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ffcv():
-    """Imported once, and not in every fork."""
-    prepare.import_ffcv()
 
 
 @pytest.fixture
@@ -347,8 +345,3 @@ def test_files_that_are_none_are_refused(work):
         assert "data_batch_3" in refused(data, arguments, work)
         if (work / "cifar-10-batches-py" / "data_batch_3").is_dir():
             break
-
-
-def test_what_was_tried(record_property):
-    pickles, archives = len(CODE) + len(PICKLES), len(IGNORED) + len(ARCHIVES) + len(BOMBS) + len(IMAGES)
-    record_property("tried", f"{pickles} hostile pickles of images and {archives} archives: {SURVIVED}")

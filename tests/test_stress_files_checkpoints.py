@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hostile import SURVIVED, assert_harmless, attempt, refused
+from hostile import assert_harmless, attempt, refused
 from networks import SPEC, trained_for
 from small_runs import small_options
 
@@ -18,7 +18,7 @@ import evaluation
 import models
 import train
 
-pytestmark = pytest.mark.stress
+pytestmark = [pytest.mark.stress, pytest.mark.tried("altered seed checkpoints")]
 NAN, INF = float("nan"), float("inf")
 
 
@@ -233,8 +233,3 @@ def test_a_batch_size_that_no_run_had_takes_no_memory(work, tiny_folder):
     outcome = attempt(evaluation, [work / "w.safetensors", *where], work)
     assert outcome.status == 0 and "% test accuracy" in outcome.printed, outcome
     assert_harmless(outcome)
-
-
-def test_what_was_tried(record_property):
-    count = len(FILES) + len(PLACES) * len(SCRIPTS)
-    record_property("tried", f"{count} altered or hostile seed checkpoints: {SURVIVED}")

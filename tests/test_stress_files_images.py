@@ -10,23 +10,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hostile import SURVIVED, assert_harmless, attempt, listing, refused
+from hostile import assert_harmless, attempt, listing, refused
 from layouts import silent, write_images
 from PIL import Image
 
 import data
-from datasets import prepare
 
-pytestmark = [pytest.mark.stress, pytest.mark.usefixtures("small_and_offline")]
+pytestmark = [
+    pytest.mark.stress,
+    pytest.mark.tried("pictures, damaged, enormous or odd"),
+    pytest.mark.usefixtures("ffcv", "small_and_offline"),
+]
 COLOUR, SIDE = (10, 200, 90), 16
 PICTURE = Image.new("RGB", (SIDE, SIDE), COLOUR)
 GREY = (0x80, 0x80, 0x80)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ffcv():
-    """Imported once, and not in every fork."""
-    prepare.import_ffcv()
 
 
 @pytest.fixture
@@ -246,10 +243,3 @@ def test_what_is_no_file_of_a_picture_is_ignored_and_a_line_says_so(work, case, 
 def test_a_picture_that_is_a_link_to_itself_is_named(work):
     (work / "train" / "cat" / "9.png").symlink_to("9.png")
     assert "train/cat/9.png" in refused(data, [work, "--data-dir", work.parent / "data"], work)
-
-
-def test_what_was_tried(record_property):
-    odd, bad = len(READ) + len(IGNORED), len(REFUSED)
-    record_property(
-        "tried", f"{bad} damaged or enormous pictures, and {odd} odd ones, read right: {SURVIVED}"
-    )

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from hostile import SURVIVED, attempt, payloads, refused
+from hostile import attempt, payloads, refused
 from small_runs import interrupt_after_an_epoch, only_run, small_options
 
 import models
 import runs
 import train
 
-pytestmark = pytest.mark.stress
+pytestmark = [pytest.mark.stress, pytest.mark.tried("hostile weight files and last.pt")]
 CODE = list(payloads(Path("canary")))
 NAN, INF = float("nan"), float("inf")
 
@@ -274,8 +274,3 @@ def test_a_run_that_goes_on_from_nan_ends_as_diverged(work, begun, tiny_folder, 
     assert outcome.status == 1 and "the loss is not finite at epoch 2" in outcome.said, outcome
     assert len(outcome.lines) == 2 and outcome.lines[0].startswith("train.py: continuing")
     assert runs.Summary.read(folder / "summary.json").status == "diverged"
-
-
-def test_what_was_tried(record_property):
-    weights, kept = len(CODE) + len(PTH), len(CODE) + len(KEPT) + len(HARMS)
-    record_property("tried", f"{weights} hostile weight files and {kept} of last.pt: {SURVIVED}")

@@ -27,11 +27,13 @@ from surroundings import (
     fill,
     fresh,
     told_well,
-    tried,
     whole,
 )
 
-pytestmark = pytest.mark.stress
+pytestmark = [
+    pytest.mark.stress,
+    pytest.mark.tried("surroundings taken away: room, memory, home, compiler, streams, columns"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -253,11 +255,3 @@ def _until_closed(terminal: int) -> str:
         while part := os.read(terminal, 4096):
             text += part
     return text.decode(errors="replace")
-
-
-def test_what_was_tried_is_told(record_property):
-    count = sum(tried.values())
-    record_property(
-        "tried", f"{count} commands without room, memory, home, compiler, streams or columns: 0 lost"
-    )
-    assert count
