@@ -160,6 +160,21 @@ def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return state | {n: b for n, b in model.named_buffers() if n.endswith(("running_mean", "running_var"))}
 
 
+def trained_vector(model: nn.Module) -> torch.Tensor:
+    """`trained_state` in one vector, because thousands of tensors take 0.3 s to save."""
+    return torch.cat([tensor.reshape(-1) for tensor in trained_state(model).values()])
+
+
+def load_trained_vector(model: nn.Module, vector: torch.Tensor) -> None:
+    """Undo `trained_vector`. ValueError where it is not one of this network in this mode."""
+    own = list(trained_state(model).values())
+    sizes = [tensor.numel() for tensor in own]
+    if (vector.shape, vector.dtype, vector.layout) != ((sum(sizes),), own[0].dtype, own[0].layout):
+        raise ValueError("its tensors are not those that this run trains")
+    for tensor, part in zip(own, vector.split(sizes), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
 # ---- python freeze.py table ----
 
 

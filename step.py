@@ -5,7 +5,6 @@ step, fetching its batch included, becomes a CUDA graph after a few steps, and t
 step that is shared among processes does not.
 """
 
-import functools
 import inspect
 import math
 from collections.abc import Iterator, Sequence
@@ -106,7 +105,7 @@ class Step:
         compiled: bool = True,
         group: Group = ALONE,
     ):
-        options = options or Options()
+        self.options = options = options or Options()
         self.model, self.dtype, self.label_smoothing = model, dtype, options.label_smoothing
         self.group, self.averages_statistics = group, group.connected and not options.sync_bn
         self.device = next(model.parameters()).device
@@ -116,8 +115,7 @@ class Step:
         self.lr = torch.zeros((), device=self.device)
         if self.trained:  # else, in mode `none`, only BatchNorm's running statistics follow the data
             self.flat = flatten(self.trained)
-            self.make_optimizer = functools.partial(self._make_optimizer, options)
-            self.optimizer = self.make_optimizer(self.flat)
+            self.optimizer = self._make_optimizer(self.flat)
         # fp16 gradients underflow without it; with other dtypes it does nothing
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         zero = {"dtype": torch.int64, "device": self.device}
@@ -137,8 +135,9 @@ class Step:
         self.warm_up_steps = EAGER_CALLS + 1 if self.captures else 1
         self.start_epoch()
 
-    def _make_optimizer(self, options: Options, flat: nn.Parameter) -> torch.optim.Optimizer:
-        """The one of torch.optim whose lower-case name they say, with those of the options that it takes."""
+    def _make_optimizer(self, flat: nn.Parameter) -> torch.optim.Optimizer:
+        """The one of torch.optim whose lower-case name the options say, with those of them that it takes."""
+        options = self.options
         names = {name.lower(): name for name in torch.optim.__all__}
         maker = getattr(torch.optim, names[options.optimizer])
         given = {
@@ -269,7 +268,7 @@ class Step:
         """What the optimiser keeps of the trained vector; the values are of no use."""
         trial = nn.Parameter(torch.zeros_like(self.flat))
         trial.grad = torch.zeros_like(trial)
-        optimizer = self.make_optimizer(trial)
+        optimizer = self._make_optimizer(trial)
         optimizer.step()
         return optimizer.state[trial]
 
