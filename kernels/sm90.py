@@ -26,7 +26,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kernels import infer_block, train_block
-from kernels.cuda import CONFIGS, DTYPES, ELEMENTWISE, Config, CudaPasses, empty_image
+from kernels.choices import CONFIGS, Config
+from kernels.cuda import DTYPES, ELEMENTWISE, CudaPasses, empty_image
 
 HOPPER = GPUTarget("cuda", 90, 32)
 BYTES_PER_S, FLOP_PER_S = 4.3e12, 790e12  # of an H200, as measured by others

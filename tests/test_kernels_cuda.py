@@ -5,8 +5,9 @@ import torch
 from test_kernels_triton import DEVICE, assert_close, bn_of, copied, image, wide
 
 import kernels
-from kernels import cuda
-from kernels.cuda import CONFIGS, Choices, CudaPasses
+from kernels import choices, cuda
+from kernels.choices import CONFIGS, Choices
+from kernels.cuda import CudaPasses
 from kernels.reference import Conv, TorchPasses
 
 
@@ -19,7 +20,7 @@ def timed(monkeypatch):
         call()
         return times.get(last[-1], 9.0)
 
-    monkeypatch.setattr(cuda, "seconds", seconds)
+    monkeypatch.setattr(choices, "seconds", seconds)
     return times, last
 
 
@@ -56,8 +57,8 @@ def test_a_choice_is_made_once_a_machine(timed, tmp_path, fastest):
     assert one("layer", attempt_of(last)) == fastest
     other("another layer", attempt_of(last))
     tried = len(last)
-    for choices in (one, Choices(tmp_path / "kernels.json")):
-        assert choices("layer", attempt_of(last)) == fastest
+    for again in (one, Choices(tmp_path / "kernels.json")):
+        assert again("layer", attempt_of(last)) == fastest
     assert len(last) == tried
     assert set(Choices(tmp_path / "kernels.json").made) == {"layer", "another layer"}
     assert [path.name for path in tmp_path.iterdir()] == ["kernels.json"]
@@ -86,16 +87,16 @@ def test_an_unwritable_file_costs_time_and_nothing_else(timed, tmp_path):
 def test_nothing_is_tried_while_a_graph_is_captured(timed, tmp_path, monkeypatch):
     times, last = timed
     times[CONFIGS[0]] = 1.0
-    choices = Choices(tmp_path / "kernels.json")
+    chooses = Choices(tmp_path / "kernels.json")
     with monkeypatch.context() as capturing:
         capturing.setattr(torch.cuda, "is_available", lambda: True)
         capturing.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        assert choices("layer", attempt_of(last)) is None and not last
-    assert choices("layer", attempt_of(last)) == CONFIGS[0]
+        assert chooses("layer", attempt_of(last)) is None and not last
+    assert chooses("layer", attempt_of(last)) == CONFIGS[0]
 
 
 def test_trying_moves_the_running_statistics_once(timed, tmp_path, monkeypatch):
-    monkeypatch.setattr(cuda, "CONFIGS", CONFIGS[:2])
+    monkeypatch.setattr(choices, "CONFIGS", CONFIGS[:2])
     _, last = timed
     last.append(None)
     x, weight, bn = image(2, 16, 4, 4), image(16, 16, 3, 3), bn_of(16)

@@ -25,7 +25,7 @@ def test_the_kernels_compile_for_hopper_to_its_own_matrix_instructions_without_s
         import torch
         from kernels import cuda, sm90
         like = torch.empty(0, dtype=torch.bfloat16, device="meta")
-        passes, x = sm90.Forecast(cuda.CONFIGS[:1]), cuda.empty_image(like, (128, 64, 8, 8))
+        passes, x = sm90.Forecast(sm90.CONFIGS[:1]), cuda.empty_image(like, (128, 64, 8, 8))
         sm90.block(passes, x, [(64, 3, 1)], shortcut=x)
         for launch in passes.launches:
             print(launch.kernel, launch.code.matrix, launch.code.spilt_bytes, launch.code.instructions)
@@ -46,7 +46,7 @@ def test_a_kernel_touches_no_memory_before_the_kernel_that_it_depends_on_is_done
             print(*dict.fromkeys(code))
             return 0, 0
         sm90.executed = order
-        passes, new = sm90.Forecast(cuda.CONFIGS[:1]), torch.empty
+        passes, new = sm90.Forecast(sm90.CONFIGS[:1]), torch.empty
         sm90.resnet(passes, 2, 128)
         like = torch.empty(0, dtype=torch.bfloat16, device="meta")
         z, norm = cuda.empty_image(like, (128, 64, 8, 8)), new(4, 64, device="meta")

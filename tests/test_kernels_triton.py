@@ -10,7 +10,8 @@ import data
 import kernels
 import models
 from kernels import cuda
-from kernels.cuda import CONFIGS, WIDEST, Choices, Config, CudaPasses
+from kernels.choices import CONFIGS, Choices, Config
+from kernels.cuda import WIDEST, CudaPasses
 from kernels.reference import BatchNorm, Conv, TorchPasses, pack
 
 GPU = torch.cuda.is_available()

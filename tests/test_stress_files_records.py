@@ -15,7 +15,7 @@ from small_runs import interrupt_after_an_epoch, only_run, small_options
 import data
 import report
 import train
-from kernels import cpu, cuda
+from kernels import choices, cpu
 from reporting import reading
 
 pytestmark = [
@@ -246,7 +246,7 @@ def test_prepared_images_that_are_none_are_made_anew(work, tiny_folder, begun, s
 )  # which may be of layers
 def test_choices_of_kernels_that_are_none_are_measured_anew(tmp_path, case):
     (tmp_path / "kernels.json").write_bytes(TEXTS[case])
-    assert cuda.Choices(tmp_path / "kernels.json").made == {}
+    assert choices.Choices(tmp_path / "kernels.json").made == {}
 
 
 def plant(library: Path, content: bytes, honest_digest: bool = False, mode: int = 0o600) -> None:
