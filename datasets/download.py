@@ -19,8 +19,9 @@ def missing(name: str, places: list[Path], why: str) -> str:
     archive, looked = sources.SETS[name].url.rpartition("/")[2], ", ".join(map(str, places))
     looked += "".join(f" ({folder} is there and empty)" for folder in sources.empty_folders(name, places))
     return (
-        f"{name} {why}; looked in {looked}. Put {archive} or what it unpacks to in a folder\n"
-        "and give --data-dir FOLDER, or --data FOLDER (train/<class>/*, test/<class>/*), or --data synthetic"
+        f"{name} {why}; looked in {looked}.\n"
+        f"Give --data-dir FOLDER, with {archive} or what it unpacks to in it, or "
+        "--data FOLDER (train/<class>/*, test/<class>/*), or --data synthetic"
     )
 
 
