@@ -34,8 +34,10 @@ def pytest_terminal_summary(terminalreporter):
     Tests marked `tried` are counted, by what they try. Others say it by `record_property("tried", line)`,
     which is shown where they pass.
     """
-    reports = [report for of_a_kind in terminalreporter.stats.values() for report in of_a_kind]
-    reports = [report for report in reports if hasattr(report, "user_properties")]
+    told = [each for of_a_kind in terminalreporter.stats.values() for each in of_a_kind]
+    reports = [
+        each for each in told if isinstance(each, pytest.TestReport)
+    ]  # not what was deselected, or a warning
     failed = {report.nodeid for report in reports if report.failed}
     cases, lines = {}, set()
     for report in reports:
