@@ -28,6 +28,7 @@ import data
 import evaluation
 import freeze
 import kernels
+import records
 import runs
 from datasets import sources
 from kernels import device as devices
@@ -54,7 +55,7 @@ def histogram(values: np.ndarray, edges: list[float]) -> dict[str, object]:
 
 
 @torch.no_grad()
-def prune(model: nn.Module, evaluate: Callable[[], evaluation.Scores]) -> list[runs.Pruned]:
+def prune(model: nn.Module, evaluate: Callable[[], evaluation.Scores]) -> list[records.Pruned]:
     """For each of THRESHOLDS, the test accuracy (percent) with every gamma of a smaller magnitude set to 0.
 
     Beta and BatchNorm's statistics stay. `evaluate` gives the scores of `model`, whose gammas are changed in
@@ -71,7 +72,7 @@ def prune(model: nn.Module, evaluate: Callable[[], evaluation.Scores]) -> list[r
                     bn.weight.copy_(gamma.masked_fill(gamma.double().abs() < threshold, 0.0))
                 accuracies[zeroed] = evaluate().acc
             share, test_acc = zeroed / len(size), accuracies[zeroed]
-            rows.append(runs.Pruned(threshold=threshold, zeroed=share, test_acc=test_acc))
+            rows.append(records.Pruned(threshold=threshold, zeroed=share, test_acc=test_acc))
     finally:
         for bn, gamma in zip(norms, learned, strict=True):
             bn.weight.copy_(gamma)
@@ -114,7 +115,7 @@ def relu_zeros(model: nn.Module, loader, dtype: torch.dtype) -> tuple[np.ndarray
     return tuple(total.cpu().numpy())
 
 
-def analyse(model: nn.Module, loader, spec: runs.NetworkSpec) -> runs.Analysis:
+def analyse(model: nn.Module, loader, spec: records.NetworkSpec) -> records.Analysis:
     """The analysis of `model`, which is on the device of the test images' `loader`. CheckpointError."""
     gamma, dtype = gammas(model), devices.DTYPES[spec.dtype]
     if not np.isfinite(gamma).all():
@@ -125,10 +126,10 @@ def analyse(model: nn.Module, loader, spec: runs.NetworkSpec) -> runs.Analysis:
     zeros, of = relu_zeros(model, loader, dtype)
     near_zero = float(np.mean(np.abs(gamma) < 0.01))
     silent, silent_99 = float(np.mean(zeros == of)), float(np.mean(100 * zeros > 99 * of))
-    return runs.Analysis(
-        gamma=runs.Gammas(**histogram(gamma, GAMMA_EDGES), share_near_zero=near_zero),
+    return records.Analysis(
+        gamma=records.Gammas(**histogram(gamma, GAMMA_EDGES), share_near_zero=near_zero),
         pruned=tuple(pruned),
-        relu=runs.Silence(**histogram(zeros / of, SILENCE_EDGES), silent=silent, silent_99=silent_99),
+        relu=records.Silence(**histogram(zeros / of, SILENCE_EDGES), silent=silent, silent_99=silent_99),
         test_acc=pruned[0].test_acc,
         images=loader.num_images,
         frozen_sha256=frozen_sha256,

@@ -67,6 +67,7 @@ from datasets import augment
 from kernels import roofline
 from kernels.device import DTYPES, synchronize
 from progress import OptionError
+from records import files
 from step import Step
 
 STEPS = ("stock", "stock_workers", "amp", "compiled", "plain", "lean", "recompute")
@@ -517,9 +518,9 @@ def cells(rows: list[dict]) -> dict[str, list[str]]:
     return columns
 
 
-def show_markdown(files: list[str]) -> None:
+def show_markdown(paths: list[str]) -> None:
     """The rows of each file, and on what they were measured. Raises OptionError for one that has none."""
-    for file in files:
+    for file in paths:
         try:
             rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
             where = WHERE.format_map(rows[0])
@@ -571,7 +572,8 @@ def main(argv: list[str] | None = None) -> None:
     }
     try:
         if options.json:
-            runs.write_atomically(Path(options.json), "".join(json.dumps(where | row) + "\n" for row in rows))
+            lines = [json.dumps(where | row) + "\n" for row in rows]
+            files.write_atomically(Path(options.json), "".join(lines))
     finally:  # also where that fails: they took minutes
         show(rows, where)
 

@@ -21,7 +21,7 @@ from torch import nn
 import freeze
 import models
 import runs
-from runs import CHECKPOINT, NetworkSpec
+from records import CHECKPOINT, NetworkSpec, files
 
 
 class CheckpointError(progress.OptionError):
@@ -191,7 +191,7 @@ def rebuild(run: str | Path, out: str | Path, init_from: str | None = None, over
     model, _ = restore(run, init_from)
     metadata = {key: text for key, text in read_checkpoint(run)[1].items() if key != "frozen_sha256"}
     try:
-        runs.write_atomically(out, to_bytes(freeze.full_state(model), metadata))
+        files.write_atomically(out, to_bytes(freeze.full_state(model), metadata))
     except OSError as error:
         why = f"cannot be written ({error.strerror}); name a file in a folder that exists and has room for it"
         raise CheckpointError(f"--out {out}: {why}") from None
@@ -215,7 +215,7 @@ def read_initial(path: str | Path) -> dict[str, torch.Tensor]:
             if "frozen_sha256" in metadata:
                 return freeze.full_state(restore(path)[0])
         else:
-            tensors = runs.load_tensors(path)
+            tensors = files.load_tensors(path)
     except (CheckpointError, freeze.ModeError, models.ModelError):
         raise
     except FileNotFoundError:

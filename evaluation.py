@@ -22,6 +22,7 @@ from torch.nn import functional as F
 import checkpoint
 import data
 import kernels
+import records
 import runs
 from kernels import device as devices
 from kernels.device import DTYPES, Captured
@@ -92,14 +93,14 @@ def evaluation_batch_size(batch_size: int, image_size: int, device: torch.device
     return max(batch_size, 1000) if device.type == "cuda" and image_size <= 64 else batch_size
 
 
-def image_place(path: str | Path, spec: runs.NetworkSpec, data_dir: str | None) -> tuple[str, str]:
+def image_place(path: str | Path, spec: records.NetworkSpec, data_dir: str | None) -> tuple[str, str]:
     """Name and folder of the images that a run, or a file, was trained on."""
     config = runs.Run(Path(path)).config if Path(path).is_dir() else None
     name = config.options.data if config else spec.data
     return name, data_dir or (config.options.data_dir if config else "data")
 
 
-def test_loader(dataset: data.Dataset, spec: runs.NetworkSpec, device: torch.device):
+def test_loader(dataset: data.Dataset, spec: records.NetworkSpec, device: torch.device):
     """The test images in batches, normalised as in the run that `spec` is of."""
     dataset = dataclasses.replace(dataset, mean=spec.mean, std=spec.std)
     settings = {"device": device, "dtype": DTYPES[spec.dtype], "compiled": spec.compiled}

@@ -215,7 +215,7 @@ class Display:
             self.bars.update(self.epoch_bar, text=f"{rate:,.0f} images/s  loss {loss:.3f}  {accuracy:.1f} %")
 
     def end_epoch(self, row) -> None:
-        """Show an epoch's metrics, a runs.Epoch."""
+        """Show an epoch's metrics, a records.Epoch."""
         text = f"train {row.train_loss:.3f} {row.train_acc:5.2f} %"
         for name in ("val", "test"):
             loss, accuracy = getattr(row, f"{name}_loss"), getattr(row, f"{name}_acc")

@@ -24,7 +24,8 @@ from typing import Any
 
 import jinja2
 
-import runs
+import records
+from records import files
 from reporting import answers, figures, reading, series, tables
 from reporting.drawing import render
 from reporting.reading import Run
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", default="report", help="the folder to write [report]")
     parser.add_argument("--pack", action="store_true", help="print the runs, a line each, and make no report")
     given = parser.parse_args(argv)
-    found = reading.read_runs(given.runs, lambda text: progress.note("report.py", runs.printable(text)))
+    found = reading.read_runs(given.runs, lambda text: progress.note("report.py", progress.printable(text)))
     if given.pack:
         sys.stdout.writelines(run.to_json(None) for run in found)
         return
@@ -48,14 +49,14 @@ def main(argv: list[str] | None = None) -> None:
         raise ChildProcessError(why) from None
     except OSError as error:
         why = f"{error.filename or 'it'} cannot be written ({error.strerror})"
-        raise runs.RunError(f"--out {given.out}: {why}; name a folder that can") from None
+        raise records.RunError(f"--out {given.out}: {why}; name a folder that can") from None
 
 
 def write_report(found: list[Run], out: Path) -> None:
     """`index.html`, and a folder of figures and tables per setting, in the folder `out`."""
     settings = series.by_setting(found)
     for folder in (out, *out.glob("*/*")):  # also of settings that only an earlier report had
-        runs.remove_half_written(folder)
+        files.remove_half_written(folder)
     processes = min(len(settings), os.cpu_count() or 1)
     with concurrent.futures.ProcessPoolExecutor(processes, initializer=end_with_this) as pool:
         apart = pool.map if len(settings) > 1 else map  # drawing takes most of the time
@@ -69,7 +70,7 @@ def write_report(found: list[Run], out: Path) -> None:
     page = jinja2.Template(template, autoescape=True, undefined=jinja2.StrictUndefined)
     sections = list(zip(settings, sections, strict=True))
     text = page.render(sections=sections, machines=tables.machines(found))
-    runs.write_atomically(out / "index.html", text)
+    files.write_atomically(out / "index.html", text)
 
 
 def end_with_this() -> None:
@@ -86,7 +87,7 @@ def write_section(setting: Setting, out: Path) -> dict[str, Any]:
     made += [tables.stored(of), tables.parameters(setting.runs), tables.time(machines)]
     made += [tables.not_finished(setting.runs), tables.every_run(setting.runs)]
     made = [table for table in made if table.rows]
-    files = {f"{table.name}.{end}": text for table in made for end, text in table.files().items()}
+    written = {f"{table.name}.{end}": text for table in made for end, text in table.files().items()}
     drawn, shown = figures.figures_of(of, machines, setting.known == "cifar10"), {}
     drawn |= {answer.table.name: answer.drawn for answer in answered}
     for name, (figure, used) in ((name, one) for name, one in drawn.items() if one):
@@ -97,10 +98,10 @@ def write_section(setting: Setting, out: Path) -> dict[str, Any]:
             "n": (min(counts), max(counts)),
             "diverged": sum(s.diverged for s in used),
         }
-        files |= {f"{name}.{end}": content for end, content in pictures.items()}
+        written |= {f"{name}.{end}": content for end, content in pictures.items()}
     (out / setting.folder).mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        runs.write_atomically(out / setting.folder / name, content)
+    for name, content in written.items():
+        files.write_atomically(out / setting.folder / name, content)
     answer_texts = {answer.table.name: answer.text for answer in answered}
     return {"tables": made, "figures": shown, "answers": answer_texts}
 

@@ -34,6 +34,7 @@ from rich.table import Column
 from tabulate import tabulate
 
 import config
+import records
 import runs
 from config import OptionError, Options
 from datasets import sources
@@ -52,7 +53,7 @@ class Cell:
     path: Path
     status: str = "to do"  # or "running", or its summary's
     why: str | None = None  # it ended early
-    epochs: Sequence[runs.Epoch] = ()
+    epochs: Sequence[records.Epoch] = ()
     reached: str = ""  # how many epochs, or the test accuracy once it is done
     seconds: float | None = None  # that it still takes, where that is known
     log: Path | None = None  # which tells why this sweep has given it up
@@ -70,15 +71,15 @@ class Cell:
     def look(self) -> None:
         """See by its folder how far it is. A summary that cannot be read counts as failed."""
         self.epochs, self.status, self.why, self.seconds = [], "running", None, None
-        with contextlib.suppress(runs.RunError):  # at the first damaged line: last.pt has the epochs too
-            self.epochs.extend(runs.read_epochs(self.path))
+        with contextlib.suppress(records.RunError):  # at the first damaged line: last.pt has the epochs too
+            self.epochs.extend(records.read_epochs(self.path))
         self.reached = f"{len(self.epochs)} of {self.options.epochs} epochs" if self.epochs else ""
         if runs.in_use(self.path):
             return
         try:
             summary, found = runs.Run(self.path).summary, runs.Run(self.path).config
             self.status, self.why = (summary.status, summary.why) if summary else ("to do", None)
-        except runs.RunError as error:
+        except records.RunError as error:
             self.status, self.why = "failed", str(error)
         if self.status == "done":
             differing = found and config.differing(found.options, self.options, "variant", "setting")
@@ -210,7 +211,7 @@ class Job:
         said = self.log.read_text("utf-8", "replace").rpartition("\n$ ")[2].strip()  # in this attempt
         _, noted, last = said.rpartition("\ntrain.py: ")
         lines = last.splitlines() if noted and "\nTraceback " not in said else said.splitlines()[-1:]
-        return runs.printable(" ".join(lines))
+        return progress.printable(" ".join(lines))
 
 
 class Sweep:

@@ -33,6 +33,7 @@ import data
 import freeze
 import kernels
 import models
+import records
 import runs
 from config import OptionError, Options
 from evaluation import Evaluation, Scores, evaluation_batch_size
@@ -96,7 +97,7 @@ def train(
         passes = kernels.passes_for(device.type, spec.compiled and options.memory != "stock").name
         came_to = {"options": options, "spec": spec, "parent": parent, "data_title": dataset.title}
         own = runs.environment(device, bars.runs)
-        run.begin(runs.Config(**came_to, **hashes, passes=passes, **own))
+        run.begin(records.Config(**came_to, **hashes, passes=passes, **own))
         display = progress.Display(bars, run, len(training.loader))
         status, why, sealed = "failed", "an unforeseen error", b""
         try:
@@ -111,7 +112,7 @@ def train(
             if run.rows[-1].test_loss is None:
                 raise FloatingPointError("the last test loss is not finite; try a lower --lr")
             sealed = checkpoint.seed_checkpoint(model, spec, len(run.rows) * len(training.loader))
-            run.write(runs.CHECKPOINT, sealed)
+            run.write(records.CHECKPOINT, sealed)
             stopped = f"no better validation accuracy for {options.early_stop} epochs"
             status, why = "done", stopped if training.schedule.stopped else None
         except (Exception, KeyboardInterrupt) as error:
@@ -138,8 +139,8 @@ class Training:
         options: Options,
         dataset: data.Dataset,
         split: tuple[np.ndarray, np.ndarray],
-        spec: runs.NetworkSpec,
-        parent: runs.Parent | None,
+        spec: records.NetworkSpec,
+        parent: records.Parent | None,
         model: torch.nn.Module,
         group: Group,
     ):
@@ -177,7 +178,7 @@ class Training:
             better = f"--seed {spec.seed} --val-split {spec.val_images}"
             note(f"{parent.run} trained on images that validate here; better start from a run of {better}")
 
-    def epoch(self, epoch: int, display: progress.Display) -> Generator[None, None, runs.Epoch]:
+    def epoch(self, epoch: int, display: progress.Display) -> Generator[None, None, records.Epoch]:
         """One pass over the training images, yielding after each step, and its evaluation: its metrics.
 
         Raises FloatingPointError, naming epoch and step, at a loss that is not finite.
@@ -216,7 +217,7 @@ class Training:
             tested |= {"test_top5_acc": top5_acc} if top5_acc is not None else {}
         devices.reset_peak_memory(self.step.device)
         self.train_s += self.epoch_s
-        return runs.Epoch(epoch=epoch, lr=float(f"{lrs[0]:.6g}"), **row, **tested, epoch_s=self.epoch_s)
+        return records.Epoch(epoch=epoch, lr=float(f"{lrs[0]:.6g}"), **row, **tested, epoch_s=self.epoch_s)
 
     def look(self, epoch: int, steps: int) -> None:
         """After each of an epoch's steps: whether start-up is over, and whether the loss is still finite."""
@@ -260,7 +261,7 @@ class Training:
         """Put everything where the run's last epoch left it; False where there is none. Raises RunError."""
         state = run.load_last()
         if int(self.group.sum(torch.tensor(len(run.rows)))) != len(run.rows) * self.group.count:
-            raise runs.RunError(f"{run.path}: not every process finds the same epochs there; share --out")
+            raise records.RunError(f"{run.path}: not every process finds the same epochs there; share --out")
         if state is None:
             return False
         try:
@@ -275,7 +276,7 @@ class Training:
         run.write_metrics()
         return True
 
-    def summary(self, status: str, why: str | None, run: runs.Run, checkpoint_bytes: int) -> runs.Summary:
+    def summary(self, status: str, why: str | None, run: runs.Run, checkpoint_bytes: int) -> records.Summary:
         """summary.json: the accuracy after the last epoch; the best on test images, which is no result; and
         where there are validation images, what they chose."""
         rows, of, done = run.rows, run.described, status == "done"
@@ -289,7 +290,7 @@ class Training:
             best = max(rows, key=lambda row: row.val_acc)  # the first, of equals: it has been tested
             reached |= {"chosen_epoch": best.epoch, "chosen_test_acc": best.test_acc}
             reached["best_val_acc"] = best.val_acc
-        return runs.Summary(
+        return records.Summary(
             **ended,
             **sizes,
             **reached,
@@ -318,11 +319,11 @@ def share_out(options: Options, dataset: data.Dataset) -> tuple[np.ndarray, np.n
 
 def network_spec(
     options: Options, dataset: data.Dataset, device: torch.device, split: tuple, group: Group
-) -> runs.NetworkSpec:
+) -> records.NetworkSpec:
     """What rebuilds the network. ModelError where it cannot train on such batches."""
     batch_size = options.batch_size // group.count
     models.check_batches(options.arch, options.shortcut, batch_size, dataset.image_size)
-    return runs.NetworkSpec(
+    return records.NetworkSpec(
         **config.some(options, "arch mode shortcut conv_init nonzeros bn_init seed per_channel"),
         **config.some(options, "reset_bn batch_size"),
         **config.some(dataset, "fingerprint image_size classes mean std"),

@@ -16,11 +16,11 @@ import pandas as pd
 from scipy import stats
 
 import config
+from records import variant_text
 from reporting.drawing import Drawn, lines, points
 from reporting.figures import ACCURACY, accuracy_bars, arch_of
 from reporting.series import Mean, Series, grouped, mean_of
 from reporting.tables import Table
-from runs import variant_text
 
 INHERITED = ("init_from", "reset_bn", "warmup_epochs")  # by the first part, from the plain run's options
 WORDS = jinja2.Template(Path(__file__).with_name("answers.txt").read_text("utf-8")).module  # of the sentences

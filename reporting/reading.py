@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import runs
-from runs import Analysis, Config, Epoch, Record, RunError, Summary, Text
+from records import Analysis, Config, Epoch, Record, RunError, Summary, Text, read_epochs
 
 Say = Callable[[str], None]  # tells a person something
 
@@ -98,7 +98,7 @@ def read_run(folder: Path, name: str, say: Say) -> Run:
     except RunError as error:
         say(f"without its analysis, {error}; make it anew")
         analysis = None
-    summary, epochs = Summary.read(folder / "summary.json"), tuple(runs.read_epochs(folder))
+    summary, epochs = Summary.read(folder / "summary.json"), tuple(read_epochs(folder))
     return Run(name=name, config=config, summary=summary, epochs=epochs, analysis=analysis)
 
 

@@ -10,9 +10,8 @@ from typing import NamedTuple
 import pandas as pd
 
 import config
-import runs
+from records import Analysis, Epoch, Origin, Pairs, Summary, variant_text
 from reporting.reading import Run
-from runs import Analysis, Origin, Pairs
 
 CIFAR10 = {"CIFAR-10": "cifar10", "CIFAR-10 (not the official bytes)": "cifar10-other-bytes"}  # its folders
 
@@ -70,7 +69,7 @@ class Series(NamedTuple):
 
     @property
     def variant_text(self) -> str:
-        return runs.variant_text(self.variant)
+        return variant_text(self.variant)
 
     @property
     def label(self) -> str:
@@ -117,7 +116,7 @@ def grouped(each: Iterable, key: Callable[..., Hashable]) -> dict[Hashable, list
 
 
 def setting_names(setting: tuple) -> tuple[str, str]:
-    """The label and the folder of a runs.Config.setting: `CIFAR-10, 12 epochs` and `cifar10/12-epochs`."""
+    """The label and the folder of a Config's setting: `CIFAR-10, 12 epochs` and `cifar10/12-epochs`."""
     title, epochs, quick, subset, held_out, size, _ = setting
     usual = quick and subset == config.QUICK["train_subset"]
     parts = (
@@ -186,9 +185,9 @@ def _frames(done: list[Run]) -> tuple[pd.DataFrame, pd.DataFrame]:
         rows.append(vars(run.summary) | {"parent_test_acc": parent and parent.test_acc})
         for row in run.epochs:
             epoch_rows.append(vars(row) | {"epoch": before + row.epoch, "seed": of.options.seed})
-    columns = [*runs.Summary.model_fields, "parent_test_acc"]
+    columns = [*Summary.model_fields, "parent_test_acc"]
     results = pd.DataFrame(rows, columns=columns, dtype=object).set_index("seed")
-    columns = [*runs.Epoch.model_fields, "seed"]
+    columns = [*Epoch.model_fields, "seed"]
     epochs = pd.DataFrame(epoch_rows, columns=columns).set_index(["epoch", "seed"])
     typical = epochs[["epoch_s", "images_per_s"]].astype(float).groupby("seed").median()
     return results.join(typical), epochs  # the first epochs may wait or compile

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-import runs
+import records
 from reporting.reading import Run
 from reporting.series import NO_MEAN, Mean, Series, Setting, drawn_from_seed
 
@@ -134,7 +134,7 @@ def time(series: list[Series]) -> Table:
 def every_run(found: list[Run]) -> Table:
     rows = []
     for run in found:
-        of, summary, more = run.config.options, run.summary, runs.variant_text(run.config.variant)
+        of, summary, more = run.config.options, run.summary, records.variant_text(run.config.variant)
         accs = [summary.final_test_acc, summary.best_test_acc] if summary else [None, None]
         rows.append([run.name, of.arch, of.mode, str(of.seed), more, run.status, run.epochs_done, *accs])
     columns = ["run", "architecture", "mode", "seed", "other options", "status", "epochs done"]

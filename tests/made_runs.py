@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 import config
+import records
 import runs
 from config import Options
 
@@ -51,8 +52,8 @@ def write_run(root: Path, arch="resnet14", mode="bn_only", seed=0, epochs=4, ana
         "full_bytes": 4 * total + 8 * bn,
         "frozen_sha256": "0" * 64,
     }
-    own = {k: v for k, v in more.items() if k in runs.Summary.model_fields and k not in config.FIELDS}
-    summary = runs.Summary(**(summary | own))
+    own = {k: v for k, v in more.items() if k in records.Summary.model_fields and k not in config.FIELDS}
+    summary = records.Summary(**(summary | own))
     (folder / "config.json").write_text(described.to_json())
     (folder / "metrics.jsonl").write_text("".join(row.to_json(None) for row in rows))
     (folder / "summary.json").write_text(summary.to_json())
@@ -62,11 +63,11 @@ def write_run(root: Path, arch="resnet14", mode="bn_only", seed=0, epochs=4, ana
     return folder
 
 
-def make_config(options: Options, more: dict) -> runs.Config:
+def make_config(options: Options, more: dict) -> records.Config:
     """config.json of these options; `more` has other values of its fields, and of the spec's."""
-    shared = {name: getattr(options, name) for name in runs.NetworkSpec.model_fields if name in config.FIELDS}
+    shared = [name for name in records.NetworkSpec.model_fields if name in config.FIELDS]
     spec = {
-        **shared,
+        **{name: getattr(options, name) for name in shared},
         "image_size": options.image_size or 32,
         "fingerprint": "21d441f3",
         "classes": ("cat", "dog"),
@@ -91,7 +92,7 @@ def make_config(options: Options, more: dict) -> runs.Config:
         "git_commit": "ab12",
     }
     described |= {k: v for k, v in more.items() if k in described}
-    return runs.Config(**(described | {"spec": runs.NetworkSpec(**described["spec"])}))
+    return records.Config(**(described | {"spec": records.NetworkSpec(**described["spec"])}))
 
 
 def make_epochs(top: float, epochs: int, rng: np.random.RandomState):
@@ -100,7 +101,7 @@ def make_epochs(top: float, epochs: int, rng: np.random.RandomState):
         late = epoch > epochs // 2
         share = (1 - np.exp(-12 * epoch / epochs)) * (1 if late else 0.93)
         accs = [min(max(10.0, top * share + rng.normal() * (0.2 if late else 1)), 100.0) for _ in range(2)]
-        yield runs.Epoch(
+        yield records.Epoch(
             epoch=epoch,
             lr=0.1,
             train_loss=2.3 - 2.1 * accs[0] / 100,
@@ -112,7 +113,7 @@ def make_epochs(top: float, epochs: int, rng: np.random.RandomState):
         )
 
 
-def make_analysis(mode: str, depth: int, acc: float | None, rng: np.random.RandomState) -> runs.Analysis:
+def make_analysis(mode: str, depth: int, acc: float | None, rng: np.random.RandomState) -> records.Analysis:
     """An analysis of a network of `acc` percent."""
     spread = {"all": 0.5, "random": 0.2}.get(mode, 0.05 + 0.01 * min(depth, 30))
     gammas, silent = rng.laplace(0.0, spread, 1200), rng.beta(3, 3, 700) * (rng.rand(700) > 0.03)
@@ -125,13 +126,13 @@ def make_analysis(mode: str, depth: int, acc: float | None, rng: np.random.Rando
         return float(np.mean(abs(gammas) < threshold))
 
     pruned = [
-        runs.Pruned(threshold=t, zeroed=under(t), test_acc=max(10.0, (acc or 0) * (1 - 2 * t)))
+        records.Pruned(threshold=t, zeroed=under(t), test_acc=max(10.0, (acc or 0) * (1 - 2 * t)))
         for t in (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
     ]
-    return runs.Analysis(
-        gamma=runs.Gammas(**histogram(gammas, 60, (-2, 2)), share_near_zero=under(0.01)),
+    return records.Analysis(
+        gamma=records.Gammas(**histogram(gammas, 60, (-2, 2)), share_near_zero=under(0.01)),
         pruned=tuple(pruned),
-        relu=runs.Silence(
+        relu=records.Silence(
             **histogram(silent, 20, (0, 1)), silent=float(np.mean(silent == 0)), silent_99=0.05
         ),
         test_acc=acc or 10.0,

@@ -4,11 +4,11 @@ import torch
 
 import checkpoint
 import models
-import runs
+import records
 from config import Options
 from step import Step
 
-SPEC = runs.NetworkSpec(
+SPEC = records.NetworkSpec(
     arch="resnet8",
     mode="bn_only",
     shortcut="projection",
@@ -55,7 +55,7 @@ def batch(n: int = 8, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return images, torch.randint(10, (n,), generator=generator)
 
 
-def trained_for(steps: int, **changes) -> tuple[torch.nn.Module, runs.NetworkSpec]:
+def trained_for(steps: int, **changes) -> tuple[torch.nn.Module, records.NetworkSpec]:
     """A network after a few steps on noise, with momentum and a weight decay that would show, and its spec.
 
     `changes` are those to SPEC.

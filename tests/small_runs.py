@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 
 import progress
+import records
 import runs
 import train
 
@@ -39,8 +40,8 @@ def only_run(root: Path = Path("runs")) -> Path:
     return folder
 
 
-def config(folder: Path) -> runs.Config:
-    return runs.Config.read(folder / "config.json")
+def config(folder: Path) -> records.Config:
+    return records.Config.read(folder / "config.json")
 
 
 def summary(folder: Path) -> dict:

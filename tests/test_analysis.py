@@ -17,7 +17,7 @@ import data
 import freeze
 import models
 import progress
-import runs
+import records
 import train
 from evaluation import Evaluation, Scores
 from kernels import device as devices
@@ -196,7 +196,7 @@ def test_a_channel_without_gamma_is_silent_or_never_as_its_beta_says(run):
 def test_silent_at_more_than_99_percent_is_not_silent_at_99(monkeypatch, run):
     zeros, of = np.array([100, 990, 991, 0]), np.array([100, 1000, 1000, 100])
     monkeypatch.setattr(analysis, "relu_zeros", lambda *_: (zeros, of))
-    pruned = runs.Pruned(threshold=0.0, zeroed=0.0, test_acc=1.0)
+    pruned = records.Pruned(threshold=0.0, zeroed=0.0, test_acc=1.0)
     monkeypatch.setattr(analysis, "prune", lambda *_: [pruned])
     model, spec = checkpoint.restore(run)
     loader = Batches(torch.zeros(1, 3, 16, 16), 1)

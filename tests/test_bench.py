@@ -290,7 +290,7 @@ def test_rows_that_cannot_be_written_are_shown(small, monkeypatch, capsys):
     def full(path, content):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(bench.runs, "write_atomically", full)
+    monkeypatch.setattr(bench.files, "write_atomically", full)
     assert status_of("memory", *small, "--impl", "lean", "--mode", "bn_only") == 1
     said = capsys.readouterr()
     assert "resnet8" in said.out and "No space left on device" in said.err

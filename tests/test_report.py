@@ -21,7 +21,7 @@ from PIL import Image
 
 import progress
 import report
-import runs
+from records import files
 
 DATA = "cifar10"
 
@@ -168,7 +168,7 @@ def test_what_a_killed_report_left_half_written_is_removed(tmp_path):
     other = tmp_path / "other-data" / "5-epochs"
     other.mkdir(parents=True)
     for folder in (tmp_path, other):
-        (folder / f".index.html.0{runs.HALF_WRITTEN}").write_text("half")
+        (folder / f".index.html.0{files.HALF_WRITTEN}").write_text("half")
     write_run(tmp_path / "runs", "resnet14", "bn_only")
     assert render(tmp_path / "runs", out=tmp_path)[0] == 0
     assert not list(tmp_path.rglob(".*"))

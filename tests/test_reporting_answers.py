@@ -9,8 +9,8 @@ import pytest
 from made_runs import change, write_run
 
 import report
+from records import Parent
 from reporting import answers, reading, series
-from runs import Parent
 
 EPOCHS = 32
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from made_runs import change, write_run
 
-import runs
+import records
 from reporting import reading
 
 
@@ -75,7 +75,7 @@ def test_analyses_with_other_edges_are_not_averaged(tmp_path):
     first = write_run(tmp_path, seed=0)
     change("analysis.json", gamma__edges=[3.0 * i for i in range(61)])(write_run(tmp_path, seed=1))
     kept = {run.config.options.seed: run.analysis for run in read(tmp_path)}
-    assert kept[0] == runs.Analysis.read(first / "analysis.json") and kept[1] is None
+    assert kept[0] == records.Analysis.read(first / "analysis.json") and kept[1] is None
     assert len(told) == 1 and "other edges than the first" in told[0]
 
 
@@ -180,5 +180,5 @@ def test_packed_runs_that_are_no_file_or_enormous_are_not_read(tmp_path):
     assert len(read(tmp_path)) == 1 and not told
     (tmp_path / "more.jsonl").touch()
     os.truncate(tmp_path / "more.jsonl", 2**40)
-    with pytest.raises(runs.RunError, match=r"more\.jsonl is larger"):
+    with pytest.raises(records.RunError, match=r"more\.jsonl is larger"):
         read(tmp_path)

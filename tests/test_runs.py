@@ -1,10 +1,10 @@
-"""A run folder has one name per run, holds whole files only, and lets one process in."""
+"""A run folder has one name per run, holds what resuming needs, and lets one process in."""
 
-import dataclasses
 import json
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +12,14 @@ import torch
 from networks import SPEC
 
 import config
+import records
 import runs
+from config import Options
+from runs import run_name
 
 ROOT = Path(runs.__file__).parent
-CONFIG = runs.Config(
-    options=config.Options(data="synthetic", arch="resnet8", seed=3),
+CONFIG = records.Config(
+    options=Options(data="synthetic", arch="resnet8", seed=3),
     spec=SPEC,
     parent=None,
     data_title="Synthetic",
@@ -28,13 +31,13 @@ CONFIG = runs.Config(
 )
 
 
-def epoch(number: int, **changes) -> runs.Epoch:
+def epoch(number: int, **changes) -> records.Epoch:
     metrics = {"lr": 0.1, "train_loss": 2.0, "train_acc": 20.0, "test_loss": None, "test_acc": None}
-    return runs.Epoch(**{"epoch": number, "epoch_s": 1.5, "images_per_s": None} | metrics | changes)
+    return records.Epoch(**{"epoch": number, "epoch_s": 1.5, "images_per_s": None} | metrics | changes)
 
 
-def summary(status: str) -> runs.Summary:
-    return runs.Summary(
+def summary(status: str) -> records.Summary:
+    return records.Summary(
         status=status,
         why=None,
         data="synthetic",
@@ -57,32 +60,90 @@ def summary(status: str) -> runs.Summary:
     )
 
 
-def test_names_tell_runs_apart():
-    assert runs.run_name(config.Options(), "cifar10") == "cifar10-resnet32-bn_only-s0"
-    settings = {"arch": "resnet14_w2", "mode": "bn+output", "lr": 1e-3, "milestones": (1, 2)}
-    settings |= {"seed": 3, "init_from": "../w/a (1).pt"}
-    name = runs.run_name(dataclasses.replace(config.defaults(quick=True), **settings), "my set")
-    assert name == "my_set-resnet14_w2-bn+output-s3-quick-init_froma__1_-lr0.001-milestones1_2"
+def test_a_run_is_named_after_its_data_network_mode_seed_and_whatever_differs():
+    assert run_name(Options(), "cifar10") == "cifar10-resnet32-bn_only-s0"
+    options = Options(arch="resnet14_w2", mode="bn+output", seed=3, lr=1e-3, milestones=(1, 2))
+    options = replace(options, init_from="../w/a.pt", reset_bn=True, data_dir="/x", memory="recompute")
+    named = run_name(options, "my set")
+    assert named.startswith("my_set-resnet14_w2-bn+output-s3-")
+    assert set(named.split("-")[4:]) == {"init_froma", "reset_bn", "lr0.001", "milestones1_2"}
+    quick = run_name(replace(config.defaults("best", quick=True), epochs=2), "cifar10")
+    assert quick == "cifar10-resnet32-bn_only-s0-quick-presetbest-epochs2"
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
-    target = tmp_path / "summary.json"
-    runs.write_atomically(target, "old")
+def test_characters_that_a_file_name_might_not_have_are_replaced():
+    options = replace(config.defaults(quick=True), mode="bn+output", init_from="../w/a (1).pt")
+    name = run_name(options, "my set")
+    assert name == "my_set-resnet32-bn+output-s0-quick-init_froma__1_"
 
-    def full_disk(*_):
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(runs.os, "fsync", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        runs.write_atomically(target, "new")
-    assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
+LONG = Options(
+    arch="resnet14_w32",
+    mode="bn_main+shortcut+output",
+    seed=2**64 - 1,
+    conv_init="kaiming_uniform",
+    bn_init="signed_uniform",
+    init_from="runs/" + 9 * "a-name-that-goes-on-" + "/model.safetensors",
+    reset_bn=True,
+    optimizer="adam",
+    lr=0.0123456,
+    label_smoothing=0.123,
+    milestones=tuple(range(1, 40)),
+    augment="crop+flip+brightness",
+    train_subset=12345,
+)
+
+
+@pytest.mark.parametrize("data", ["cifar10", "a data set with a name " * 9, "\N{SNOWMAN}" * 90])
+@pytest.mark.parametrize("options", [Options(), Options(seed=2**64 - 1), LONG], ids=["short", "seed", "long"])
+def test_a_name_has_at_most_100_characters_and_is_one_that_a_file_system_takes(data, options, tmp_path):
+    name = run_name(options, data)
+    assert len(name) <= 100 and name == run_name(options, data)
+    assert f"-s{options.seed}" in name and all(c.isalnum() or c in "._+-" for c in name)
+    (tmp_path / name).mkdir()
+
+
+def test_runs_with_other_options_have_other_names_however_long_they_are():
+    others = [
+        LONG,
+        replace(LONG, lr=0.0123457),
+        replace(LONG, milestones=(*LONG.milestones, 40)),
+        replace(LONG, init_from=LONG.init_from.replace("on-/", "on-2/")),
+        replace(LONG, train_subset=12346),
+        replace(LONG, sync_bn=True),
+        replace(LONG, seed=2**64 - 2),
+        replace(LONG, mode="bn_main+shortcut"),
+    ]
+    names = [run_name(options, data) for options in others for data in ("d" * 80 + "1", "d" * 80 + "2")]
+    assert len(set(names)) == len(names)
+
+
+def test_options_that_change_only_where_and_how_fast_a_run_goes_leave_its_name():
+    logistics = {
+        "data_dir": "/x",
+        "device": "cpu",
+        "loader": "ffcv",
+        "memory": "recompute",
+        "no_compile": True,
+    }
+    logistics |= {"eval_every": 7, "log": "wandb", "out": "/y", "resume": True, "overwrite": True}
+    assert logistics.keys() == config.names("logistics")
+    assert run_name(replace(LONG, **logistics), "cifar10") == run_name(LONG, "cifar10")
+
+
+def test_several_runs_have_a_name_in_which_their_seeds_are_not_counted():
+    for options in (Options(lr=0.5), LONG):
+        own, several = run_name(options, "cifar10"), run_name(options, "cifar10", seed="SEED")
+        assert several == own.replace(f"-s{options.seed}", "-sSEED")
+        for seed in (0, 7, 2**64 - 1):
+            assert run_name(replace(options, seed=seed), "cifar10") == several.replace("SEED", str(seed))
 
 
 def test_an_existing_run_is_refused_resumed_or_overwritten(tmp_path):
     with runs.open_run(tmp_path / "a") as run:
         run.begin(CONFIG)
         run.end_epoch(epoch(1), {"weights": torch.arange(3)})
-    with pytest.raises(runs.RunError, match=r"--resume .* --overwrite"), runs.open_run(tmp_path / "a"):
+    with pytest.raises(records.RunError, match=r"--resume .* --overwrite"), runs.open_run(tmp_path / "a"):
         pass
     with runs.open_run(tmp_path / "a", resume=True) as run:
         assert run.load_last()["weights"].tolist() == [0, 1, 2] and run.rows == [epoch(1)]
@@ -104,13 +165,13 @@ def test_a_run_killed_between_its_two_files_loses_no_epoch(tmp_path, monkeypatch
         run.write_metrics()
     lines = (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
-    assert list(runs.read_epochs(tmp_path / "a")) == [epoch(1), epoch(2)]
+    assert list(records.read_epochs(tmp_path / "a")) == [epoch(1), epoch(2)]
 
 
 def test_a_run_without_its_configuration_counts_as_begun(tmp_path):
     with runs.open_run(tmp_path / "a") as run:
         run.end_epoch(epoch(1), {})
-    with pytest.raises(runs.RunError, match="--resume"), runs.open_run(tmp_path / "a"):
+    with pytest.raises(records.RunError, match="--resume"), runs.open_run(tmp_path / "a"):
         pass
     with runs.open_run(tmp_path / "a", overwrite=True) as run:
         assert run.load_last() is None
@@ -128,55 +189,6 @@ def test_a_full_disk_keeps_the_last_epoch(tmp_path):
             resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
         assert set(run.path.iterdir()) == before
         assert run.load_last() == {"x": 1} and run.rows == [epoch(1)]
-
-
-def test_what_is_not_a_number_is_not_written_as_json():
-    for name in ("test_loss", "train_loss", "epoch_s", "images_per_s"):
-        for value in (float("nan"), float("inf")):
-            with pytest.raises(ValueError, match=rf"{name}\n.*finite number"):
-                epoch(1, **{name: value})
-
-
-# Is killed, or waits, just before the file that it writes gets its name
-WRITER = """
-import os, pathlib, signal, sys, runs
-def replace(*_):
-    if sys.argv[2] == "killed":
-        os.kill(os.getpid(), signal.SIGKILL)
-    print("ready", flush=True)
-    sys.stdin.read()
-    os.rename(*_)
-os.replace = replace
-runs.write_atomically(pathlib.Path(sys.argv[1]), "theirs")
-"""
-
-
-def writer(file, when: str) -> subprocess.Popen:
-    command = [sys.executable, "-c", WRITER, str(file), when]
-    return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
-def test_the_leftovers_of_a_killed_writer_are_removed(tmp_path):
-    writer(tmp_path / "last.pt", "killed").wait()
-    (left,) = tmp_path.iterdir()
-    assert left.name.startswith(".last.pt.")
-    with runs.open_run(tmp_path, resume=True):
-        assert [entry.name for entry in tmp_path.iterdir()] == [".lock"]
-    writer(tmp_path / "table.md", "killed").wait()
-    runs.write_atomically(tmp_path / "figure.png", b"")  # outside a run, as rebuild and the report do
-    assert {path.name for path in tmp_path.iterdir()} == {".lock", "figure.png"}
-
-
-def test_a_writer_that_is_alive_is_left_alone(tmp_path):
-    (tmp_path / ".table.md.swp").write_text("an editor's")
-    with writer(tmp_path / "table.md", "waits") as other:
-        assert other.stdout.readline() == "ready\n"
-        for file in ("table.md", "figure.png"):
-            runs.write_atomically(tmp_path / file, "ours")
-        assert (tmp_path / "table.md").read_text() == "ours"
-        other.communicate("")
-    assert other.returncode == 0 and (tmp_path / "table.md").read_text() == "theirs"
-    assert {path.name for path in tmp_path.iterdir()} == {"table.md", "figure.png", ".table.md.swp"}
 
 
 def test_a_done_run_that_was_killed_before_it_removed_last_pt_has_it_removed_at_the_next_look(tmp_path):
@@ -206,11 +218,11 @@ def test_a_second_process_is_kept_out(tmp_path):
 def test_rubbish_in_a_run_folder_is_named(tmp_path):
     with runs.open_run(tmp_path / "a") as run:
         (run.path / "last.pt").write_bytes(b"rubbish")
-        with pytest.raises(runs.RunError, match=r"last\.pt cannot be resumed from"):
+        with pytest.raises(records.RunError, match=r"last\.pt cannot be resumed from"):
             run.load_last()
         for rubbish in ("{", "[]", "{}", '{"status": "done"}'):
             (run.path / "summary.json").write_text(rubbish)
-            with pytest.raises(runs.RunError, match=r"summary\.json"):
+            with pytest.raises(records.RunError, match=r"summary\.json"):
                 run.summary  # noqa: B018
 
 
@@ -226,7 +238,7 @@ def test_last_pt_is_removed_when_the_run_is_done_and_kept_when_it_failed(tmp_pat
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(runs.RunError, match="--out"), runs.open_run(tmp_path / "file" / "a"):
+    with pytest.raises(records.RunError, match="--out"), runs.open_run(tmp_path / "file" / "a"):
         pass
 
 

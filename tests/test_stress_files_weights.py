@@ -15,7 +15,7 @@ from hostile import attempt, payloads, refused
 from small_runs import interrupt_after_an_epoch, only_run, small_options
 
 import models
-import runs
+import records
 import train
 
 pytestmark = [pytest.mark.stress, pytest.mark.tried("hostile weight files and last.pt")]
@@ -273,4 +273,4 @@ def test_a_run_that_goes_on_from_nan_ends_as_diverged(work, begun, tiny_folder, 
     outcome = attempt(train, [*small_options(tiny_folder), "--resume"], work)
     assert outcome.status == 1 and "the loss is not finite at epoch 2" in outcome.said, outcome
     assert len(outcome.lines) == 2 and outcome.lines[0].startswith("train.py: continuing")
-    assert runs.Summary.read(folder / "summary.json").status == "diverged"
+    assert records.Summary.read(folder / "summary.json").status == "diverged"

@@ -17,6 +17,7 @@ from forked import end, serve, start
 from small_runs import config, small_options, summary, without_times
 
 import config as options_of
+import records
 import runs
 
 pytestmark = pytest.mark.stress
@@ -85,7 +86,7 @@ def left(folder: Path) -> dict:
     found = config(folder)
     return {
         "files": sorted(file.name for file in folder.iterdir()),
-        "model": (folder / runs.CHECKPOINT).read_bytes(),
+        "model": (folder / records.CHECKPOINT).read_bytes(),
         "metrics": without_times(folder),
         "summary": {name: value for name, value in summary(folder).items() if name not in TIMES},
         "spec": found.spec,
@@ -164,7 +165,9 @@ def begun(small_runs: Runs, seeds: list[str], out: Path, **first):
 
 
 def epochs_kept(out: Path, of=max) -> int:
-    kept = [len(list(runs.read_epochs(folder))) for folder in out.glob("*") if (folder / "last.pt").exists()]
+    kept = [
+        len(list(records.read_epochs(folder))) for folder in out.glob("*") if (folder / "last.pt").exists()
+    ]
     return of(kept, default=0)
 
 

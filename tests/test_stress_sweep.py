@@ -26,6 +26,7 @@ import report
 import runs
 import sweep
 import train
+from records import files
 
 pytestmark = pytest.mark.stress
 
@@ -173,7 +174,7 @@ def test_a_sweep_whose_processes_are_killed_ends_with_every_cell_done_or_failed_
     trained = epochs_trained(out / "logs")
     assert len([cell for cell in trained if cell[2] == "2"]) <= CELLS - 2 * SEEDS
     assert max(trained.values()) == 1, "no epoch was trained twice to its end"
-    strays = [p for p in out.glob("tiny-*/*") if p.name == "last.pt" or runs.HALF_WRITTEN in p.name]
+    strays = [p for p in out.glob("tiny-*/*") if p.name == "last.pt" or files.HALF_WRITTEN in p.name]
     assert all(runs.Run(path.parent).status == "diverged" for path in strays)
     told = ", ".join(f"{count} {what}" for what, count in kills.items())
     record_property(

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import progress
+import records
 import runs
 import sweep
 from sweep import make_grid
@@ -85,7 +86,9 @@ def test_the_named_grids_are_those_of_the_paper(monkeypatch):
 def write_config(cell: sweep.Cell, **options) -> None:
     """config.json of a run with a cell's options, but for `options`."""
     asked = dataclasses.replace(cell.options, **options)
-    spec = {name: getattr(asked, name) for name in runs.NetworkSpec.model_fields if hasattr(asked, name)} | {
+    spec = {
+        name: getattr(asked, name) for name in records.NetworkSpec.model_fields if hasattr(asked, name)
+    } | {
         "fingerprint": "0",
         "image_size": 16,
         "classes": ("ash", "elm"),
@@ -97,9 +100,9 @@ def write_config(cell: sweep.Cell, **options) -> None:
         "compiled": False,
         "processes": 1,
     }
-    config = runs.Config(
+    config = records.Config(
         options=asked,
-        spec=runs.NetworkSpec(**spec),
+        spec=records.NetworkSpec(**spec),
         parent=None,
         data_title="tiny",
         frozen_sha256="0" * 64,
@@ -113,7 +116,7 @@ def write_config(cell: sweep.Cell, **options) -> None:
 
 def write_summary(cell: sweep.Cell, status: str, test_acc: float | None = None) -> None:
     """summary.json of a run that ended like that."""
-    summary = runs.Summary(
+    summary = records.Summary(
         status=status,
         why=None,
         data="tiny",
@@ -140,7 +143,7 @@ def write_summary(cell: sweep.Cell, status: str, test_acc: float | None = None) 
 def metrics(epochs: int) -> str:
     """metrics.jsonl of so many epochs of a minute."""
     measured = {"train_loss": 1.0, "train_acc": 50.0, "test_loss": 1.0, "test_acc": 50.0, "images_per_s": 9.0}
-    rows = [runs.Epoch(epoch=epoch + 1, lr=0.1, epoch_s=60.0, **measured) for epoch in range(epochs)]
+    rows = [records.Epoch(epoch=epoch + 1, lr=0.1, epoch_s=60.0, **measured) for epoch in range(epochs)]
     return "".join(row.to_json(None) for row in rows)
 
 
@@ -203,7 +206,7 @@ def test_killed_twice_a_sweep_ends_with_every_cell_trained_once(small, tmp_path)
     trained = epochs_trained(out)  # without the line of an epoch that was written as the signal came
     assert len(trained) == 4 and all(sorted(set(epochs)) == epochs for epochs in trained.values())
     for path in folders(out):
-        assert [row.epoch for row in runs.read_epochs(path)] == list(range(1, EPOCHS + 1))
+        assert [row.epoch for row in records.read_epochs(path)] == list(range(1, EPOCHS + 1))
     assert "4 of 4 cells done" in end(begin(small), 0)
     assert epochs_trained(out) == trained, "what is done is not trained again"
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import records
 import runs
 
 pytestmark = pytest.mark.slurm
@@ -147,7 +148,7 @@ def test_an_array_job_runs_a_cell_per_task_and_goes_on_when_requeued(cluster, ti
 
     def epochs(task: int) -> int:
         folders = sorted(out.glob(f"*-{('bn_only', 'random')[task // 2]}-s{task % 2}-*"))
-        return len(list(runs.read_epochs(folders[0]))) if folders else 0
+        return len(list(records.read_epochs(folders[0]))) if folders else 0
 
     # A requeued job gets SIGTERM; one whose time runs out gets SIGUSR1 before, and asks to be requeued.
     for task, command in ((0, ["scontrol", "requeue"]), (3, ["scancel", "--batch", "--signal=USR1"])):
@@ -175,7 +176,7 @@ def test_an_array_job_runs_a_cell_per_task_and_goes_on_when_requeued(cluster, ti
         log = (out / "logs" / f"{folder.name}.log").read_text()
         trained = epochs_trained(log)  # without the line of an epoch that was written as the signal came
         assert sorted(set(trained)) == trained, "no epoch is trained twice"
-        assert [row.epoch for row in runs.read_epochs(folder)] == list(range(1, EPOCHS + 1))
+        assert [row.epoch for row in records.read_epochs(folder)] == list(range(1, EPOCHS + 1))
         assert ("continuing" in log) == restarted
 
 

@@ -34,7 +34,7 @@ import data
 import freeze
 import kernels
 import models
-import runs
+import records
 import train
 from config import OptionError, Options, parse_options
 from evaluation import Evaluation
@@ -148,7 +148,7 @@ def test_without_it_each_normalises_its_own_part_and_running_statistics_are_aver
     compare(only_run(done[0] / "two/own statistics"), rows, model.state_dict())
 
 
-def trained_in_halves(spec: runs.NetworkSpec, images: Path) -> tuple[list[dict], torch.nn.Module]:
+def trained_in_halves(spec: records.NetworkSpec, images: Path) -> tuple[list[dict], torch.nn.Module]:
     """What two processes should do, in plain PyTorch: a copy of the network for each half of the batch."""
     dataset = data.open_dataset(str(images), images.parent / "prepared", say=lambda line: None)
     rng = functools.partial(models.stream, 0)

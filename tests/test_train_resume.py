@@ -27,6 +27,7 @@ from small_runs import (
 import checkpoint
 import models
 import progress
+import records
 import runs
 
 GAMMA = ["--mode", "gamma+output", "--conv-init", "sparse", "--nonzeros", "3"]
@@ -231,7 +232,7 @@ def test_a_run_is_not_resumed_from_numbers_and_rows_that_no_run_keeps(begun, cap
     state = torch.load(begun / "last.pt", weights_only=True)
     assert state["rows"] and name in state
     torch.save(state | {name: value}, begun / "last.pt")
-    with pytest.raises(runs.RunError) as refused:
+    with pytest.raises(records.RunError) as refused:
         runs.Run(begun, writes=False).load_last()
     said = str(refused.value)
     assert "last.pt cannot be resumed from" in said and "--overwrite" in said and said.count("\n") == 1

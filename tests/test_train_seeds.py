@@ -6,7 +6,9 @@ import pytest
 from small_runs import exit_status, metrics, only_run, summary, without_times
 
 import checkpoint
+import records
 import runs
+from records import files
 
 
 @pytest.fixture
@@ -55,7 +57,7 @@ def test_seeds_side_by_side_are_interrupted_and_resumed_together(seeds, monkeypa
     for folder in folders().values():
         whole = Path("whole") / folder.name
         assert without_times(folder) == without_times(whole)
-        assert (folder / runs.CHECKPOINT).read_bytes() == (whole / runs.CHECKPOINT).read_bytes()
+        assert (folder / records.CHECKPOINT).read_bytes() == (whole / records.CHECKPOINT).read_bytes()
 
 
 def test_a_seed_that_fails_does_not_stop_the_others(seeds, monkeypatch, capsys):
@@ -77,14 +79,14 @@ def test_a_seed_that_fails_does_not_stop_the_others(seeds, monkeypatch, capsys):
 
 
 def test_a_seed_whose_folder_cannot_be_written_to_does_not_stop_the_others(seeds, monkeypatch, capsys):
-    write = runs.write_atomically
+    write = files.write_atomically
 
     def full(path, content):
         if "-s1-" in path.parent.name:
             raise OSError(28, "No space left on device", str(path))
         write(path, content)
 
-    monkeypatch.setattr(runs, "write_atomically", full)
+    monkeypatch.setattr(files, "write_atomically", full)
     assert exit_status(seeds) == 1
     ended = [folder / "summary.json" for folder in sorted(Path("runs").iterdir())]
     assert [file.exists() and summary(file.parent)["status"] for file in ended] == ["done", False, "done"]

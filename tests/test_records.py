@@ -1,99 +1,16 @@
-"""runs.py: names of runs, and the records in their files, which are refused where they do not fit."""
+"""The records in the files of a run: read as they were written, and refused where they do not fit."""
 
 import json
 import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from small_runs import exit_status, metrics, only_run, small_options, summary
 
-import config
-import runs
-from config import Options
-from runs import run_name
+import records
 
 MISSING = "(left out)"  # a text, so that tests have the same names in every process
-
-
-# ---- names ----
-
-
-def test_a_run_is_named_after_its_data_network_mode_seed_and_whatever_differs():
-    assert run_name(Options(), "cifar10") == "cifar10-resnet32-bn_only-s0"
-    options = Options(arch="resnet14_w2", mode="bn+output", seed=3, lr=1e-3, milestones=(1, 2))
-    options = replace(options, init_from="../w/a.pt", reset_bn=True, data_dir="/x", memory="recompute")
-    named = run_name(options, "my set")
-    assert named.startswith("my_set-resnet14_w2-bn+output-s3-")
-    assert set(named.split("-")[4:]) == {"init_froma", "reset_bn", "lr0.001", "milestones1_2"}
-    quick = run_name(replace(config.defaults("best", quick=True), epochs=2), "cifar10")
-    assert quick == "cifar10-resnet32-bn_only-s0-quick-presetbest-epochs2"
-
-
-LONG = Options(
-    arch="resnet14_w32",
-    mode="bn_main+shortcut+output",
-    seed=2**64 - 1,
-    conv_init="kaiming_uniform",
-    bn_init="signed_uniform",
-    init_from="runs/" + 9 * "a-name-that-goes-on-" + "/model.safetensors",
-    reset_bn=True,
-    optimizer="adam",
-    lr=0.0123456,
-    label_smoothing=0.123,
-    milestones=tuple(range(1, 40)),
-    augment="crop+flip+brightness",
-    train_subset=12345,
-)
-
-
-@pytest.mark.parametrize("data", ["cifar10", "a data set with a name " * 9, "\N{SNOWMAN}" * 90])
-@pytest.mark.parametrize("options", [Options(), Options(seed=2**64 - 1), LONG], ids=["short", "seed", "long"])
-def test_a_name_has_at_most_100_characters_and_is_one_that_a_file_system_takes(data, options, tmp_path):
-    name = run_name(options, data)
-    assert len(name) <= 100 and name == run_name(options, data)
-    assert f"-s{options.seed}" in name and all(c.isalnum() or c in "._+-" for c in name)
-    (tmp_path / name).mkdir()
-
-
-def test_runs_with_other_options_have_other_names_however_long_they_are():
-    others = [
-        LONG,
-        replace(LONG, lr=0.0123457),
-        replace(LONG, milestones=(*LONG.milestones, 40)),
-        replace(LONG, init_from=LONG.init_from.replace("on-/", "on-2/")),
-        replace(LONG, train_subset=12346),
-        replace(LONG, sync_bn=True),
-        replace(LONG, seed=2**64 - 2),
-        replace(LONG, mode="bn_main+shortcut"),
-    ]
-    names = [run_name(options, data) for options in others for data in ("d" * 80 + "1", "d" * 80 + "2")]
-    assert len(set(names)) == len(names)
-
-
-def test_options_that_change_only_where_and_how_fast_a_run_goes_leave_its_name():
-    logistics = {
-        "data_dir": "/x",
-        "device": "cpu",
-        "loader": "ffcv",
-        "memory": "recompute",
-        "no_compile": True,
-    }
-    logistics |= {"eval_every": 7, "log": "wandb", "out": "/y", "resume": True, "overwrite": True}
-    assert logistics.keys() == config.names("logistics")
-    assert run_name(replace(LONG, **logistics), "cifar10") == run_name(LONG, "cifar10")
-
-
-def test_several_runs_have_a_name_in_which_their_seeds_are_not_counted():
-    for options in (Options(lr=0.5), LONG):
-        own, several = run_name(options, "cifar10"), run_name(options, "cifar10", seed="SEED")
-        assert several == own.replace(f"-s{options.seed}", "-sSEED")
-        for seed in (0, 7, 2**64 - 1):
-            assert run_name(replace(options, seed=seed), "cifar10") == several.replace("SEED", str(seed))
-
-
-# ---- records ----
 
 
 @pytest.fixture(scope="module")
@@ -105,20 +22,20 @@ def done(tiny_folder, tmp_path_factory) -> Path:
 
 
 def test_what_a_run_writes_is_read_as_what_it_was(done):
-    described = runs.Config.read(done / "config.json")
+    described = records.Config.read(done / "config.json")
     assert json.loads(described.to_json()) == json.loads((done / "config.json").read_text())
     assert described.options.milestones == (1, 2) and described.spec.classes == ("ash", "elm", "oak", "yew")
-    result = runs.Summary.read(done / "summary.json")
+    result = records.Summary.read(done / "summary.json")
     assert json.loads(result.to_json()) == summary(done) and result.status == "done"
-    assert [json.loads(row.to_json()) for row in runs.read_epochs(done)] == metrics(done)
-    assert runs.Analysis.read(done / "analysis.json") is None
+    assert [json.loads(row.to_json()) for row in records.read_epochs(done)] == metrics(done)
+    assert records.Analysis.read(done / "analysis.json") is None
 
 
 def test_a_run_from_before_an_option_was_there_has_its_default(done, tmp_path):
     record = json.loads((done / "config.json").read_text())
     assert record["options"].pop("nonzeros") is record["spec"].pop("nonzeros") is None
     (tmp_path / "config.json").write_text(json.dumps(record))
-    before, now = runs.Config.read(tmp_path / "config.json"), runs.Config.read(done / "config.json")
+    before, now = records.Config.read(tmp_path / "config.json"), records.Config.read(done / "config.json")
     assert before.spec == now.spec and before.options == now.options and before.variant == now.variant
 
 
@@ -174,10 +91,10 @@ def test_a_record_that_does_not_fit_is_refused_with_its_file_and_field(done, tmp
     else:
         place[key] = value
     (folder / name).write_text("\n".join([*lines, json.dumps(record)]))
-    with pytest.raises(runs.RunError) as refused:
-        for file, kind in (("config.json", runs.Config), ("summary.json", runs.Summary)):
+    with pytest.raises(records.RunError) as refused:
+        for file, kind in (("config.json", records.Config), ("summary.json", records.Summary)):
             kind.read(folder / file)
-        list(runs.read_epochs(folder))
+        list(records.read_epochs(folder))
     said = str(refused.value)
     assert f"{folder / name}" in said and field in said and "\n" not in said
     assert "line 3" in said or name != "metrics.jsonl"
@@ -199,16 +116,25 @@ HISTOGRAM = {"count": 3, "edges": [0.0, 0.5, 1.0], "counts": [2, 1]}
     ],
 )
 def test_a_histogram_whose_counts_and_edges_do_not_fit_is_refused(change, said):
-    runs.Histogram.parse(json.dumps(HISTOGRAM), "analysis.json")
-    with pytest.raises(runs.RunError, match=said):
-        runs.Histogram.parse(json.dumps(HISTOGRAM | change), "analysis.json")
+    records.Histogram.parse(json.dumps(HISTOGRAM), "analysis.json")
+    with pytest.raises(records.RunError, match=said):
+        records.Histogram.parse(json.dumps(HISTOGRAM | change), "analysis.json")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["test_loss", "train_loss", "epoch_s", "images_per_s"])
+def test_what_is_not_a_number_is_not_written_as_json(done, name, value):
+    row = metrics(done)[0]
+    assert records.Epoch(**row)
+    with pytest.raises(ValueError, match=rf"{name}\n.*finite number"):
+        records.Epoch(**row | {name: value})
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"options": {}} {}', "\x00", "[" * 10**5])
 def test_a_file_that_is_no_json_object_is_refused_by_name(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(runs.RunError, match=r"config\.json"):
-        runs.Config.read(tmp_path / "config.json")
+    with pytest.raises(records.RunError, match=r"config\.json"):
+        records.Config.read(tmp_path / "config.json")
 
 
 def test_what_is_no_plain_file_of_text_is_refused_by_name(tmp_path):
@@ -222,13 +148,13 @@ def test_what_is_no_plain_file_of_text_is_refused_by_name(tmp_path):
         folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
         make(folder / "summary.json")
-        with pytest.raises(runs.RunError, match=r"summary\.json"):
-            runs.Summary.read(folder / "summary.json")
+        with pytest.raises(records.RunError, match=r"summary\.json"):
+            records.Summary.read(folder / "summary.json")
 
 
 def test_characters_that_would_steer_a_terminal_are_replaced(done, tmp_path):
     folder = Path(shutil.copytree(done, tmp_path / "run"))
-    for name, kind in (("config.json", runs.Config), ("summary.json", runs.Summary)):
+    for name, kind in (("config.json", records.Config), ("summary.json", records.Summary)):
         record = json.loads((folder / name).read_text())
         record["data_title"] = "tiny\x1b[2J"
         (record if "arch" in record else record["options"])["arch"] = "resnet8\x07"
