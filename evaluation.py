@@ -1,4 +1,4 @@
-"""Accuracy and loss of a network on a split.
+"""Accuracy and loss of a network on a split; as a command, on test images.
 
     python evaluation.py runs/RUN                          # the test accuracy of a finished run
     python evaluation.py full.safetensors --data cifar10   # of a file that checkpoint.py rebuilt

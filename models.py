@@ -5,7 +5,8 @@
     vgg11|13|16|19                VGG with BatchNorm and a single linear layer, as in the paper
     resnet18|34|50|101|152|200    the ImageNet family (7x7 stem), with torchvision's layout and names
 
-All networks take images of any size from 32x32 up, and end in a global average pool and a linear layer `fc`.
+All networks take images of any size from 32x32 up, and smaller ones where `check_batches` lets them pass.
+They end in a global average pool and a linear layer `fc`.
 """
 
 import functools
@@ -198,7 +199,7 @@ def build(arch: str, num_classes: int = 10, shortcut: str = "projection") -> Net
     """
     if shortcut not in SHORTCUTS:
         raise ModelError(f"--shortcut {shortcut} is not known; choose from {', '.join(SHORTCUTS)}")
-    if (vgg := re.fullmatch(r"vgg([0-9]{2})", arch)) and int(vgg[1]) in VGG_LAYERS:
+    if (vgg := re.fullmatch(r"vgg([1-9][0-9]?)", arch)) and int(vgg[1]) in VGG_LAYERS:
         _check_size(arch, 512 * num_classes)
         return VGG(VGG_LAYERS[int(vgg[1])], num_classes)
     if resnet := re.fullmatch(r"resnet([1-9][0-9]{0,9})(?:_w([1-9][0-9]{0,9}))?", arch):

@@ -83,7 +83,7 @@ export VIRTUAL_ENV=$PWD/.venv PATH=$PWD/.venv/bin:$PATH
 if (($# == 0)); then
   set -- python train.py --arch resnet32 --mode bn_only --resume
   python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || set -- "$@" --quick
-elif [[ $* == pytest ]]; then # all tests: on all cores, a thread each
+elif [[ $* == pytest ]]; then # all tests: in up to four processes, a thread each
   export OMP_NUM_THREADS=1
   set -- pytest -n auto --maxprocesses 4
 fi

@@ -5,8 +5,8 @@
     JOBS=2 REPLICAS=1 bash sweep.sh              # processes per GPU [1], seeds per process [GPU: all, CPU: 1]
 
 A cell of the grid is one run of train.py. All that is known of it is in its run folder, so any number of
-sweeps may share the folders, and the next one goes on where a killed one stopped. Exit status 0: all done, 1:
-not all, 2: unusable options or data.
+sweeps may share the folders, and the next one goes on where a killed one stopped. Options are train.py's, but
+for --arch, --mode, --seed and --overwrite. Exit status 0: all done, 1: not all, 2: unusable options or data.
 """
 
 import progress  # isort: split

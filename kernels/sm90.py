@@ -194,7 +194,7 @@ def resnet(passes: Forecast, depth: int, count: int, train: bool = True) -> None
     """All of a step of `count` images that trains BatchNorm alone, or of a batch of an evaluation."""
     new = functools.partial(torch.empty, device="meta")
     order, labels, position = new(1, count, dtype=torch.int64), new(count, dtype=torch.int64), new(1).long()
-    images, draws, rates = new(count, 32, 32, 3, dtype=torch.uint8), new(1, count, 11 * train), new(1)
+    images, draws, rates = new(count, 32, 32, 3, dtype=torch.uint8), new(1, count, 10 * train), new(1)
     given = images, labels, order, draws, position, new(3), new(3), torch.bfloat16, 4
     x, labels = passes.batch(*given)
     x = block(passes, x, [(16, 3, 1)], train=train)

@@ -4,7 +4,7 @@
     metrics.jsonl   Epoch, a line each
     summary.json    Summary: status and results
     analysis.json   Analysis: what BatchNorm learned
-    last.pt         Kept, and tensors
+    last.pt         Kept, whose tensors are not checked here
 
 `NetworkSpec` is also in the metadata of model.safetensors.
 """
@@ -111,7 +111,7 @@ class NetworkSpec(Record):
 
 
 class Parent(Record):
-    """The run that another one goes on from; `_in_all` counts in what it went on from itself."""
+    """The run that another one goes on from. Fields that end in `_in_all` include its own parent runs."""
 
     run: Text  # its folder's name
     mode: Text
@@ -120,18 +120,20 @@ class Parent(Record):
     epochs: Epochs  # as asked for
     epochs_in_all: Epochs
     epochs_done_in_all: Epochs  # whose shuffles and crops have been drawn
-    seconds_in_all: Positive | None  # of training at the median epoch's; None where several devices took part
+    seconds_in_all: (
+        Positive | None
+    )  # of training, as if each epoch took the median time; None where several devices took part
     device_name: Text
     test_acc: Percent | None
     fingerprint: Text
     train_subset: int | None
-    val_images: Count  # of its seed that no run before this one trained on
+    val_images: Count  # that neither it nor a parent run of its own trained on, else 0
     processes: int
     quick: bool
 
 
 class Origin(NamedTuple):
-    """What a run went on from, in the words in which runs are told apart."""
+    """The parent run, by what tells it from other parent runs."""
 
     epochs: int
     mode: str
@@ -203,7 +205,7 @@ class Config(Record):
 
     @property
     def machine(self) -> tuple[str, str, str]:
-        """Device; number format and whatever else changes time and memory alone; version of torch."""
+        """Device; number format and the options that change only time and memory; version of torch."""
         differing, processes = config.differing(self.options, Options(), "logistics"), self.spec.processes
         costs = [(name, differing[name]) for name in ("loader", "memory", "no_compile") if name in differing]
         shared = f"{processes} processes" if processes > 1 else ""
@@ -249,7 +251,7 @@ class Summary(Record):
     epochs_done: Epochs
     train_s: Positive
     startup_s: Positive
-    wall_s: Positive | None = None  # of its processes from start to end, all of it counted
+    wall_s: Positive | None = None  # from start to end of each of its processes, added up
     peak_memory_bytes: Count | None  # of training
     checkpoint_bytes: Count | None
     full_bytes: Annotated[int, Field(ge=1, le=2**62)]
@@ -320,7 +322,7 @@ class _Schedule(pydantic.BaseModel):
 
 
 class Kept(pydantic.BaseModel):
-    """last.pt, but for its tensors. What is missing is told by whoever needs it."""
+    """What last.pt holds; its tensors are not checked here, and whoever needs a missing field says so."""
 
     model_config = pydantic.ConfigDict(strict=True)
     rows: Annotated[list[str], Field(min_length=1)]

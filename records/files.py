@@ -1,4 +1,4 @@
-"""Files of a run, written whole or not at all, and read without trust."""
+"""Files that are written whole or not at all, and files of a run, read without trusting them."""
 
 import fcntl
 import os
@@ -20,7 +20,7 @@ HALF_WRITTEN = ".half-written"  # ends the names of files beside those that they
 
 
 class RunError(progress.OptionError):
-    """A run folder that cannot be used as asked."""
+    """A run, a file of one, or a place to write that cannot be used as asked."""
 
 
 def read_text(file: Path) -> str | None:

@@ -1,0 +1,1 @@
+"""Runs read, gathered, tabulated and drawn, and the questions that they answer."""

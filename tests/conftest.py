@@ -1,4 +1,4 @@
-"""What several rooms' tests need: a tiny image folder, and the real images where they are at hand."""
+"""What the tests of several modules need: a tiny image folder, and the real images where they are at hand."""
 
 import os
 import signal

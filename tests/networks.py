@@ -1,4 +1,4 @@
-"""Small networks and noise for them, for the tests of several rooms."""
+"""Small networks and noise for them, for the tests of several modules."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Training gives the same bits as before the rooms were rebuilt, on the machine that recorded them."""
+"""Training gives the same bits as before its modules were rebuilt, on the machine that recorded them."""
 
 import json
 import os
