@@ -233,3 +233,11 @@ def test_batchnorm_starts():
     assert -1 <= gammas["signed_uniform"].weight.min() < -0.98
     assert gammas["he_normal"].weight.std().item() == pytest.approx((2 / 512) ** 0.5, rel=0.1)
     assert gammas["he_normal"].weight.abs().max() <= 2 * (2 / 512) ** 0.5 / 0.8796
+
+
+def test_another_vgg_is_one_entry_of_the_table(monkeypatch):
+    monkeypatch.setitem(models.VGG_LAYERS, 9, (1, 1, 1, 1, 2))
+    convolutions = [m for m in models.build("vgg9").modules() if isinstance(m, nn.Conv2d)]
+    assert [m.out_channels for m in convolutions] == [64, 128, 256, 512, 512, 512]
+    with pytest.raises(models.ModelError, match="vgg09 is not known"):
+        models.build("vgg09")
