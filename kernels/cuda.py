@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from kernels import choices, reference
 from kernels.choices import Attempt, Choices, Config, agrees
 from kernels.device import cache_folder
 from kernels.reference import BatchNorm, Conv, TorchPasses
@@ -57,7 +58,7 @@ def passes() -> TorchPasses:
         warnings.warn(
             f"kernels wait for each other's end, as dependent launch fails ({error!r})", stacklevel=2
         )
-        made.pdl = False
+        made.pdl, made.counters = False, None  # a launch that failed may have left its counter
     return made
 
 
@@ -360,7 +361,8 @@ def _key(name: str, x_shape: Sequence[int], weight: Tensor, conv: Conv, **option
 
 def _choices_file(device: str) -> Path:
     """A file in the cache folder, named by all that the times depend on."""
-    sources = [path.read_text() for path in (Path(__file__), Path(triton_kernels.__file__))]
+    modules = (__file__, triton_kernels.__file__, choices.__file__, reference.__file__)
+    sources = [Path(path).read_text() for path in modules]
     versions = [triton.__version__, torch.__version__, device]
     key = hashlib.sha256("\n".join([*sources, *versions]).encode()).hexdigest()[:16]
     return cache_folder() / f"kernels-{key}.json"

@@ -116,8 +116,9 @@ def test_without_a_compiler_the_passes_are_pytorchs_and_a_warning_says_so(monkey
     def launch(self, *_, **__):
         raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
 
-    made = torch.device  # the CPU where there is no GPU, since nothing is launched
-    monkeypatch.setattr(torch, "device", lambda name: made(DEVICE))
+    if DEVICE == "cpu":  # where nothing is launched
+        made = torch.device
+        monkeypatch.setattr(torch, "device", lambda name: made("cpu"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(CudaPasses, "launch", launch)
     with pytest.warns(UserWarning, match="PyTorch's slower kernels are used .*Failed to find C compiler"):
@@ -125,16 +126,18 @@ def test_without_a_compiler_the_passes_are_pytorchs_and_a_warning_says_so(monkey
 
 
 def test_where_dependent_launch_fails_kernels_wait_for_each_other_and_a_warning_says_so(monkeypatch):
-    launch, made = CudaPasses.launch, torch.device
+    launch = CudaPasses.launch
 
     def without(self, *arguments, **constants):
         if self.pdl:
             raise RuntimeError("operation not supported")
         launch(self, *arguments, **constants)
 
-    monkeypatch.setattr(torch, "device", lambda name: made(DEVICE))
+    if DEVICE == "cpu":
+        made = torch.device
+        monkeypatch.setattr(torch, "device", lambda name: made("cpu"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(CudaPasses, "launch", without)
     with pytest.warns(UserWarning, match="wait for each other's end.*operation not supported"):
         passes = cuda.passes.__wrapped__()
