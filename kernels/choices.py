@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.device import captured
+
 
 class Config(NamedTuple):
     """How a kernel is launched: patches per program, warps that share them, loads in flight, side of a patch.
@@ -97,7 +99,7 @@ def agrees(out: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> b
 def seconds(call: Callable[[], object], calls: int = 10, replays: int = 5) -> float:
     """The time of one call among several in a CUDA graph, in its fastest replay."""
     graph, times = torch.cuda.CUDAGraph(), []
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # whatever a loader's threads do
+    with captured(graph):
         for _ in range(calls):
             call()
     for _ in range(replays):

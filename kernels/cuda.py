@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from kernels import choices, reference
 from kernels.choices import Attempt, Choices, Config, agrees
-from kernels.device import cache_folder
+from kernels.device import cache_folder, captured
 from kernels.reference import BatchNorm, Conv, TorchPasses
 
 try:
@@ -46,20 +46,21 @@ def passes() -> TorchPasses:
     try:
         if triton is None:
             raise ImportError("Triton is not installed")
-        made = CudaPasses(Choices(_choices_file(torch.cuda.get_device_name())))
-        check_sums(made, torch.device("cuda"))
+        waiting = CudaPasses(Choices(_choices_file(torch.cuda.get_device_name())))
+        check_sums(waiting, torch.device("cuda"))
     except Exception as error:  # training is possible without Triton, whatever is wrong
         warnings.warn(f"Triton fails; PyTorch's slower kernels are used ({error!r})", stacklevel=2)
         return TorchPasses()
-    made.pdl = torch.cuda.get_device_capability() >= (9, 0)
+    if torch.cuda.get_device_capability() < (9, 0):
+        return waiting
     try:
-        check_sums(made, torch.device("cuda"))
+        dependent = CudaPasses(waiting.choose, pdl=True)
+        check_sums(dependent, torch.device("cuda"))
     except Exception as error:
-        warnings.warn(
-            f"kernels wait for each other's end, as dependent launch fails ({error!r})", stacklevel=2
-        )
-        made.pdl, made.counters = False, None  # a launch that failed may have left its counter
-    return made
+        what = f"kernels wait for each other's end, as dependent launch fails ({error!r})"
+        warnings.warn(what, stacklevel=2)
+        return waiting
+    return dependent
 
 
 def check_sums(passes: TorchPasses, device: torch.device) -> None:
@@ -74,7 +75,7 @@ def check_sums(passes: TorchPasses, device: torch.device) -> None:
     found = [sums_by(passes)]
     if device.type == "cuda":  # also from a graph, after a copy that is no kernel
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with captured(graph):
             found.append(sums_by(passes))
         graph.replay()
     if not all(agrees(sums, sums_by(TorchPasses())) for sums in found):
@@ -188,7 +189,7 @@ class CudaPasses(TorchPasses):
             return *compute(config, bn._replace(running_mean=mean, running_var=var)), mean, var
 
         # Whether statistics are wanted is not in the key: what is faster with them is faster without.
-        key = _key("convolve", x.shape, weight, conv, norm=norm, after=after)
+        key = _key("convolve", x.shape, weight, conv, norm=norm, after=after, shortcut=shortcut)
         return compute(self.choose(key, attempt))
 
     def convolve_backward(self, g, z, norm, sums, weight, conv, x_shape, below=None, add=None, dz=None):
@@ -332,13 +333,14 @@ def expand(weight: Tensor, stride: int, patch: int, backward: bool) -> Tensor:
 @functools.cache
 def _taps(k: int, stride: int, patch: int, backward: bool, device: torch.device) -> Tensor:
     """By which tap a window's pixel joins a patch's, int64 `[window, patch]`; k, past the last, for none."""
-    in_patch = torch.arange(patch, device=device)
+    in_patch = torch.arange(patch)
     if backward:
         first, last = -(k // 2 // stride), (patch - 1 + k // 2) // stride
-        taps = in_patch + k // 2 - stride * torch.arange(last, first - 1, -1, device=device)[:, None]
+        taps = in_patch + k // 2 - stride * torch.arange(last, first - 1, -1)[:, None]
     else:
-        taps = torch.arange(stride * (patch - 1) + k, device=device)[:, None] - stride * in_patch
-    return torch.where((taps >= 0) & (taps < k), taps, k)
+        taps = torch.arange(stride * (patch - 1) + k)[:, None] - stride * in_patch
+    taps = torch.where((taps >= 0) & (taps < k), taps, k)
+    return taps.to(device)  # whole once it returns, for other streams too
 
 
 def check_width(columns: int) -> None:

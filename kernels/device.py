@@ -12,7 +12,7 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -167,10 +167,22 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
 
 
+@contextlib.contextmanager
+def captured(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream | None = None) -> Iterator[None]:
+    """What is computed in the `with` block goes into `graph`, whatever a loader's threads do meanwhile.
+
+    Nothing may free another graph before it ends, so Python collects no garbage.
+    """
+    gc.disable()
+    try:
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            yield
+    finally:
+        gc.enable()
+
+
 class Captured:
     """A function replayed from a CUDA graph after its first calls.
-
-    Nothing may free a graph while another is captured, so Python collects its garbage before.
 
     It has no arguments or result, and reads what changes between calls from tensors that keep their place.
     """
@@ -188,10 +200,6 @@ class Captured:
             stream = torch.cuda.current_stream()
             stream = None if stream == torch.cuda.default_stream() else stream
             gc.collect()
-            gc.disable()
-            try:
-                with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
-                    self.function()
-            finally:
-                gc.enable()
+            with captured(self.graph, stream):
+                self.function()
         self.graph.replay()
