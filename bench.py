@@ -29,6 +29,7 @@ matrix rates allow (kernels/roofline.py).
 import progress  # isort: split
 
 import codecs
+import contextlib
 import gc
 import itertools
 import json
@@ -51,10 +52,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from tabulate import tabulate
 from torch import nn
 from torch.nn import functional as F
 
@@ -63,11 +60,11 @@ import freeze
 import kernels.device
 import models
 import runs
-from datasets import augment
+from datasets import augment, prepare
 from kernels import roofline
 from kernels.device import DTYPES, synchronize
 from progress import OptionError
-from records import files
+from records import measured
 from step import Step
 
 STEPS = ("stock", "stock_workers", "amp", "compiled", "plain", "lean", "recompute")
@@ -80,29 +77,6 @@ IMPLS = {
     "profile": ("lean", "recompute", "plain"),
     "table": (),
 }
-COLUMNS = {  # keys of a row, None where there is nothing to tell: title, format and unit in the table
-    "arch": ("arch", "", 1),
-    "mode": ("mode", "", 1),
-    "impl": ("impl", "", 1),
-    "dtype": ("dtype", "", 1),
-    "kernel": ("kernel", "", 1),
-    "launches": ("launches", ",.1f", 1),
-    "images_per_s": ("images/s", ",.0f", 1),
-    "step_ms": ("ms", ",.2f", 1),
-    "step_ms_min": ("min ms", ",.2f", 1),
-    "step_ms_max": ("max ms", ",.2f", 1),
-    "peak_memory_bytes": ("peak MB", ",.1f", 1e6),
-    "saved_bytes_per_image": ("saved KB/image", ",.1f", 1e3),
-    "largest_batch": ("largest batch", ",.0f", 1),
-    "seconds": ("first s", ".2f", 1),  # until the first batch (data) or step (startup)
-    "run_seconds": ("run s", ".2f", 1),
-    "ratio_to_stock": ("/ stock", ".2f", 1),
-    "share_of_floor": ("floor", ".1%", 1),
-    "bytes_per_s": ("TB/s", ".2f", 1e12),
-    "flops_per_s": ("TFLOP/s", ".0f", 1e12),
-    "n": ("n", ",.0f", 1),
-}
-WHERE = "{device_name}, {threads} threads, torch {versions[torch]}, {date}"
 UNITS = {"": 1} | {f"{k}B": 1000**i for i, k in enumerate("KMGT", 1)}
 UNITS |= {f"{k}iB": 1024**i for i, k in enumerate("KMGT", 1)}
 LR = 0.1
@@ -408,14 +382,19 @@ def profile(options: Namespace, dataset: data.Dataset) -> Measured:
     """Steps of ours by kernel, on a CPU by operator: time and launches in a step, and their sums."""
     device = options.device
     rates = roofline.device_rates(device) if device.type == "cuda" else None
+    if rates:
+        kernels.passes_for("cuda", True).pdl = False  # else a kernel's time has its wait for the one before
     for arch, mode, impl in itertools.product(options.arch, options.mode, options.impl):
         steps = training(impl, arch, mode, dataset, options)
         take(options.warm_up, steps, device)
         with torch.profiler.profile() as profiled:
             take(options.steps, steps, device)
         steps.close()
+        # A launching operator has its kernels' time too, which are events of their own
+        kind = torch.autograd.DeviceType.CUDA if rates else torch.autograd.DeviceType.CPU
+        events = [event for event in profiled.key_averages() if event.device_type == kind]
         where = "self_device_time_total" if rates else "self_cpu_time_total"  # microseconds
-        rows = [(event.key, event.count, getattr(event, where)) for event in profiled.key_averages()]
+        rows = [(event.key, event.count, getattr(event, where)) for event in events]
         rows = sorted((row for row in rows if row[2]), key=lambda row: -row[2])
         for name, count, us in [*rows, ("all", *map(sum, list(zip(*rows, strict=True))[1:]))]:
             each = {"step_ms": us / 1e3 / options.steps, "launches": count / options.steps}
@@ -445,7 +424,7 @@ def parse_options(argv: list[str] | None) -> Namespace:
     add("--data-dir", default="data", help="where they are looked for and kept [data]")
     add = parser.add_argument_group("how long, and where to").add_argument
     add("--repeats", type=int, help="turns of each implementation [5]; startup: starts of each kind [3]")
-    add("--steps", type=int, help="steps in a turn [390 on a GPU, 4 on a CPU; data: an epoch]")
+    add("--steps", type=int, help="steps in a turn [GPU: 50,000 images, CPU: 4; data: an epoch]")
     add("--warm-up", type=int, help="steps before the first turn, not timed [10 on a GPU, 2 on a CPU]")
     add("--json", metavar="FILE", help="write the rows to FILE, one JSON object a line")
     options = parser.parse_args(argv)
@@ -454,13 +433,15 @@ def parse_options(argv: list[str] | None) -> Namespace:
     skipped = {"stock_workers"} if WORKERS["stock_workers"] <= 2 or part == "memory" else set()
     if part == "memory" and not on_gpu:
         skipped |= {"compiled", "plain"}  # compiling takes minutes, and plain keeps what amp keeps
+    if part == "data" and not prepare.import_ffcv():
+        skipped |= {"ffcv"}
     defaults = {
         "impl": ["lean"] if part == "profile" else [i for i in IMPLS[part] if i not in skipped],
         "mode": {"speed": ["bn_only", "all"], "memory": ["bn_only", "random", "all"]}.get(part, ["bn_only"]),
         "dtype": "bf16" if part == "memory" else kernels.device.default_dtype(options.device),
         "repeats": 3 if part == "startup" else 5,
         # On a GPU an epoch of CIFAR-10, so that every turn prepares one epoch
-        "steps": None if part == "data" else 390 if on_gpu else 4,
+        "steps": None if part == "data" else max(1, 50_000 // max(1, options.batch_size)) if on_gpu else 4,
         "warm_up": 10 if on_gpu else 2,
     }
     vars(options).update({name: value for name, value in defaults.items() if getattr(options, name) is None})
@@ -494,8 +475,8 @@ def parse_options(argv: list[str] | None) -> Namespace:
     return options
 
 
-def row(options: Namespace, impl: str, measured: dict) -> dict:
-    """A row: what was `measured` of `impl`, by COLUMNS' keys, and what it computes in and by."""
+def row(options: Namespace, impl: str, found: dict) -> dict:
+    """A row: what was `found` of `impl`, by the keys of measured.COLUMNS, and what it computes in and by."""
     dtype, passes = options.dtype, None
     if impl in WORKERS:
         # Tensor cores take the factors of an fp32 product rounded to TF32
@@ -504,53 +485,13 @@ def row(options: Namespace, impl: str, measured: dict) -> dict:
     if impl in STEPS and options.part != "data":
         passes = kernels.passes_for(options.device.type, impl in ("lean", "recompute")).name
     told = {"impl": impl, "dtype": dtype, "passes": passes, "batch_size": options.batch_size}
-    return dict.fromkeys(COLUMNS) | told | measured
-
-
-def cells(rows: list[dict]) -> dict[str, list[str]]:
-    """The columns in which some row has a value, by title."""
-    columns = {}
-    for key, (title, form, unit) in COLUMNS.items():
-        values = [row.get(key) for row in rows]
-        if any(value is not None for value in values):
-            told = ["" if x is None else format(x / unit if form else x, form) for x in values]
-            columns[title] = told
-    return columns
-
-
-def show_markdown(paths: list[str]) -> None:
-    """The rows of each file, and on what they were measured. Raises OptionError for one that has none."""
-    for file in paths:
-        try:
-            rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
-            where = WHERE.format_map(rows[0])
-            table = tabulate(cells(rows), headers="keys", tablefmt="pipe", disable_numparse=True)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise OptionError(f"{file}: is not what --json has written ({error})") from None
-        print(f"{Path(file).name}, {where}, batches of {rows[-1]['batch_size']}\n\n{table}\n")
-
-
-def show(rows: list[dict], where: dict) -> None:
-    """The table on the terminal."""
-    caption = WHERE.format_map(where)
-    if where["part"] in ("speed", "data"):
-        lasting = f" (for {LEAD_IN_S['cuda']} s or more)" if where["device"] == "cuda" else ""
-        caption += f"\nwarm-up: {where['warm_up']} steps, then 1 and those queued before each turn{lasting}"
-    title = f"{where['part']}, batches of {rows[-1]['batch_size']}"
-    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD)
-    formats = {title: form for title, form, _ in COLUMNS.values()}
-    columns = cells(rows)
-    for title in columns:
-        table.add_column(title, justify="right" if formats[title] else "left", no_wrap=True)
-    for texts in zip(*columns.values(), strict=True):
-        table.add_row(*texts)
-    Console(width=1000).print(table)  # not cut off in a file or pipe
+    return dict.fromkeys(measured.COLUMNS) | told | found
 
 
 def main(argv: list[str] | None = None) -> None:
     options = parse_options(argv)
     if options.part == "table":
-        return show_markdown(options.files)
+        return measured.show_markdown(options.files)
     dataset = data.open_dataset(options.data, options.data_dir, say=note)
     images = len(dataset.train.labels)
     if options.batch_size > images:
@@ -560,7 +501,6 @@ def main(argv: list[str] | None = None) -> None:
     options.steps = options.steps or images // options.batch_size
     measure = {"speed": speed, "memory": memory, "data": loading, "startup": startup, "profile": profile}
     measure = measure[options.part]
-    rows = [row(options, impl, measured) for impl, measured in measure(options, dataset)]
     where = {
         "part": options.part,
         "device": options.device.type,
@@ -570,12 +510,24 @@ def main(argv: list[str] | None = None) -> None:
         "date": time.strftime("%Y-%m-%d"),
         "warm_up": options.warm_up,
     }
-    try:
+    rows, how = [], ""
+    if options.part in ("speed", "data"):
+        lasting = f" (for {LEAD_IN_S['cuda']} s or more)" if where["device"] == "cuda" else ""
+        how = f"warm-up: {options.warm_up} steps, then 1 and those queued before each turn{lasting}"
+
+    def keep() -> None:
         if options.json:
-            lines = [json.dumps(where | row) + "\n" for row in rows]
-            files.write_atomically(Path(options.json), "".join(lines))
-    finally:  # also where that fails: they took minutes
-        show(rows, where)
+            measured.write(rows, options.json)
+
+    try:
+        for impl, found in measure(options, dataset):
+            rows.append(where | row(options, impl, found))
+            with contextlib.suppress(OSError):  # told at the end: what follows is measured all the same
+                keep()
+        keep()
+    finally:  # also where that fails, or is interrupted: they took minutes
+        if rows:
+            measured.show(rows, how)
 
 
 if __name__ == "__main__":

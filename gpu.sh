@@ -12,15 +12,19 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-ABOUT="tests    the tests that use a GPU
+ABOUT="tests    the tests of kernels that say most: bf16, captured graphs, sums, batch and head
 short    three epochs of ResNet-32 with empty caches and with full ones; time per kernel; the kernels chosen
-speed    images/s beside what people otherwise use, batches of 128 and 1,024, bn_only and all
+speed    images/s beside what people otherwise use, batches of 128, bn_only and all
+large    images/s in batches of 1,024
 full     ResNet-32, bn_only, 160 epochs
 seeds    eight seeds of it side by side
 deep     ResNet-866, three epochs
-memory   bytes kept for backward; the loaders; seconds to the first step
+memory   bytes kept for backward; the loaders
+startup  seconds to the first step, with empty caches and with full ones
+rest     all other tests that use a GPU
 grid     the grid of results/, as far as time allows; call it again"
 SLICES=$(awk '{print $1}' <<<"$ABOUT")
+MOST="captured or bfloat16-8 or passes_are_tritons or head_gives or batch_of_resident or many_programs"
 
 RESULTS=${RESULTS:-results/gpu} CACHE=${CACHE:-.gpu-cache}
 DATA=${DATA:-cifar10} DATA_DIR=${DATA_DIR:-data}
@@ -36,8 +40,9 @@ bench() { # NAME PART [OPTIONS]: the rows go to NAME.jsonl
 
 tests() {
   [[ $device == cpu ]] || "$python" -c "import xdist" 2>/dev/null || collect=() # one at a time
-  "$python" -m pytest -m gpu -q "${collect[@]}"
+  "$python" -m pytest -m gpu -q "${collect[@]}" -k "${1:-$MOST}"
 }
+rest() { tests "not ($MOST)"; }
 short() {
   rm -rf "$CACHE"
   local caches
@@ -47,24 +52,22 @@ short() {
   bench profile profile --arch "$small"
   cp "$CACHE"/batchnorm-only/kernels-*.json "$RESULTS/" 2>/dev/null || say "no kernel was chosen"
 }
-speed() {
-  local size
-  for size in "${sizes[@]}"; do bench "speed-$size" speed --arch "$small" --batch-size "$size" "${impls[@]}"; done
-}
+speed() { bench "speed-${1:-$batch}" speed --arch "$small" --batch-size "${1:-$batch}" "${impls[@]}"; }
+large() { speed "$large_batch"; }
 full() { train --arch "$small" "${epochs[@]}" --out "$RESULTS/runs" --resume; }
 seeds() { train --arch "$small" "${epochs[@]}" --seed "${eight[@]}" --out "$RESULTS/seeds" --resume; }
-deep() { train --arch "$large" --epochs 3 --milestones --overwrite --out "$RESULTS/deep"; }
+deep() { train --arch "$deepest" --epochs 3 --milestones --overwrite --out "$RESULTS/deep"; }
 memory() {
   bench memory memory --arch "$small"
   bench data data
-  bench startup startup --arch "$small"
 }
+startup() { bench startup startup --arch "$small" --repeats 1; }
 grid() {
   local options=(--data "$DATA" --data-dir "$DATA_DIR" --device "$device" --out "$RESULTS/runs" "${few[@]}" "${epochs[@]}")
   ARCHS=${ARCHS:-$grid_archs} SEEDS=${SEEDS:-0 1 2} "$python" sweep.py "${options[@]}"
 }
 
-device=cuda small=resnet32 large=resnet866 few=() turns=() collect=(-n 8) sizes=(128 1024) epochs=()
+device=cuda small=resnet32 deepest=resnet866 few=() turns=() collect=(-n 8) batch=128 large_batch=1024 epochs=()
 eight=(0 1 2 3 4 5 6 7) impls=() grid_archs="resnet14 resnet32 resnet56 resnet110 resnet218" asked=() dry=() only=
 for argument; do
   case $argument in
@@ -74,8 +77,8 @@ for argument; do
       exit
       ;;
     --dry-run)
-      device=cpu small=resnet8 large=resnet8 few=(--train-subset 640 --batch-size 64 --dtype fp32)
-      turns=(--repeats 1 --steps 1 --warm-up 1 --batch-size 16) collect=(--collect-only) sizes=(16) eight=(0 1) impls=(--impl stock amp lean)
+      device=cpu small=resnet8 deepest=resnet8 few=(--train-subset 640 --batch-size 64 --dtype fp32)
+      turns=(--repeats 1 --steps 1 --warm-up 1 --batch-size 16) collect=(--collect-only) batch=16 large_batch=32 eight=(0 1) impls=(--impl stock amp lean)
       epochs=(--epochs 1 --milestones) grid_archs=resnet8 SEEDS=0 DATA=synthetic dry=(--dry-run)
       ;;
     --only) only=yes ;; # a slice by itself, as this script calls itself
@@ -92,11 +95,16 @@ done
 [[ $CACHE == /* ]] || CACHE=$PWD/$CACHE
 export RESULTS CACHE XDG_CACHE_HOME=$CACHE
 if [[ -n $only ]]; then
+  trap : TERM # at the limit, wait for what it is running to save what it has
   "${asked[0]}"
   exit
 fi
 
 [[ -z ${PACK:-} || ! -f $PACK ]] || tar -xzf "$PACK"
+"$python" -c "import bench, pytest, sweep" || {
+  say "$python lacks packages; pip install -r requirements.txt" >&2
+  exit 2
+}
 name="a CPU, in small"
 if [[ $device == cuda ]]; then
   name=$("$python" -c 'import torch; print(torch.cuda.get_device_name(), "torch", torch.__version__)' 2>/dev/null) || {
@@ -111,15 +119,17 @@ if ((!${#asked[@]})); then
   done
 fi
 
+# What Triton keeps beside the kernels themselves is twice their size, and not read again
+not_packed=(--exclude='*.ttir' --exclude='*.ttgir' --exclude='*.llir' --exclude='*.ptx' --exclude='*.source')
 failed=0
 for slice in "${asked[@]}"; do
   say "$slice: $(sed -n "s/^$slice *//p" <<<"$ABOUT")"
   began=$SECONDS status=done
-  timeout 530 bash gpu.sh "${dry[@]}" --only "$slice" || status="stopped or failed ($?)"
+  timeout -k 20 530 bash gpu.sh "${dry[@]}" --only "$slice" || status="stopped or failed ($?)"
   [[ $status == done ]] || failed=1
   took="$slice $((SECONDS - began)) s, $status, $(date +%F), $name"
   echo "$took" >>"$RESULTS/slices.txt"
-  [[ -z ${PACK:-} ]] || tar -czf "$PACK" "$RESULTS" "$(realpath --relative-to=. "$CACHE")"
+  [[ -z ${PACK:-} ]] || tar -czf "$PACK" "${not_packed[@]}" "$RESULTS" "$(realpath --relative-to=. "$CACHE")"
   next=$(sed -n "/^$slice\$/{n;p}" <<<"$SLICES")
   say "$took; left in $RESULTS${next:+; next: bash gpu.sh $next}"
 done

@@ -24,6 +24,7 @@ import models
 import progress
 from datasets import prepare
 from kernels import roofline
+from records import measured
 
 ROOT = Path(bench.__file__).parent
 SMALL = ["--arch", "resnet8", "--batch-size", "16", "--device", "cpu"]
@@ -290,7 +291,7 @@ def test_rows_that_cannot_be_written_are_shown(small, monkeypatch, capsys):
     def full(path, content):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(bench.files, "write_atomically", full)
+    monkeypatch.setattr(measured, "write_atomically", full)
     assert status_of("memory", *small, "--impl", "lean", "--mode", "bn_only") == 1
     said = capsys.readouterr()
     assert "resnet8" in said.out and "No space left on device" in said.err
@@ -339,3 +340,20 @@ def test_on_a_gpu_the_rows_have_the_floor_and_the_peak(tiny_folder, tmp_path):
     assert rows[0]["bytes_per_s"] > 1e11 and rows[1]["flops_per_s"] > 1e12
     for row in rows[2:]:
         assert 0 < row["share_of_floor"] < 1 and row["peak_memory_bytes"] > 0
+
+
+def test_what_was_measured_before_an_interruption_is_kept_and_shown(small, monkeypatch, capsys):
+    def interrupted(options, dataset):
+        yield "lean", {"arch": "resnet8", "mode": "bn_only", "n": 1}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "memory", interrupted)
+    assert status_of("memory", *small) == 1
+    (row,) = rows_in(small, "memory")
+    assert row["impl"] == "lean" and "resnet8" in capsys.readouterr().out
+
+
+def test_where_ffcv_is_missing_the_other_loaders_are_compared(monkeypatch):
+    monkeypatch.setattr(prepare, "import_ffcv", lambda: False)
+    assert "ffcv" not in bench.parse_options(["data"]).impl
+    assert bench.parse_options(["data", "--impl", "ffcv"]).impl == ["ffcv"], "which then says what is missing"

@@ -1,8 +1,11 @@
 """gpu.sh on a CPU, in small: every slice runs, says what it left, and can go on elsewhere."""
 
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ import torch
 import bench
 
 ROOT = Path(bench.__file__).parent
-SLICES = ["tests", "short", "speed", "full", "seeds", "deep", "memory", "grid"]
+SLICES = ["tests", "short", "speed", "large", "full", "seeds", "deep", "memory", "startup", "rest", "grid"]
 
 
 def run(*arguments: str, folder: Path) -> subprocess.CompletedProcess:
@@ -27,6 +30,30 @@ def test_the_list_says_what_every_slice_does_and_what_was_done(tmp_path):
     assert [line.split()[0] for line in lines] == [*SLICES, "speed"] and lines[-1].endswith("a GPU")
 
 
+def test_the_first_tests_are_there():
+    named = re.search(r'MOST="(.*)"', (ROOT / "gpu.sh").read_text())[1].split(" or ")
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "tests/test_kernels_triton.py"]
+    listed = subprocess.run(
+        [*command, "tests/test_kernels_cuda.py"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert len(named) > 3 and [name for name in named if name not in listed.stdout] == []
+
+
+def test_at_the_limit_a_slice_ends_when_what_it_ran_has_ended(tmp_path):
+    saving = tmp_path / "python3"  # a run that takes a second to save what it has
+    saving.write_text("#!/bin/bash\ntrap 'sleep 1; touch saved; exit 1' TERM\ntouch begun\nsleep 60 & wait\n")
+    saving.chmod(0o755)
+    (tmp_path / "gpu.sh").write_bytes((ROOT / "gpu.sh").read_bytes())  # without a .venv beside it
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = ["bash", "gpu.sh", "--dry-run", "--only", "full"]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, start_new_session=True) as slice:
+        while not (tmp_path / "begun").exists():
+            assert slice.poll() is None
+            time.sleep(0.05)
+        os.killpg(slice.pid, signal.SIGTERM)
+        assert slice.wait() != 0 and (tmp_path / "saved").exists()
+
+
 def test_an_unknown_slice_and_a_missing_gpu_are_one_line(tmp_path):
     ended = run("nonsense", folder=tmp_path)
     assert ended.returncode == 2 and "there is no such slice; choose from tests short" in ended.stderr
@@ -35,7 +62,10 @@ def test_an_unknown_slice_and_a_missing_gpu_are_one_line(tmp_path):
         assert ended.returncode == 2 and ended.stderr.count("\n") == 1 and "--dry-run" in ended.stderr
 
 
-@pytest.mark.parametrize("slices", [["short", "full", "seeds", "deep"], ["speed", "memory"], ["grid"]])
+IN_SMALL = [["short", "full", "seeds", "deep"], ["speed", "large", "memory", "startup"], ["grid"]]
+
+
+@pytest.mark.parametrize("slices", IN_SMALL)
 def test_every_slice_runs_in_small_on_a_cpu_and_says_what_comes_next(tmp_path, slices):
     ended = run("--dry-run", *slices, folder=tmp_path)
     assert ended.returncode == 0, ended.stdout + ended.stderr

@@ -1,0 +1,78 @@
+"""What bench.py has measured: rows, a line of JSON each, and their tables."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from tabulate import tabulate
+
+from progress import OptionError
+from records.files import write_atomically
+
+COLUMNS = {  # keys of a row, None where there is nothing to tell: title, format and unit in the table
+    "arch": ("arch", "", 1),
+    "mode": ("mode", "", 1),
+    "impl": ("impl", "", 1),
+    "dtype": ("dtype", "", 1),
+    "kernel": ("kernel", "", 1),
+    "launches": ("launches", ",.1f", 1),
+    "images_per_s": ("images/s", ",.0f", 1),
+    "step_ms": ("ms", ",.2f", 1),
+    "step_ms_min": ("min ms", ",.2f", 1),
+    "step_ms_max": ("max ms", ",.2f", 1),
+    "peak_memory_bytes": ("peak MB", ",.1f", 1e6),
+    "saved_bytes_per_image": ("saved KB/image", ",.1f", 1e3),
+    "largest_batch": ("largest batch", ",.0f", 1),
+    "seconds": ("first s", ".2f", 1),  # until the first batch (data) or step (startup)
+    "run_seconds": ("run s", ".2f", 1),
+    "ratio_to_stock": ("/ stock", ".2f", 1),
+    "share_of_floor": ("floor", ".1%", 1),
+    "bytes_per_s": ("TB/s", ".2f", 1e12),
+    "flops_per_s": ("TFLOP/s", ".0f", 1e12),
+    "n": ("n", ",.0f", 1),
+}
+WHERE = "{device_name}, {threads} threads, torch {versions[torch]}, {date}"
+
+
+def write(rows: Sequence[dict], file: str | Path) -> None:
+    """Replace the file by these rows. Raises OSError."""
+    write_atomically(Path(file), "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def cells(rows: Sequence[dict]) -> dict[str, list[str]]:
+    """The columns in which some row has a value, by title."""
+    columns = {}
+    for key, (title, form, unit) in COLUMNS.items():
+        values = [row.get(key) for row in rows]
+        if any(value is not None for value in values):
+            told = ["" if x is None else format(x / unit if form else x, form) for x in values]
+            columns[title] = told
+    return columns
+
+
+def show_markdown(paths: Sequence[str]) -> None:
+    """The rows of each file, and on what they were measured. Raises OptionError for one that has none."""
+    for file in paths:
+        try:
+            rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
+            where = WHERE.format_map(rows[0])
+            table = tabulate(cells(rows), headers="keys", tablefmt="pipe", disable_numparse=True)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise OptionError(f"{file}: is not what --json has written ({error})") from None
+        print(f"{Path(file).name}, {where}, batches of {rows[-1]['batch_size']}\n\n{table}\n")
+
+
+def show(rows: Sequence[dict], how: str = "") -> None:
+    """Their table on the terminal, and under it where they were measured, and `how`."""
+    title, caption = f"{rows[-1]['part']}, batches of {rows[-1]['batch_size']}", WHERE.format_map(rows[-1])
+    table = Table(title=title, caption=f"{caption}{how and chr(10)}{how}", box=box.SIMPLE_HEAD)
+    formats = {title: form for title, form, _ in COLUMNS.values()}
+    columns = cells(rows)
+    for title in columns:
+        table.add_column(title, justify="right" if formats[title] else "left", no_wrap=True)
+    for texts in zip(*columns.values(), strict=True):
+        table.add_row(*texts)
+    Console(width=1000).print(table)  # not cut off in a file or pipe
