@@ -1,9 +1,9 @@
-"""What every network here is made of: convolutions with BatchNorm and ReLU, and a shortcut around them.
+"""The block that every network here is made of: convolutions with BatchNorm and ReLU, and perhaps a shortcut.
 
-`conv_bn_relu` is one differentiable function that keeps for its backward pass no more than a frozen network
-needs: each convolution's output once, and one bit per element where a shortcut was added. Autograd by itself
-also keeps every convolution's input, although no gradient of frozen weights is wanted (pytorch issue 133566).
-The formulas are in reference.py; cpu.py and cuda.py compute them faster.
+`conv_bn_relu` computes a block as one differentiable function. With frozen weights, it keeps for its backward
+pass only each convolution's output once, and one bit per element if a shortcut is added. Autograd on its own
+also keeps every convolution's input, although frozen weights need no gradient (pytorch issue 133566).
+reference.py has the formulas; cpu.py and cuda.py compute them faster.
 """
 
 from collections.abc import Sequence
@@ -18,16 +18,17 @@ from kernels.distributed import Group, Synced
 from kernels.reference import D_BETA, D_GAMMA, BatchNorm, Conv, TorchPasses
 
 MEMORY = ("lean", "recompute", "stock")
-Units = Sequence[tuple[nn.Conv2d, nn.BatchNorm2d]]  # of a block, from its input to its output
+Units = Sequence[tuple[nn.Conv2d, nn.BatchNorm2d]]  # a block's, in order from its input to its output
 
 
 class Execution(NamedTuple):
     """How `conv_bn_relu` computes.
 
-    `memory` is what it keeps for backward: "lean" (each convolution's output), "recompute" (each block's
-    input, at the price of computing its convolutions twice) or "stock" (what autograd keeps). `compiled`: use
-    our own kernels where they cover device, dtype and shape, and PyTorch's elsewhere; or only PyTorch's.
-    `group`: the processes over whose batches, taken together, BatchNorm normalises in training; see `Synced`.
+    `memory` selects what training keeps for backward. "lean" keeps each convolution's output; "recompute"
+    keeps each block's input and computes its convolutions twice; "stock" keeps what autograd keeps. If
+    `compiled`, our own kernels run where they cover the device, dtype and shape, and PyTorch's run elsewhere;
+    otherwise only PyTorch's run. If a `group` of processes is given, BatchNorm normalises over their combined
+    batches in training; see `Synced`.
     """
 
     memory: str = "lean"
@@ -41,9 +42,9 @@ DEFAULT = Execution()
 def configure(
     model: nn.Module, memory: str = "lean", compiled: bool = True, group: Group | None = None
 ) -> None:
-    """Set the `execution` of every module of `model` that has one.
+    """Set the `execution` attribute of every module of `model` that has one; see `Execution`.
 
-    Raises ValueError for an unknown `memory`, and for "stock" with a group.
+    Raises ValueError if `memory` is unknown, or if it is "stock" and a group is given.
     """
     if memory not in MEMORY:
         raise ValueError(f"memory {memory!r} is unknown; choose from {', '.join(MEMORY)}")
@@ -57,12 +58,13 @@ def configure(
 def conv_bn_relu(
     x: Tensor, units: Units, shortcut: Tensor | None = None, relu: bool = True, execution: Execution = DEFAULT
 ) -> Tensor:
-    """relu(unit_n(... relu(unit_1(x))) + shortcut), a unit being bn(conv(x)); the last ReLU only with `relu`.
+    """Return relu(unit_n(... relu(unit_1(x))) + shortcut), where a unit is bn(conv(x)).
 
-    `x` is `[N, C_in, H, W]`, the result and `shortcut` are `[N, C_out, H', W']`, all channels_last. A `bn` in
-    training mode normalises with the batch's statistics and updates its running ones, whether or not anything
-    is trained. Batches are not counted (`num_batches_tracked`), because momentum is constant. Raises
-    ValueError in training when a channel has only one value, which cannot be normalised.
+    The last ReLU is applied only if `relu`. `x` is `[N, C_in, H, W]`; the result and `shortcut` are
+    `[N, C_out, H', W']`; all are channels_last. In training mode, each `bn` normalises with the batch's
+    statistics and updates its running statistics, even if nothing is trained. Except with memory "stock", it
+    does not count batches (`num_batches_tracked`), because its momentum is constant. Raises ValueError in
+    training if a channel has only one value, because that cannot be normalised.
     """
     training = units[0][1].training
     keeps_all = execution.memory == "stock" if training else torch.is_grad_enabled()
@@ -80,7 +82,7 @@ def conv_bn_relu(
 
 
 def stock(x: Tensor, units: Units, shortcut: Tensor | None = None, relu: bool = True) -> Tensor:
-    """`conv_bn_relu` as one would write it in PyTorch, differentiated by autograd."""
+    """Compute `conv_bn_relu` with ordinary PyTorch modules and autograd's backward pass."""
     for conv, bn in units[:-1]:
         x = F.relu(bn(conv(x)))
     conv, bn = units[-1]
@@ -93,8 +95,8 @@ def stock(x: Tensor, units: Units, shortcut: Tensor | None = None, relu: bool = 
 def train_block(
     passes: TorchPasses, x: Tensor, units: Units, shortcut: Tensor | None, relu: bool, recompute: bool = False
 ) -> Tensor:
-    """`conv_bn_relu` in training, computed by `passes`."""
-    identity = shortcut is x  # its gradient is added to x's within the block, which saves autograd a pass
+    """Compute `conv_bn_relu` in training with `passes`; `recompute` stands for memory "recompute"."""
+    identity = shortcut is x  # its gradient is added to x's inside the block, which saves autograd a pass
     convs = [Conv(conv.stride, conv.padding) for conv, _ in units]
     batch_norms = [BatchNorm.of(bn) for _, bn in units]
     plan = passes, convs, batch_norms, relu, identity, recompute
@@ -106,7 +108,7 @@ def train_block(
 def infer_block(
     passes: TorchPasses, x: Tensor, units: Units, shortcut: Tensor | None, relu: bool = True
 ) -> Tensor:
-    """`conv_bn_relu` in evaluation, computed by `passes`."""
+    """Compute `conv_bn_relu` in evaluation with `passes`."""
     x = _channels_last(x)
     for i, (conv, bn) in enumerate(units, start=1):
         last, weight = i == len(units), _weight(conv, x.dtype)
@@ -117,7 +119,7 @@ def infer_block(
 
 
 class _Block(torch.autograd.Function):
-    """A block. The lists are over its units; weights are in x's dtype, zs and norms as in reference.py."""
+    """A block in training. Lists run over units; weights have x's dtype; reference.py defines z and norm."""
 
     @staticmethod
     def forward(ctx, plan: tuple, x: Tensor, shortcut: Tensor | None, *parameters: Tensor) -> Tensor:
@@ -136,7 +138,7 @@ class _Block(torch.autograd.Function):
         trained = [weight if train else None for weight, train in zip(weights, needed, strict=True)]
         kept_x, kept_zs = x if recompute or needed[0] else None, () if recompute else zs
         ctx.save_for_backward(kept_x, signs, *norms, *trained, *kept_zs)
-        # Frozen weights are the same tensors in every step: a reference to them costs no memory.
+        # Frozen weights are the same tensors in every step, so a reference to them costs no memory.
         frozen = [None if train else weight for weight, train in zip(weights, needed, strict=True)]
         ctx.plan, ctx.frozen, ctx.x_shape = plan, frozen, x.shape
         return y
@@ -172,7 +174,7 @@ class _Block(torch.autograd.Function):
 
 
 def passes_for(device_type: str, compiled: bool = True) -> TorchPasses:
-    """The passes of a device of this type; their `name` is "cpp" or "triton", our own, or "torch"."""
+    """Return the passes for a device type; their `name` is "cpp" or "triton" (our own kernels) or "torch"."""
     if compiled and device_type == "cpu":
         return cpu.passes()
     if compiled and device_type == "cuda":
@@ -183,7 +185,7 @@ def passes_for(device_type: str, compiled: bool = True) -> TorchPasses:
 
 
 def _weight(conv: nn.Conv2d, dtype: torch.dtype) -> Tensor:
-    """The weight that `conv` applies, in `dtype`. A frozen one is converted only once."""
+    """Return the weight that `conv` applies, in `dtype`; a frozen weight is converted only once."""
     weight = conv.effective_weight() if hasattr(conv, "effective_weight") else conv.weight
     if weight is not conv.weight or weight.dtype == dtype or weight.requires_grad:
         return weight.to(dtype)

@@ -1,4 +1,4 @@
-"""Which way is fastest for a convolution on this GPU, with right results: measured once, and remembered."""
+"""Choose the fastest correct way to compute each convolution on this GPU: measured once, then cached."""
 
 import contextlib
 import functools
@@ -15,9 +15,10 @@ from kernels.device import captured
 
 
 class Config(NamedTuple):
-    """How a kernel is launched: patches per program, warps that share them, loads in flight, side of a patch.
+    """How a kernel is launched: patches per program, warps per program, pipeline stages, and patch side.
 
-    The side is that of a convolution's output. A gradient's patches have at least the convolution's stride.
+    `patch` is the side, in pixels, of the patches of a convolution's output. A gradient's patches have this
+    side or the convolution's stride, whichever is larger.
     """
 
     block: int
@@ -26,7 +27,7 @@ class Config(NamedTuple):
     patch: int = 1
 
 
-# Computes a convolution as the Config says, or by cuDNN for None; has all results, and no lasting effect.
+# Computes a convolution with a Config, or with cuDNN for None. It returns all results, without side effects.
 Attempt = Callable[[Config | None], Sequence[Tensor | None]]
 
 CONFIGS = (
@@ -37,9 +38,9 @@ TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 4e-2, torch.float16: 8e-3}  # 
 
 
 class Choices:
-    """For each key the fastest way with right results, found on first use and kept in `file`; None is cuDNN.
+    """The fastest correct Config for each key, measured on first use and kept in `file`; None means cuDNN.
 
-    Nothing can be tried while a graph is captured: what was not computed before is left to cuDNN there.
+    Nothing can be measured while a CUDA graph is captured, so a key that is still unmeasured then gets cuDNN.
     """
 
     def __init__(self, file: Path):
@@ -52,7 +53,7 @@ class Choices:
                 return None
             expected = attempt(None)
             if not all(bool(tensor.isfinite().all()) for tensor in expected if tensor is not None):
-                return None  # fp16's loss scale is still too high: there is nothing to compare with
+                return None  # fp16's loss scale is still too high, so there is nothing to compare with
             self.made[key] = self.fastest(attempt, expected)
             self.write()
         return self.made[key] and Config(*self.made[key])
@@ -66,7 +67,7 @@ class Choices:
         return min(times, key=times.get)
 
     def read(self) -> dict[str, list[int] | None]:
-        """The choices in the file; whatever else it holds is left out, and measured anew."""
+        """Return the valid choices in the file. All other entries are ignored, and measured again."""
         try:
             kept = json.loads(self.file.read_text())
         except (OSError, ValueError, RecursionError):
@@ -75,7 +76,7 @@ class Choices:
         return {key: ways[ways.index(way)] for key, way in kept.items() if way in ways}
 
     def write(self) -> None:
-        """Add to the file what is new. Where it cannot be written, every process measures anew."""
+        """Add the new choices to the file. If it cannot be written, every process measures again."""
         with contextlib.suppress(OSError):
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self.file.parent) as folder:
@@ -85,7 +86,10 @@ class Choices:
 
 
 def agrees(out: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> bool:
-    """Whether results are as near as the dtype allows; `[4, C]` row by row, because rows differ in scale."""
+    """Return whether results agree within the dtype's tolerance; a None in `expected` agrees with anything.
+
+    `[4, C]` tensors are compared row by row, because their rows differ in scale.
+    """
     tolerance = TOLERANCE[expected[0].dtype]
 
     def near(one: Tensor, other: Tensor) -> bool:
@@ -97,7 +101,7 @@ def agrees(out: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> b
 
 
 def seconds(call: Callable[[], object], calls: int = 10, replays: int = 5) -> float:
-    """The time of one call among several in a CUDA graph, in its fastest replay."""
+    """Return the seconds per call in the fastest of several replays of a CUDA graph of several calls."""
     graph, times = torch.cuda.CUDAGraph(), []
     with captured(graph):
         for _ in range(calls):

@@ -1,11 +1,11 @@
-// The passes over activations between convolutions, for CPUs; reference.py has the formulas and the layout of norm
-// and sums. Each pass reads every element once.
+// The passes over activations between convolutions, for CPUs. reference.py has the formulas and the layout of norm
+// and sums. Each pass reads every element from memory once.
 //
-// A tensor is given by its channels_last memory: `count` elements, of which element i belongs to channel i % channels.
+// A tensor is given as its channels_last memory: `count` elements, where element i belongs to channel i % channels.
 // `channels` divides 64 or is a multiple of it, and `count` is a multiple of 64. So 64 neighbouring elements, which are
-// four vector registers of AVX-512, have the coefficients of 64 neighbouring channels, or of all channels repeated; and
-// their signs are one 64-bit word. Sums are taken over pieces of fixed size and added in a fixed order, so that results
-// do not depend on the number of threads.
+// four AVX-512 registers, use the coefficients of 64 neighbouring channels, or of all channels repeated, and their
+// signs are one 64-bit word. Sums are taken over pieces of fixed size and added in a fixed order, so that results do
+// not depend on the number of threads.
 
 #include <algorithm>
 #include <cmath>
@@ -38,7 +38,7 @@ inline void store(bfloat16* p, float value) {  // to nearest, ties to even; NaN 
   p->bits = value == value ? rounded : 0x7fc0;
 }
 
-// The signs of 64 values, bit k for value k.
+// Returns the signs of 64 values: bit k is set where v[k] is positive.
 inline uint64_t positive(const float* v) {
 #ifdef __AVX512F__
   uint64_t word = 0;
@@ -52,7 +52,7 @@ inline uint64_t positive(const float* v) {
 #endif
 }
 
-// v[k] where bit k is set, else 0.
+// Sets v[k] to 0 where bit k of `word` is not set.
 inline void keep(float* v, uint64_t word) {
 #ifdef __AVX512F__
   for (int k = 0; k < 4; ++k)
@@ -62,7 +62,7 @@ inline void keep(float* v, uint64_t word) {
 #endif
 }
 
-// The pieces in which a tensor is summed. Each has `size` elements, except for the last, in rows of `width`.
+// The pieces in which a tensor is summed. Each has `size` elements in rows of `width`; the last may have fewer.
 struct Pieces {
   int64_t count, channels, width, size, number;
   Pieces(int64_t count, int64_t channels)
@@ -71,8 +71,8 @@ struct Pieces {
 
   int64_t rows(int64_t piece) const { return (std::min(count, (piece + 1) * size) - piece * size) / width; }
 
-  // Calls body(piece, t, begin, end) in parallel, for the tiles that begin at begin, begin + width, ... before `end`;
-  // all of them have the coefficients from t to t + 63.
+  // Calls body(piece, t, begin, end), in parallel over the pieces, for the tiles that start at begin, begin + width,
+  // ... before `end`. All of these tiles use coefficients t to t + 63.
   template <class F>
   void for_tiles(F body) const {
 #pragma omp parallel for schedule(static)
@@ -88,14 +88,14 @@ struct Tile {
   explicit Tile(const float* from) { std::copy(from, from + TILE, at); }
 };
 
-// The coefficients of all channels, repeated until they fill at least one tile.
+// Returns the coefficients of all channels, repeated until they fill at least one tile.
 std::vector<float> tiled(const float* per_channel, int64_t channels) {
   std::vector<float> out(std::max(TILE, channels));
   for (size_t i = 0; i < out.size(); ++i) out[i] = per_channel[i % channels];
   return out;
 }
 
-// Sets dy to zero where the unit's output was not positive, by `signs` or else by z scale + shift; not without ReLU.
+// Sets dy to zero where the unit's output was not positive: by `signs` if given, else by z scale + shift if `relu`.
 inline void mask(float* dy, const float* z, const uint64_t* signs, int relu, const Tile& scale, const Tile& shift) {
   if (signs)
     keep(dy, *signs);
@@ -103,7 +103,7 @@ inline void mask(float* dy, const float* z, const uint64_t* signs, int relu, con
     for (int k = 0; k < TILE; ++k) dy[k] = z[k] * scale.at[k] + shift.at[k] > 0 ? dy[k] : 0;
 }
 
-// The norm of z; the running statistics move towards those of z.
+// Writes the norm of z to `norm`, and moves the running statistics towards those of z.
 template <class T>
 void statistics(const T* z, int64_t count, int64_t channels, const float* gamma, const float* beta, double eps,
                 double momentum, float* running_mean, float* running_var, float* norm) {
@@ -145,7 +145,7 @@ void statistics(const T* z, int64_t count, int64_t channels, const float* gamma,
   }
 }
 
-// y = z scale + shift (+ shortcut), with ReLU if `relu`. `signs`, if given, become those of y.
+// Writes y = z scale + shift (+ shortcut), with ReLU if `relu`, and the signs of y if `signs` is given.
 template <class T>
 void activate(const T* z, int64_t count, int64_t channels, const float* norm, const T* shortcut, int relu, T* y,
               uint64_t* signs) {
@@ -166,7 +166,7 @@ void activate(const T* z, int64_t count, int64_t channels, const float* norm, co
   });
 }
 
-// The sums of g, which is dy as `mask` leaves it. g is not stored: masking dy again where g is needed is cheaper.
+// Writes the sums of g, which is dy after `mask`. g is not stored, because masking dy again is cheaper.
 template <class T>
 void sum_gradients(const T* dy, const T* z, int64_t count, int64_t channels, const float* norm, const uint64_t* signs,
                    int relu, float* sums) {
@@ -202,7 +202,7 @@ void sum_gradients(const T* dy, const T* z, int64_t count, int64_t channels, con
   }
 }
 
-// The gradient of z, dz = g scale + z b + c.
+// Writes the gradient of z, dz = g scale + z b + c, where g is dy after `mask`.
 template <class T>
 void gradient(const T* dy, const T* z, int64_t count, int64_t channels, const float* norm, const uint64_t* signs,
               int relu, const float* sums, T* dz) {
@@ -220,7 +220,7 @@ void gradient(const T* dy, const T* z, int64_t count, int64_t channels, const fl
   });
 }
 
-// dx += dy where `signs` has a bit set.
+// Adds dy to dx where the bit in `signs` is set.
 template <class T>
 void add_masked(const T* dy, int64_t count, const uint64_t* signs, T* dx) {
   Pieces(count, TILE).for_tiles([&](int64_t, int64_t, int64_t begin, int64_t end) {

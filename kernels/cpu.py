@@ -1,4 +1,4 @@
-"""The passes for CPUs, in C++: cpu.cpp, compiled for the processor at hand on first use, and kept."""
+"""The passes for CPUs in C++: cpu.cpp is compiled for this processor on first use, and cached."""
 
 import contextlib
 import ctypes
@@ -26,7 +26,7 @@ _C_TYPES = {int: ctypes.c_int64, bool: ctypes.c_int, float: ctypes.c_double, typ
 
 @functools.cache
 def passes() -> TorchPasses:
-    """The compiled passes; or a warning and PyTorch's, where compiling fails, as without a C++ compiler."""
+    """Return the C++ passes; if compiling fails, as without a C++ compiler, warn and return PyTorch's."""
     try:
         return CpuPasses(_library())
     except (OSError, subprocess.CalledProcessError) as error:
@@ -36,9 +36,9 @@ def passes() -> TorchPasses:
 
 
 def _library() -> BinaryIO:
-    """The compiled file, opened; it is compiled where the cache folder has none that is whole.
+    """Return the compiled library as an open file; compile it if the cache folder has no intact copy.
 
-    Its name depends on source, compiler, flags and processor. Size and SHA-256 are kept beside it.
+    Its name depends on the source, compiler, flags and processor. Its size and SHA-256 are stored beside it.
     """
     compiler = os.environ.get("CXX", "g++")
     processor = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
@@ -50,14 +50,14 @@ def _library() -> BinaryIO:
         if digest.read(1000) == _digest(library):
             return library
         library.close()
-    with tempfile.TemporaryDirectory(dir=cache) as folder:  # no half-written file has the final name
+    with tempfile.TemporaryDirectory(dir=cache) as folder:  # so that no half-written file gets the final name
         made, digest = Path(folder) / name, Path(folder) / f"{name}.sha256"
         command = [compiler, *FLAGS.split(), SOURCE, "-o", made]
         subprocess.run(command, check=True, capture_output=True, text=True)
         library = open(made, "rb")  # noqa: SIM115, it stays open
         digest.write_bytes(_digest(library))
         for file in (made, digest):
-            file.chmod(0o600)  # whatever the umask
+            file.chmod(0o600)  # regardless of the umask
             file.replace(cache / file.name)
     return library
 
@@ -68,7 +68,7 @@ def _digest(library: BinaryIO) -> bytes:
 
 
 def covers(z: Tensor, per_channel: Tensor) -> bool:
-    """Whether the C++ functions can take activations `z` and values `per_channel`."""
+    """Return whether the C++ functions accept activations `z` and per-channel values `per_channel`."""
     channels = z.shape[1]
     return (
         z.dtype in _DTYPES
@@ -80,7 +80,7 @@ def covers(z: Tensor, per_channel: Tensor) -> bool:
 
 
 class _Masked(NamedTuple):
-    """g, not written to memory: `dy` where the unit's output was positive, which masking again will give."""
+    """g, not stored: `dy` where the unit's output was positive. Functions that need g mask `dy` again."""
 
     dy: Tensor
     signs: Tensor | None
@@ -88,23 +88,23 @@ class _Masked(NamedTuple):
 
 
 class CpuPasses(TorchPasses):
-    """The passes of cpu.cpp where they cover a tensor, and PyTorch's elsewhere."""
+    """Passes that use cpu.cpp for the tensors that it covers, and PyTorch for all others."""
 
     name = "cpp"
 
     def __init__(self, library: BinaryIO):
-        # By its descriptor: what is loaded is what was verified, whatever takes its name. It stays open,
-        # because the loader takes two libraries of one descriptor for the same.
+        # Loading by descriptor loads the file that was verified, even if another has taken its name. The file
+        # stays open, because the loader takes two libraries with the same descriptor for one.
         self.file, self.temporaries = library, {}
         self.library = ctypes.CDLL(f"/proc/self/fd/{library.fileno()}")
 
     def call(self, name: str, z: Tensor, *arguments) -> None:
-        """Call the function of this name for z's dtype; of a tensor it gets the address, an int64."""
+        """Call the C++ function `name` for z's dtype. A tensor is passed as its address, an int64."""
         given = (a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
         getattr(self.library, f"{name}_{_DTYPES[z.dtype]}")(*(_C_TYPES[type(a)](a) for a in given))
 
     def temporary(self, name: str, like: Tensor) -> Tensor:
-        """A tensor like `like`, valid until the next of the same name; its memory is in the CPU's cache."""
+        """Return a tensor like `like`, valid until the next of this name. Reuse keeps it in the CPU cache."""
         memory = self.temporaries.get((name, like.dtype))
         if memory is None or memory.numel() < like.numel():
             memory = self.temporaries[name, like.dtype] = like.new_empty(like.numel())

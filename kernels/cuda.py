@@ -1,10 +1,10 @@
-"""The passes for CUDA GPUs: the Triton kernels of triton_kernels.py, where they are faster than cuDNN's.
+"""The passes for CUDA GPUs: the Triton kernels of triton_kernels.py, where they are faster than cuDNN.
 
-When a convolution loads its input, it applies the BatchNorm and ReLU of the unit below (forward), or forms
-the gradient through the BatchNorm above (backward); when it stores its output, it also sums what the next
-BatchNorm needs. Each program writes its own sums, which the last program adds up in a fixed order, so that a
-step gives the same bits every time. Whether this is faster than cuDNN between elementwise kernels, and in
-blocks of which size, choices.py says for each layer.
+When a convolution loads its input, it applies the BatchNorm and ReLU of the unit below (forward), or computes
+the gradient through the BatchNorm above (backward). When it stores its output, it also sums what the next
+BatchNorm needs. Each program writes its own sums, and the last program adds them up in a fixed order, so that
+a step gives the same bits every time. For each layer, choices.py measures whether this beats cuDNN with
+elementwise kernels around it, and which block size is fastest.
 """
 
 import functools
@@ -27,28 +27,31 @@ try:
     import triton
 
     from kernels import triton_kernels
-except ImportError:  # `passes` warns of it
+except ImportError:  # `passes` warns about it
     triton = triton_kernels = None
 
 
 ELEMENTWISE = Config(0, 4, 1)
 TILE = 4096  # elements per program of an elementwise kernel
-LARGEST_TILE = 16384  # elements that a program of the head holds at once
-WIDEST = 128  # columns of a convolution's product
-PARTIALS = 2048  # partial sums that a program adds up at once
-STREAMS, CHANNEL_TILES = 64, 1024  # that count their programs each for themselves
+LARGEST_TILE = 16384  # the most elements that a program of the head can hold at once
+WIDEST = 128  # the most columns of a convolution's matrix product
+PARTIALS = 2048  # the most partial sums that a program loads at once
+STREAMS, CHANNEL_TILES = 64, 1024  # the shape of the table of counters
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @functools.cache
 def passes() -> TorchPasses:
-    """Triton's passes; or a warning and PyTorch's, where Triton is missing, finds no C compiler, or errs."""
+    """Return the Triton passes; if Triton is missing, lacks a C compiler or fails, warn and return PyTorch's.
+
+    On a Hopper or newer, they use programmatic dependent launch; if that fails, warn and do without it.
+    """
     try:
         if triton is None:
             raise ImportError("Triton is not installed")
         waiting = CudaPasses(Choices(_choices_file(torch.cuda.get_device_name())))
         check_sums(waiting, torch.device("cuda"))
-    except Exception as error:  # training is possible without Triton, whatever is wrong
+    except Exception as error:  # whatever is wrong, training is possible without Triton
         warnings.warn(f"Triton fails; PyTorch's slower kernels are used ({error!r})", stacklevel=2)
         return TorchPasses()
     if torch.cuda.get_device_capability() < (9, 0):
@@ -64,7 +67,10 @@ def passes() -> TorchPasses:
 
 
 def check_sums(passes: TorchPasses, device: torch.device) -> None:
-    """RuntimeError where, on this GPU, a kernel's last program or the next kernel misses what was written."""
+    """Raise RuntimeError if `passes` computes wrong sums over a batch on this device.
+
+    It does if a kernel's last program, or the next kernel, does not see what was written before.
+    """
     z = torch.linspace(-2, 3, 8 * 16 * 1024, device=device).view(8, 32, 32, 16).permute(0, 3, 1, 2)
 
     def sums_by(way: TorchPasses) -> tuple[Tensor, Tensor]:
@@ -73,7 +79,7 @@ def check_sums(passes: TorchPasses, device: torch.device) -> None:
         return norm, way.mask_and_sum(z, z, norm)[1]
 
     found = [sums_by(passes)]
-    if device.type == "cuda":  # also from a graph, after a copy that is no kernel
+    if device.type == "cuda":  # also from a graph, after a copy that is not a kernel
         graph = torch.cuda.CUDAGraph()
         with captured(graph):
             found.append(sums_by(passes))
@@ -83,9 +89,10 @@ def check_sums(passes: TorchPasses, device: torch.device) -> None:
 
 
 class CudaPasses(TorchPasses):
-    """`choose` gives a convolution's Config, or None for cuDNN between elementwise kernels; see Choices.
+    """Passes that use Triton kernels or cuDNN, whichever is faster, and PyTorch for shapes not covered.
 
-    `pdl`: programmatic dependent launch, for which the device must be a Hopper or newer.
+    `choose` returns a convolution's Config, or None for cuDNN between elementwise kernels; see Choices. `pdl`
+    turns on programmatic dependent launch, for which the device must be a Hopper or newer.
     """
 
     name = "triton"
@@ -102,8 +109,8 @@ class CudaPasses(TorchPasses):
     def over(self, kernel, image: Tensor, *arguments, of=None, config: Config = ELEMENTWISE, **constants):
         """Launch `kernel` over the positions of `image`, or over its patches of side P.
 
-        With `of`, partial sums are added up: it returns the norm of `image` if that is a BatchNorm, and the
-        sums of a gradient if it is a norm.
+        With `of`, the kernel also adds up partial sums, and this returns the norm of `image` if `of` is a
+        BatchNorm, or the sums of a gradient if `of` is a norm. Without `of`, it returns None.
         """
         count, channels, height, width = image.shape
         positions, ends, out = count * height * width, None, None
@@ -127,16 +134,16 @@ class CudaPasses(TorchPasses):
         return out
 
     def counter(self, image: Tensor, tiles: int) -> Tensor:
-        """Zeros, int32 [tiles], which the kernels of one stream put back when they have counted with them."""
+        """Return the current stream's counters: zeros, int32 `[tiles]`, which kernels reset after use."""
         if self.counters is None:
             self.counters = image.new_zeros(STREAMS, CHANNEL_TILES, dtype=torch.int32)
         stream = torch.cuda.current_stream(image.device).cuda_stream if image.is_cuda else 0
         return self.counters[self.streams.setdefault(stream, len(self.streams) % STREAMS), :tiles]
 
     def taps(self, weight: Tensor, stride: int, patch: int, backward: bool) -> tuple[Tensor, dict[str, int]]:
-        """The weight `[C_out, C_in, k, k]` for patches of this side, and its strides; see `expand`.
+        """Return the weight `[C_out, C_in, k, k]` for patches of this side, and its strides; see `expand`.
 
-        What is made of a frozen weight is kept as long as the weight.
+        The expansion of a frozen weight is kept for as long as the weight exists.
         """
         if patch == 1:
             w_o, w_i, _, w_tap = weight.stride()
@@ -156,7 +163,7 @@ class CudaPasses(TorchPasses):
         return self._convolve(x, None, weight, conv, after=(norm, shortcut, relu))[0]
 
     def _convolve(self, x, norm, weight, conv, bn=None, after=None):
-        """`convolve`, or with `after` the arguments of `activate` that follow it."""
+        """Compute `convolve`; with `after` = (norm, shortcut, relu), also apply `activate` to the result."""
 
         def by_cudnn(bn: BatchNorm | None) -> tuple[Tensor, Tensor | None]:
             if after is None:
@@ -185,10 +192,10 @@ class CudaPasses(TorchPasses):
         def attempt(config: Config | None) -> tuple[Tensor | None, ...]:
             if bn is None:
                 return compute(config)
-            mean, var = bn.running_mean.clone(), bn.running_var.clone()  # bn's own must move only once
+            mean, var = bn.running_mean.clone(), bn.running_var.clone()  # bn's own must be updated only once
             return *compute(config, bn._replace(running_mean=mean, running_var=var)), mean, var
 
-        # Whether statistics are wanted is not in the key: what is faster with them is faster without.
+        # The key omits whether statistics are wanted: what is faster with them is also faster without.
         key = _key("convolve", x.shape, weight, conv, norm=norm, after=after, shortcut=shortcut)
         return compute(self.choose(key, attempt))
 
@@ -276,9 +283,11 @@ class CudaPasses(TorchPasses):
 
 
 def covers(*tensors: Tensor | None, multiple: int = 8) -> bool:
-    """Whether the kernels take these images, channels_last and of one dtype, and float32 values per channel.
+    """Return whether the kernels accept these tensors; None stands for an absent one.
 
-    Offsets must fit 32 bits, and channels be a multiple of `multiple`: 8, as a byte holds the signs of eight.
+    Images (4-D) must be channels_last and of one dtype in DTYPES; per-channel values must be float32. Offsets
+    must fit 32 bits. The number of channels must be a multiple of `multiple`, by default 8, because one byte
+    holds eight signs.
     """
     given = [tensor for tensor in tensors if tensor is not None]
     images = [tensor for tensor in given if tensor.ndim == 4]
@@ -291,12 +300,13 @@ def covers(*tensors: Tensor | None, multiple: int = 8) -> bool:
 
 
 def covers_conv(image: Tensor, weight: Tensor, conv: Conv, fewest: int = 16) -> bool:
-    """Whether the kernels take this convolution: 1x1 or 3x3, with "same" padding, and channels of one tile.
+    """Return whether the kernels accept this convolution.
 
-    `fewest` input channels are allowed, too: the 3 of an image.
+    It must be 1x1 or 3x3, with stride 1 or 2, "same" padding, and channels that fit one tile. `fewest` is one
+    more permitted number of input channels, such as the 3 of an image.
     """
     c_out, c_in, k, width = weight.shape
-    # In fp32, without a matrix instruction, 128 channels take a minute to compile.
+    # In fp32, which has no matrix instruction, kernels for 128 channels take a minute to compile.
     tiles = (16, 32, 64) if weight.dtype == torch.float32 else (16, 32, 64, 128)
     return (
         weight.dtype == image.dtype
@@ -310,7 +320,7 @@ def covers_conv(image: Tensor, weight: Tensor, conv: Conv, fewest: int = 16) -> 
 
 
 def _shape(x_shape: Sequence[int], weight: Tensor, conv: Conv) -> dict[str, int]:
-    """The constants that both convolution kernels take."""
+    """Return the shape constants that both convolution kernels take."""
     (c_out, c_in, k, _), (h, w), stride = weight.shape, x_shape[2:], conv.stride[0]
     return {
         "H": h, "W": w, "H_OUT": (h - 1) // stride + 1, "W_OUT": (w - 1) // stride + 1,
@@ -319,10 +329,10 @@ def _shape(x_shape: Sequence[int], weight: Tensor, conv: Conv) -> dict[str, int]
 
 
 def expand(weight: Tensor, stride: int, patch: int, backward: bool) -> Tensor:
-    """The weights of a product that makes patches, `[window pixels, contracted channels, P P, channels]`.
+    """Return `weight`, `[C_out, C_in, k, k]`, expanded for matrix products that compute whole patches.
 
-    `weight` is `[C_out, C_in, k, k]`. A window starts at the first input of a patch of outputs; backward, at
-    the last output that a patch of inputs has a part in.
+    The result is `[window pixels, contracted channels, P P, channels]`. A window starts at the first input of
+    a patch of outputs; backward, at the last output to which a patch of inputs contributes.
     """
     taps = _taps(weight.shape[2], stride, patch, backward, weight.device)
     spread = F.pad(weight, (0, 1, 0, 1))[:, :, taps][..., taps]  # [C_out, C_in, window, P, window, P]
@@ -332,7 +342,10 @@ def expand(weight: Tensor, stride: int, patch: int, backward: bool) -> Tensor:
 
 @functools.cache
 def _taps(k: int, stride: int, patch: int, backward: bool, device: torch.device) -> Tensor:
-    """By which tap a window's pixel joins a patch's, int64 `[window, patch]`; k, past the last, for none."""
+    """Return the tap that joins each window pixel to each patch pixel on one axis, int64 `[window, patch]`.
+
+    Where no tap joins them, the entry is k, the index just past the last tap.
+    """
     in_patch = torch.arange(patch)
     if backward:
         first, last = -(k // 2 // stride), (patch - 1 + k // 2) // stride
@@ -340,11 +353,11 @@ def _taps(k: int, stride: int, patch: int, backward: bool, device: torch.device)
     else:
         taps = torch.arange(stride * (patch - 1) + k)[:, None] - stride * in_patch
     taps = torch.where((taps >= 0) & (taps < k), taps, k)
-    return taps.to(device)  # whole once it returns, for other streams too
+    return taps.to(device)  # complete once this returns, for other streams too
 
 
 def check_width(columns: int) -> None:
-    """NotImplementedError for a product that needs more registers than there are."""
+    """Raise NotImplementedError if a product of so many columns needs more registers than there are."""
     if columns > WIDEST:
         raise NotImplementedError(f"{columns} columns")
 
@@ -354,7 +367,7 @@ def empty_image(like: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _key(name: str, x_shape: Sequence[int], weight: Tensor, conv: Conv, **optional) -> str:
-    """What a choice depends on; the batch size is rounded up to a power of two."""
+    """Return the key of a choice: what it depends on, with the batch size rounded up to a power of two."""
     (c_out, c_in, k, _), (n, _, h, w) = weight.shape, x_shape
     flags = "".join(f" {flag}" for flag, value in optional.items() if value is not None)
     batch = 1 << (n - 1).bit_length()
@@ -362,7 +375,7 @@ def _key(name: str, x_shape: Sequence[int], weight: Tensor, conv: Conv, **option
 
 
 def _choices_file(device: str) -> Path:
-    """A file in the cache folder, named by all that the times depend on."""
+    """Return the choices file's path in the cache folder; its name depends on all that affects the times."""
     modules = (__file__, triton_kernels.__file__, choices.__file__, reference.__file__)
     sources = [Path(path).read_text() for path in modules]
     versions = [triton.__version__, torch.__version__, device]

@@ -1,4 +1,4 @@
-"""The device that a network runs on: its name, its fastest dtype, its memory, and its CUDA graphs."""
+"""The device that a network runs on: its name, fastest dtype, memory, code cache and CUDA graphs."""
 
 import atexit
 import contextlib
@@ -19,33 +19,33 @@ from typing import BinaryIO
 import torch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-EAGER_CALLS = 3  # before a graph is captured: libraries set themselves up, kernels are compiled and chosen
+EAGER_CALLS = 3  # before a graph is captured, to initialise libraries and to compile and choose kernels
 
-torch.backends.cudnn.allow_tf32 = False  # float32 keeps its full precision; for speed there is bf16
+torch.backends.cudnn.allow_tf32 = False  # float32 keeps its full precision; bf16 is there for speed
 torch.backends.cudnn.benchmark = True  # shapes never change, so searching for the fastest algorithm pays
 
 
 class DeviceError(ValueError):
-    """A device that is not there; the message says what would do."""
+    """The requested device is not available; the message says what to do instead."""
 
     exit_status = 2
 
 
-# ---- what is compiled, and kept ----
+# ---- the cache of compiled code ----
 
 
 def cache_folder() -> Path:
-    """The folder in which compiled and chosen kernels are kept between runs: the user's own.
+    """Return the folder that keeps compiled kernels and choices between runs; only the user can write to it.
 
-    Where the one in the user's cache is not the user's, may be written to by others, or cannot be made, a
-    private one takes its place until this process ends, and a line on stderr says so. Where there is no room
-    for that either, it is a path at which nothing can be written or read.
+    If the folder in the user's cache belongs to someone else, is writable by others, or cannot be created, a
+    private one takes its place until this process ends, and a line on stderr says so. If that cannot be
+    created either, return a path at which nothing can be read or written.
     """
     return _own_folder(user_cache())
 
 
 def user_cache() -> Path:
-    """Our folder in the user's cache; of a user without a home, one that cannot be made."""
+    """Return the path of our folder in the user's cache; for a user without a home, it cannot be created."""
     if given := os.environ.get("XDG_CACHE_HOME"):
         return Path(given, "batchnorm-only")
     try:
@@ -67,7 +67,7 @@ def _own_folder(folder: Path) -> Path:
     with contextlib.suppress(OSError):
         print(f"{folder}: compiled kernels are not kept there ({why})", file=sys.stderr)
     try:
-        private = tempfile.mkdtemp(prefix="batchnorm-only-")  # no start finds this again
+        private = tempfile.mkdtemp(prefix="batchnorm-only-")  # later runs do not find it
     except OSError:
         return Path(os.devnull, "batchnorm-only")
     atexit.register(shutil.rmtree, private, ignore_errors=True)
@@ -79,7 +79,7 @@ def _is_own(info: os.stat_result) -> bool:
 
 
 def open_own(file: Path) -> BinaryIO:
-    """Open to read a plain file that the user alone may write to; OSError where there is none."""
+    """Open for reading a regular file that only the user may write to. Raises OSError if there is none."""
     opened = open(os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")  # noqa: SIM115
     info = os.fstat(opened.fileno())
     if stat.S_ISREG(info.st_mode) and _is_own(info):
@@ -88,7 +88,8 @@ def open_own(file: Path) -> BinaryIO:
     raise PermissionError(f"{file} is not a file that its user alone may write to")
 
 
-# What torch.compile and Triton compile is kept there too, since /tmp, where it would be, may be emptied.
+# torch.compile and Triton cache their code in this folder too. torch.compile's default is in /tmp, which may
+# be emptied.
 for _variable, _name in {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}.items():
     if _variable not in os.environ:
         os.environ[_variable] = str(_own_folder(cache_folder() / _name))
@@ -99,14 +100,14 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # else more than 8 s
 
 
 def choose(name: str = "auto") -> torch.device:
-    """The device that `--device` names: `auto` is the GPU where there is one. Raises DeviceError."""
+    """Return the device for `--device`; `auto` prefers a GPU. Raises DeviceError for `cuda` without a GPU."""
     if name == "cuda" and not torch.cuda.is_available():
         raise DeviceError("--device cuda: torch finds no CUDA GPU here; leave it out, or give --device cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def maker_name(device: torch.device) -> str:
-    """The name that its maker gives the device; of a CPU without one, the architecture."""
+    """Return the device's model name; for a CPU that has none, return its architecture."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpu_info = Path("/proc/cpuinfo")
@@ -116,27 +117,27 @@ def maker_name(device: torch.device) -> str:
 
 
 def device_name(device: torch.device, runs_on_it: int = 1) -> str:
-    """The device, and what of it a run has: times of runs with other names do not compare."""
+    """Return the device's name and a run's share of it. Only times under the same name are comparable."""
     threads = [f"{torch.get_num_threads()} threads"] if device.type == "cpu" else []
     beside = [f"{runs_on_it} runs side by side"] if runs_on_it > 1 else []
     return ", ".join([maker_name(device), *threads, *beside])
 
 
 def default_dtype(device: torch.device) -> str:
-    """The fastest dtype that the hardware computes in: bf16, else fp16 on a GPU and fp32 on a CPU."""
+    """Return the fastest dtype that the hardware supports: bf16, else fp16 on a GPU and fp32 on a CPU."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
     return "bf16" if getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() else "fp32"
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a GPU has done all it was asked to."""
+    """Wait until a GPU has finished all queued work; on a CPU, do nothing."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def keep_freed_memory() -> None:
-    """Have glibc reuse freed memory; the system would fill pages with zeros before it gave them out again."""
+    """Make glibc reuse freed memory; Linux would zero returned pages before handing them out again."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):  # another C library
@@ -146,7 +147,7 @@ def keep_freed_memory() -> None:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """All memory of a GPU; on a CPU the machine's, or what `ulimit -v` allows the process of it."""
+    """Return a GPU's total memory; on a CPU the machine's, or the limit set by `ulimit -v` if it is lower."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -155,13 +156,13 @@ def memory_bytes(device: torch.device) -> int:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Count a GPU's peak memory anew: starting up tries more than training needs."""
+    """Reset a GPU's peak memory, because trials at start-up use more than training needs."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory the process used at once: of a GPU, what torch allocated; on a CPU, all its memory."""
+    """Return the process's peak memory: on a GPU what torch allocated, on a CPU the resident set size."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
@@ -169,9 +170,9 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 @contextlib.contextmanager
 def captured(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream | None = None) -> Iterator[None]:
-    """What is computed in the `with` block goes into `graph`, whatever a loader's threads do meanwhile.
+    """Capture the work of the `with` block into `graph`, regardless of what a loader's threads do meanwhile.
 
-    Nothing may free another graph before it ends, so Python collects no garbage.
+    Garbage collection is off until the block ends, because no other graph may be freed before then.
     """
     gc.disable()
     try:
@@ -182,9 +183,9 @@ def captured(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream | None = Non
 
 
 class Captured:
-    """A function replayed from a CUDA graph after its first calls.
+    """A function that is replayed from a CUDA graph after its first `eager_calls` calls.
 
-    It has no arguments or result, and reads what changes between calls from tensors that keep their place.
+    It takes no arguments and returns nothing. Tensors at fixed addresses hold what changes between calls.
     """
 
     def __init__(self, function: Callable[[], None], eager_calls: int = EAGER_CALLS):
@@ -196,7 +197,8 @@ class Captured:
             return self.function()
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            # On the run's own stream, whose cuBLAS workspace is in the graph; the default stream cannot be.
+            # Capture on the run's own stream, because the graph uses its cuBLAS workspace. The default stream
+            # cannot be captured.
             stream = torch.cuda.current_stream()
             stream = None if stream == torch.cuda.default_stream() else stream
             gc.collect()

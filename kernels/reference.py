@@ -1,21 +1,21 @@
-"""The passes over activations that convolution, BatchNorm and ReLU consist of, in PyTorch.
+"""The passes over activations that make up convolution, BatchNorm and ReLU, in PyTorch.
 
 They run on every device in every dtype, and the compiled passes are tested against them. A unit is a
-convolution and its BatchNorm; a block is one or more units, with ReLU between them. In a unit, with n values
-per channel in the batch (Ioffe and Szegedy 2015):
+convolution and its BatchNorm; a block is one or more units, with ReLU between them. These are the formulas of
+a unit with n values per channel in the batch (Ioffe and Szegedy 2015):
 
-    z = conv(x)              mean, var = those of z in the batch       rstd = 1 / sqrt(var + eps)
+    z = conv(x)              mean, var = those of z over the batch     rstd = 1 / sqrt(var + eps)
     y = z scale + shift      scale = gamma rstd                        shift = beta - mean scale
     g, gradient of y         d_gamma = rstd sum(g (z - mean))          d_beta = sum(g)
     dz = g scale + z b + c   b = -scale rstd d_gamma / n               c = -scale d_beta / n - b mean
 
 g is the gradient of relu(y), or of relu(y + shortcut), set to zero where that is not positive. Activations
-are `[N, C, H, W]`, channels_last, in the run's dtype. What is kept per channel is `[4, C]`, in gamma's dtype:
+are `[N, C, H, W]`, channels_last, in the run's dtype. Per-channel values are `[4, C]`, in gamma's dtype:
 
     norm    mean, rstd, scale, shift          rows MEAN, RSTD, SCALE, SHIFT
     sums    d_gamma, d_beta, b, c             rows D_GAMMA, D_BETA, D_B, D_C
 
-Signs are one bit per element, in memory order: whether the block's output is positive there; see `pack`.
+Signs are one bit per element, in memory order, set where the block's output is positive; see `pack`.
 """
 
 from typing import NamedTuple
@@ -29,14 +29,14 @@ D_GAMMA, D_BETA, D_B, D_C = SUMS_ROWS = range(4)
 
 
 class Conv(NamedTuple):
-    """What the passes need of a convolution besides its weight."""
+    """What the passes need to know about a convolution besides its weight."""
 
     stride: tuple[int, int]
     padding: tuple[int, int]
 
 
 class BatchNorm(NamedTuple):
-    """What the passes need of a BatchNorm layer. The running statistics are updated in place."""
+    """What the passes need from a BatchNorm layer. They update its running statistics in place."""
 
     gamma: Tensor
     beta: Tensor
@@ -51,32 +51,32 @@ class BatchNorm(NamedTuple):
 
 
 def affine(z: Tensor, norm: Tensor) -> Tensor:
-    """z scale + shift, in one pass and in z's dtype."""
+    """Return z scale + shift, computed in one pass and in z's dtype."""
     zero, one = torch.zeros_like(norm[MEAN]), torch.ones_like(norm[MEAN])
     return torch.batch_norm(z, norm[SCALE], norm[SHIFT], zero, one, False, 0.0, 0.0, False)  # with eps 0
 
 
 class TorchPasses:
-    """The passes. Other implementations override those that they have a faster way for."""
+    """The passes in PyTorch. Other implementations override those that they can compute faster."""
 
     name = "torch"
 
     def convolve(
         self, x: Tensor, norm: Tensor | None, weight: Tensor, conv: Conv, bn: BatchNorm | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """z = conv(x), or with `norm` conv(relu(x scale + shift)); and with `bn` the `statistics` of z."""
+        """Return z = conv(x), or with `norm` conv(relu(x scale + shift)), and `statistics(z, bn)` or None."""
         if norm is not None:
             x, _ = self.activate(x, norm)
         z = F.conv2d(x, weight, None, conv.stride, conv.padding)
         return z, None if bn is None else self.statistics(z, bn)
 
     def statistics(self, z: Tensor, bn: BatchNorm) -> Tensor:
-        """The norm of the batch z. `bn`'s running statistics move towards the batch's, by its momentum."""
+        """Return the norm of the batch z, and update `bn`'s running statistics with its momentum."""
         mean, var = torch.ops.aten.batch_norm_update_stats(z, bn.running_mean, bn.running_var, bn.momentum)
         return self.norm(mean, var, bn)
 
     def norm(self, mean: Tensor, var: Tensor, bn: BatchNorm) -> Tensor:
-        """The norm of a batch with this mean and variance, each `[C]`."""
+        """Return the norm for a given mean and variance, each `[C]`."""
         rstd = (var + bn.eps).rsqrt()
         scale = bn.gamma * rstd
         return torch.stack([mean, rstd, scale, bn.beta - mean * scale])
@@ -85,7 +85,7 @@ class TorchPasses:
         self, z: Tensor, norm: Tensor, shortcut: Tensor | None = None, relu: bool = True,
         want_signs: bool = False,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """y = relu(z scale + shift + shortcut), and its signs if they are wanted."""
+        """Return y = relu(z scale + shift + shortcut), and its signs if `want_signs`, else None."""
         y = affine(z, norm)
         if shortcut is not None:
             y += shortcut
@@ -96,15 +96,15 @@ class TorchPasses:
         self, x: Tensor, weight: Tensor, conv: Conv, norm: Tensor, shortcut: Tensor | None = None,
         relu: bool = True,
     ) -> Tensor:  # fmt: skip
-        """relu(conv(x) scale + shift + shortcut), for evaluation."""
+        """Return relu(conv(x) scale + shift + shortcut), for evaluation."""
         return self.activate(self.convolve(x, None, weight, conv)[0], norm, shortcut, relu)[0]
 
     def mask_and_sum(
         self, dy: Tensor, z: Tensor, norm: Tensor, signs: Tensor | None = None, relu: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """g and its sums, from the gradient dy of the unit's output.
+        """Return g and its sums, given the gradient dy of the unit's output.
 
-        Where the output was positive is read from `signs`, or without them from z scale + shift.
+        The output was positive where `signs` are set or, without them, where z scale + shift is positive.
         """
         g, (mean, rstd, scale, _) = dy, norm
         if relu or signs is not None:
@@ -116,11 +116,11 @@ class TorchPasses:
         return g, torch.stack([d_gamma, d_beta, b, -scale * d_beta / n - b * mean])
 
     def dense(self, g: Tensor) -> Tensor:
-        """g as a tensor, where an implementation represents it otherwise."""
+        """Return g as a tensor; some implementations represent it in another form."""
         return g
 
     def gradient(self, g: Tensor, z: Tensor, norm: Tensor, sums: Tensor) -> Tensor:
-        """dz, the gradient of the convolution's output."""
+        """Return dz, the gradient of the convolution's output."""
         scale, b, c = (row.view(1, -1, 1, 1) for row in (norm[SCALE], sums[D_B], sums[D_C]))
         return torch.addcmul(torch.addcmul(c, z.to(c.dtype), b), g.to(c.dtype), scale).to(z.dtype)
 
@@ -129,13 +129,13 @@ class TorchPasses:
         x_shape: torch.Size, below: tuple[Tensor, Tensor] | None = None, add: Tensor | None = None,
         dz: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """The gradient of the convolution's input, `[N, C_in, H, W]`, plus `add`.
+        """Return the gradient of the convolution's input, `[N, C_in, H, W]`, plus `add`; and None.
 
-        With `below`, the z and norm of the unit that the input came from, it is that unit's g, returned with
-        its sums. `dz` spares computing it anew from g, z, norm and sums.
+        With `below`, the z and norm of the unit that the input came from, return that unit's g and its sums
+        instead. If `dz` is given, it is not computed again from g, z, norm and sums.
         """
         dz = self.gradient(g, z, norm, sums) if dz is None else dz
-        # aten::convolution_backward would want the input, and would copy even one that has no memory.
+        # aten::convolution_backward requires the input, and would copy even one that has no memory.
         sizes = zip(x_shape[2:], z.shape[2:], weight.shape[2:], conv.stride, conv.padding, strict=True)
         rest = [n - ((m - 1) * stride - 2 * padding + k) for n, m, k, stride, padding in sizes]
         dx = F.conv_transpose2d(dz, weight, None, conv.stride, conv.padding, rest)
@@ -144,7 +144,7 @@ class TorchPasses:
         return (dx, None) if below is None else self.mask_and_sum(dx, *below)
 
     def weight_gradient(self, dz: Tensor, x: Tensor, weight: Tensor, conv: Conv) -> Tensor:
-        """The gradient of the weight, in its dtype."""
+        """Return the gradient of the weight, in the weight's dtype."""
         settings = None, conv.stride, conv.padding, (1, 1), False, (0, 0), 1, (False, True, False)
         return torch.ops.aten.convolution_backward(dz, x, weight, *settings)[1]
 
@@ -152,10 +152,10 @@ class TorchPasses:
         self, features: Tensor, fc: nn.Linear, labels: Tensor, smoothing: float,
         metrics: tuple[Tensor, ...], lrs: Tensor | None = None, lr: Tensor | None = None,
     ) -> Tensor | None:  # fmt: skip
-        """The gradient in `features` of the mean cross-entropy of fc(average pool), where `fc` is frozen.
+        """Return the gradient in `features` of the mean cross-entropy of fc(average pool), for a frozen `fc`.
 
-        The batch is added to `metrics` (loss_sum, correct, first_bad_step and position, see step.py), and lr
-        set to that of `lrs` at this position. None where there is no faster way than autograd's.
+        Also add the batch to `metrics` (loss_sum, correct, first_bad_step and position; see step.py), and set
+        `lr` to the entry of `lrs`, if given, at this position. Return None where autograd must do it instead.
         """
         return None
 
@@ -163,23 +163,24 @@ class TorchPasses:
         self, images: Tensor, labels: Tensor, order: Tensor, draws: Tensor, position: Tensor, mean: Tensor,
         std: Tensor, dtype: torch.dtype, pad: int,
     ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
-        """A batch of resident images, uint8 `[n, H, W, 3]`, cropped, flipped and normalised; and its labels.
+        """Return the images of step `position`, cropped, flipped and normalised, and their labels.
 
-        `order` int64 `[steps, N]` and `draws` `[steps, N, 0 or more]` (row and column of the crop, and flip)
-        are those of step `position`. None where there is no faster way than PyTorch's kernels.
+        `images`, uint8 `[n, H, W, 3]`, is a split on the device; `order`, int64 `[steps, N]`, holds each
+        step's indices into it. `draws`, `[steps, N, k]`, starts with the row and column of the crop and the
+        flip; with k = 0, images are only normalised. Return None where PyTorch's kernels must do it instead.
         """
         return None
 
 
 def pack(positive: Tensor) -> Tensor:
-    """The signs of booleans `[N, C, H, W]`: uint8, bit k of byte i for element 8i + k in memory order."""
+    """Pack booleans `[N, C, H, W]` into signs: uint8, bit k of byte i for element 8i + k in memory order."""
     flat = positive.permute(0, 2, 3, 1).reshape(-1)
-    eights = F.pad(flat, (0, -len(flat) % 8)).view(torch.int64)  # eight bytes of 0 or 1, the first the lowest
-    return (eights * 0x0102040810204080 >> 56).to(torch.uint8)  # byte k's bit goes to place 56 + k
+    eights = F.pad(flat, (0, -len(flat) % 8)).view(torch.int64)  # eight bytes of 0 or 1, the lowest first
+    return (eights * 0x0102040810204080 >> 56).to(torch.uint8)  # byte k's bit moves to bit 56 + k
 
 
 def unpack(signs: Tensor, like: Tensor) -> Tensor:
-    """The booleans that `pack` was given, in the shape of `like`."""
+    """Return the booleans that `pack` received, in the shape of `like`."""
     n, c, h, w = like.shape
     bits = torch.arange(256, device=signs.device)[:, None] >> torch.arange(8, device=signs.device) & 1
     eights = bits.to(torch.uint8).view(torch.int64).view(256)  # the eight booleans of each byte value

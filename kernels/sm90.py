@@ -1,12 +1,12 @@
-"""A forecast of what the Triton kernels take on an H100 or H200, from what they compile to. It needs no GPU.
+"""Forecast how long the Triton kernels take on an H100 or H200 from their machine code, without a GPU.
 
 python -m kernels.sm90 --arch resnet32 --batch-size 128
 
-It prints a row per kernel and the total, of a step that trains BatchNorm alone and of an evaluation. A launch
-is taken to last as long as the largest of these: what any launch costs; its bytes; its products; and its
-instructions, four a clock on each multiprocessor, and one in two clocks in each warp, since most wait for the
-one before. What the last program does alone, to finish sums, is added to its instructions. This is a count
-and no measurement: that memory and shared memory are waited for is not in it.
+It prints a row per kernel and the total, for a step that trains BatchNorm alone and for an evaluation. Each
+launch is assumed to take the longest of four times: the fixed cost of any launch, and the time for its bytes,
+its products and its instructions. A multiprocessor issues four instructions per clock, and a warp issues one
+every two clocks, because most wait for the one before. The instructions with which the last program alone
+finishes sums are added. This is a count, not a measurement: it omits waits for memory and shared memory.
 """
 
 import argparse
@@ -30,27 +30,27 @@ from kernels.choices import CONFIGS, Config
 from kernels.cuda import DTYPES, ELEMENTWISE, CudaPasses, empty_image
 
 HOPPER = GPUTarget("cuda", 90, 32)
-BYTES_PER_S, FLOP_PER_S = 4.3e12, 790e12  # of an H200, as measured by others
-LAUNCH_S = 2e-6  # of a kernel in a CUDA graph
+BYTES_PER_S, FLOP_PER_S = 4.3e12, 790e12  # of an H200, as others have measured
+LAUNCH_S = 2e-6  # per kernel in a CUDA graph
 SMS, CLOCK_HZ = 132, 1.755e9
 POINTERS = DTYPES | {torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64", torch.float64: "fp64"}
 OPTIONAL = ("norm", "after", "add", "z_below", "shortcut", "signs", "g")  # arguments that tell variants apart
-EVALUATION = 24  # launches of PyTorch's own in a batch of an evaluation, for the head and the scores
+EVALUATION = 24  # launches of PyTorch's kernels per evaluation batch, for the head and the scores
 
 
 class Code(NamedTuple):
-    """What a kernel compiles to, and the instructions that a warp executes: of any program, of the last."""
+    """What a kernel compiles to. A warp executes `instructions` and, in the last program, `at_last` more."""
 
     registers: int = 0
     spilt_bytes: int = 0
     shared_bytes: int = 0
-    matrix: str = "-"  # instruction
+    matrix: str = "-"  # the matrix instruction, if any
     instructions: int = 0
     at_last: int = 0
 
 
 class Launch(NamedTuple):
-    """A kernel, by name and shape, and the seconds that it is taken to last."""
+    """One launch of a kernel: its name and shape, and the seconds that it is assumed to last."""
 
     kernel: str
     shape: str = ""
@@ -63,9 +63,9 @@ class Launch(NamedTuple):
 
 
 class Forecast(CudaPasses):
-    """Passes over tensors without memory, which note each launch in the place of launching it.
+    """Passes over tensors without memory, which record each launch instead of launching it.
 
-    Each convolution has the Config that is taken to be the fastest, of those given.
+    Each convolution uses whichever of the given `configs` has the shortest forecast.
     """
 
     def __init__(self, configs: tuple[Config, ...] = CONFIGS):
@@ -79,7 +79,7 @@ class Forecast(CudaPasses):
                 self.launches = []
                 try:
                     attempt(config)
-                except NotImplementedError:  # this convolution cannot be done so
+                except NotImplementedError:  # this config does not suit this convolution
                     continue
                 seconds[config] = sum(launch.seconds for launch in self.launches)
             self.launches, self.best[key] = before, min(seconds, key=seconds.get)
@@ -94,7 +94,7 @@ class Forecast(CudaPasses):
         rounds, programs = -(-grid[0] // constants.get("STEP", grid[0])), math.prod(grid)
         fixed = (*constants.items(), ("PDL", self.pdl))
         code = compiled(kernel, typed(tuple(given.items())), config, fixed, trips, rounds)
-        together = max(2, config.warps / 4 * -(-programs // SMS))  # clocks for an instruction of every warp
+        together = max(2, config.warps / 4 * -(-programs // SMS))  # clocks per instruction of all warps
         issue_s = (code.instructions * together + 2 * code.at_last) / CLOCK_HZ
         bytes_s = sum(a.nbytes for a in arguments if isinstance(a, Tensor)) / BYTES_PER_S
         product = trips * p * p * constants.get("C_IN", 0) * constants.get("C_OUT", 0)
@@ -108,7 +108,7 @@ class Forecast(CudaPasses):
 
 
 def typed(value: object) -> object:
-    """Arguments as the compiler is told of them: a type, and whether the value is a multiple of 16."""
+    """Return arguments as the compiler sees them: a type, and whether the value is a multiple of 16."""
     if isinstance(value, tuple):
         return tuple(map(typed, value))
     if isinstance(value, Tensor):
@@ -121,7 +121,7 @@ def typed(value: object) -> object:
 
 @functools.cache
 def compiled(kernel, given: tuple, config: Config, constants: tuple, trips: int, rounds: int) -> Code:
-    """The code of a kernel for Hopper, whose loop has `trips`, and that of the last program `rounds`."""
+    """Compile a kernel for Hopper; its loop runs `trips` times, the last program's loop `rounds` times."""
     signature, fixed, attributes = dict.fromkeys(kernel.arg_names, "constexpr"), dict(constants), {}
 
     def kind_of(value: tuple, path: tuple[int, ...]) -> object:
@@ -145,7 +145,7 @@ def compiled(kernel, given: tuple, config: Config, constants: tuple, trips: int,
 
 
 def read(cubin: bytes, what: str) -> str:
-    """What cuobjdump, which comes with Triton, prints of compiled code."""
+    """Return what cuobjdump, which comes with Triton, prints about compiled code, given the option `what`."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -154,15 +154,16 @@ def read(cubin: bytes, what: str) -> str:
 
 
 def executed(sass: str, trips: int, rounds: int) -> tuple[int, int]:
-    """How many instructions a warp executes up to the atomic, and after it, where only the last program goes.
+    """Return the instructions that a warp executes before the atomic and, in the last program only, after it.
 
-    A loop before the atomic is taken to have `trips`, one after it `rounds`; whatever can be skipped, is not.
+    A loop before the atomic is assumed to run `trips` times, and one after it `rounds` times. No code is
+    assumed to be skipped.
     """
     code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", sass)
     index = {int(address, 16): i for i, (address, _) in enumerate(code)}
     targets = [re.search(r"\bBRA\b.*0x(\w+)", text) for _, text in code]
     jumps = [(i, index[int(target[1], 16)]) for i, target in enumerate(targets) if target]
-    end = next(i for i, to in jumps if to == i)  # what follows a program jumps to itself
+    end = next(i for i, to in jumps if to == i)  # the instruction after a program jumps to itself
     split = next((i for i, (_, text) in enumerate(code[:end]) if "ATOM" in text), end)
     times = [1] * end
     for i, to in jumps:
@@ -175,11 +176,11 @@ def executed(sass: str, trips: int, rounds: int) -> tuple[int, int]:
 
 
 def block(passes: CudaPasses, x: Tensor, units: list[tuple], shortcut=None, relu=True, train=True) -> Tensor:
-    """The output of a block whose units are (channels, kernel, stride); with `train`, also its backward."""
+    """Return the output of a block of units (channels, kernel, stride); with `train`, also run backward."""
     layers, c_in = [], x.shape[1]
     for c_out, k, stride in units:
         conv = nn.Conv2d(c_in, c_out, k, stride, k // 2, bias=False, device=x.device).requires_grad_(False)
-        conv.to(x.dtype, memory_format=torch.channels_last)  # as it is once its weight has been converted
+        conv.to(x.dtype, memory_format=torch.channels_last)  # as after its weight is converted
         layers.append((conv, nn.BatchNorm2d(c_out, device=x.device)))
         c_in = c_out
     if not train:
@@ -191,7 +192,7 @@ def block(passes: CudaPasses, x: Tensor, units: list[tuple], shortcut=None, relu
 
 
 def resnet(passes: Forecast, depth: int, count: int, train: bool = True) -> None:
-    """All of a step of `count` images that trains BatchNorm alone, or of a batch of an evaluation."""
+    """Run a step of `count` images that trains only BatchNorm or, without `train`, one evaluation batch."""
     new = functools.partial(torch.empty, device="meta")
     order, labels, position = new(1, count, dtype=torch.int64), new(count, dtype=torch.int64), new(1).long()
     images, draws, rates = new(count, 32, 32, 3, dtype=torch.uint8), new(1, count, 10 * train), new(1)
@@ -211,7 +212,7 @@ def resnet(passes: Forecast, depth: int, count: int, train: bool = True) -> None
 
 
 def show(title: str, launches: list[Launch], times: int = 1) -> None:
-    """A row for each kernel, and the total of `times` as many launches."""
+    """Print a row for each kernel, and the total of the launches repeated `times` times."""
     print(
         f"\n{'n':>3} {'kernel':24}{'channels, image, kernel, stride, with':39}block wa st p programs", end=""
     )

@@ -1,15 +1,15 @@
 """The Triton kernels that cuda.py launches; reference.py has their formulas.
 
-Activations are `[positions, C]`: a position is a pixel of an image, numbered in memory order. What is kept
-per channel is `[4, C]` in float32. Arguments that are optional may be None.
+Activations are `[positions, C]`, where a position is a pixel of an image, in memory order. Per-channel values
+are `[4, C]` in float32. Optional arguments may be None.
 
-A convolution makes patches of P x P pixels. The window of pixels that such a patch depends on is the same for
-all of them, so a convolution is one matrix product for each pixel of the window, of `[BLOCK, C_IN]` gathered
-inputs by `[C_IN, P P C_OUT]` weights, which hold a zero where the pixel has no part in an output (a block
-Toeplitz matrix). With P above 1 an input is gathered and normalised less often, at the price of products.
+A convolution computes patches of P x P pixels. Every patch depends on a window of input pixels of the same
+size, so a convolution is one matrix product for each pixel of the window: `[BLOCK, C_IN]` gathered inputs by
+`[C_IN, P P C_OUT]` weights, which are zero where the pixel contributes nothing to an output (a block Toeplitz
+matrix). With P above 1, each input is gathered and normalised less often, at the price of more multiply-adds.
 
-Sums over positions go through `partial`, `[2, C, programs]`: each program writes its own, and the last one
-to do so adds up all of them, always in the same order. Which one is the last, `counter` tells.
+Sums over positions go through `partial`, `[2, C, programs]`. Each program writes its own sums, and the last
+one to do so adds up all of them, always in the same order. `counter` shows which program is the last.
 """
 
 import triton
@@ -36,21 +36,21 @@ def _normalise(z, norm, channels, C: constexpr):
 
 @triton.jit
 def _relu(y):
-    return tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)  # so that divergence is not hidden
+    return tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)  # NaN is kept, to reveal divergence
 
 
 @triton.jit
 def _gradient_coefficients(norm, sums, channels, C: constexpr):
-    """scale, b and c of dz = g scale + z b + c."""
+    """Return scale, b and c of dz = g scale + z b + c."""
     b, c = _per_channel(sums, _D_B, channels, C), _per_channel(sums, _D_C, channels, C)
     return _per_channel(norm, _SCALE, channels, C), b, c
 
 
 @triton.jit
 def _wait(PDL: constexpr):
-    """Wait until the kernel before is done; what comes before this must not read or write memory.
+    """Wait until the previous kernel has finished; code before this call must not read or write memory.
 
-    By programmatic dependent launch a kernel's programs take their places while those of the one before end.
+    With programmatic dependent launch, a kernel's programs start while those of the previous kernel finish.
     """
     if PDL:
         gdc_wait()
@@ -62,8 +62,8 @@ def _wait(PDL: constexpr):
 
 @triton.jit
 def _is_last(counter, programs):
-    """Whether this program is the last of those for its channels to come here; it puts the counter back."""
-    tl.debug_barrier()  # all threads have written before the one that counts
+    """Return whether this is the last program for its channels to get here; the last resets the counter."""
+    tl.debug_barrier()  # all threads must have written before one of them counts
     counter += tl.program_id(1)
     last = tl.atomic_add(counter, 1, sem="acq_rel") == programs - 1
     if last:
@@ -80,7 +80,7 @@ def _store_partial(partial, programs, first, second, channels, C: constexpr):
 
 @triton.jit
 def _load_partial(partial, programs, row: constexpr, channels, at, C: constexpr):
-    """Of programs `at`, `[channels, at]`; 0 past the last. Not from L1, where it may be stale."""
+    """Load the sums of programs `at`, `[channels, at]`, 0 past the last. Bypass L1, which may be stale."""
     here = (row * C + channels)[:, None] * programs + at
     return tl.load(partial + here, mask=at < programs, other=0.0, cache_modifier=".cg")
 
@@ -90,10 +90,10 @@ def _sum_statistics(
     ends, z, live, rows, channels, positions, C: constexpr, BLOCK_C: constexpr, COUNT: constexpr,
     STEP: constexpr,
 ):  # fmt: skip
-    """The norm of a batch z, and bn's running statistics, from every program's `[BLOCK, COUNT / BLOCK C]`.
+    """Sum this program's z, `[BLOCK, COUNT / BLOCK C]`; the last program stores norm and running statistics.
 
-    The last of these may have fewer `rows` that are `live`. Squares are summed about a program's own mean,
-    and then between programs, so that no digits cancel (Chan et al. 1983).
+    Only the first `rows` rows of z are `live`; in all blocks but the last, these are all rows. Squares are
+    summed about each program's own mean and then combined, so that no digits cancel (Chan et al. 1983).
     """
     PARTS: constexpr = COUNT // z.shape[0]
     sums = tl.sum(z, 0)
@@ -115,7 +115,7 @@ def _finish_statistics(
 ):
     partial, _, programs, norm, gamma, beta, running_mean, running_var, eps, momentum = ends
     first = tl.load(partial + channels * programs, cache_modifier=".cg")
-    pivot = first / tl.minimum(COUNT, positions)  # near the mean: what is squared stays small
+    pivot = first / tl.minimum(COUNT, positions)  # near the mean, so that what is squared stays small
     sums, squares = tl.zeros([BLOCK_C, STEP], tl.float32), tl.zeros([BLOCK_C, STEP], tl.float32)
     for start in range(0, programs, STEP):
         at = start + tl.arange(0, STEP)
@@ -149,7 +149,10 @@ def _store_norm(norm, mean, var, gamma, beta, eps, channels, C: constexpr):
 def _sum_gradient(
     ends, g, z, norm, all_channels, channels, positions, C: constexpr, BLOCK_C: constexpr, STEP: constexpr
 ):
-    """The sums of g, from every program's g and z, `[BLOCK, PARTS C]`, whose channels are `all_channels`."""
+    """Sum this program's g and g (z - mean); the last program stores the sums of g.
+
+    g and z are `[BLOCK, PARTS C]`, and `all_channels` are the channels of their columns.
+    """
     PARTS: constexpr = g.shape[1] // BLOCK_C
     centred = z.to(tl.float32) - _per_channel(norm, _MEAN, all_channels, C)
     d_beta, d_gamma = tl.sum(g, 0), tl.sum(g * centred, 0)
@@ -178,7 +181,7 @@ def _sum_gradient(
 
 @triton.jit
 def _patches(patches, H: constexpr, W: constexpr, P: constexpr, BLOCK: constexpr):
-    """This program's patches: image, row and column of the patch in it, and which of them exist."""
+    """Return this program's patches: the image, the patch's row and column in it, and which patches exist."""
     DOWN: constexpr = (H + P - 1) // P
     ACROSS: constexpr = (W + P - 1) // P
     patch = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -187,7 +190,7 @@ def _patches(patches, H: constexpr, W: constexpr, P: constexpr, BLOCK: constexpr
 
 @triton.jit
 def _pixels(image, down, across, live, H: constexpr, W: constexpr, C: constexpr, P: constexpr):
-    """Offsets `[BLOCK, P P C]` of the pixels of each patch, and which of them exist."""
+    """Return the offsets `[BLOCK, P P C]` of the pixels of each patch, and which of them exist."""
     n = tl.arange(0, P * P * C)
     at = ((image * H + down * P) * W + across * P)[:, None] + (n // C // P * W + n // C % P)
     if H % P > 0 or W % P > 0:
@@ -202,19 +205,20 @@ def convolve(
     W_O: constexpr, W_I: constexpr, W_TAP: constexpr, P: constexpr, RELU: constexpr, BLOCK: constexpr,
     STEP: constexpr, PDL: constexpr,
 ):  # fmt: skip
-    """z `[positions, C_OUT]` of x, or with norm of relu(x scale + shift); and with ends its statistics.
+    """Store z = conv(x), `[positions, C_OUT]`, or with `norm` conv(relu(x scale + shift)).
 
-    With `after`, its norm, what is stored is relu(z scale + shift + shortcut).
+    With `after`, the norm of z, store relu(z scale + shift + shortcut) instead. With `ends`, also compute the
+    statistics of z.
     """
     _wait(PDL)
     image, down, across, live = _patches(patches, H_OUT, W_OUT, P, BLOCK)
-    BLOCK_IN: constexpr = 16 if C_IN < 16 else C_IN  # tl.dot wants 16
+    BLOCK_IN: constexpr = 16 if C_IN < 16 else C_IN  # tl.dot needs 16
     WINDOW: constexpr = STRIDE * (P - 1) + K
     c_in, n = tl.arange(0, BLOCK_IN), tl.arange(0, P * P * C_OUT)
     if norm is not None:
         scale, shift = _per_channel(norm, _SCALE, c_in, C_IN), _per_channel(norm, _SHIFT, c_in, C_IN)
     total = tl.zeros([BLOCK, P * P * C_OUT], tl.float32)
-    for tap in range(WINDOW * WINDOW):  # not unrolled: at 64 channels that takes every register
+    for tap in range(WINDOW * WINDOW):  # not unrolled, which at 64 channels takes every register
         h = down * (P * STRIDE) + tap // WINDOW - K // 2
         w = across * (P * STRIDE) + tap % WINDOW - K // 2
         inside = ((h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None] & live & (c_in < C_IN)
@@ -249,9 +253,9 @@ def convolve_backward(
     STRIDE: constexpr, W_O: constexpr, W_I: constexpr, W_TAP: constexpr, P: constexpr, BLOCK: constexpr,
     STEP: constexpr, PDL: constexpr,
 ):  # fmt: skip
-    """The gradient of x, dx `[positions, C_IN]`; or with z_below, the g of the unit below, and its sums.
+    """Store dx, the gradient of x, `[positions, C_IN]`; or with z_below the g of the unit below and its sums.
 
-    Patches are of dx, and P is a multiple of STRIDE. The window is gone through from its end.
+    Patches are of dx, and P is a multiple of STRIDE. The loop goes through the window from its end.
     """
     _wait(PDL)
     image, down, across, live = _patches(patches, H, W, P, BLOCK)
@@ -289,7 +293,7 @@ def convolve_backward(
 
 @triton.jit
 def _tile(positions, C: constexpr, BLOCK: constexpr, BLOCK_C: constexpr):
-    """This program's part of an elementwise kernel: channels, offsets, and which positions exist."""
+    """Return this program's part of an elementwise kernel: channels, offsets, and which positions exist."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     return channels, at[:, None] * C + channels, (at < positions)[:, None]
@@ -299,7 +303,7 @@ def _tile(positions, C: constexpr, BLOCK: constexpr, BLOCK_C: constexpr):
 def statistics(
     z, ends, positions, C: constexpr, BLOCK: constexpr, BLOCK_C: constexpr, STEP: constexpr, PDL: constexpr
 ):
-    """The statistics of z, when the convolution was done by cuDNN."""
+    """Compute the statistics of z, when cuDNN computed the convolution."""
     _wait(PDL)
     channels, here, live = _tile(positions, C, BLOCK, BLOCK_C)
     values = tl.load(z + here, mask=live, other=0.0).to(tl.float32)
@@ -312,7 +316,7 @@ def activate(
     z, norm, shortcut, y, signs, positions, RELU: constexpr, C: constexpr, BLOCK: constexpr,
     BLOCK_C: constexpr, PDL: constexpr,
 ):  # fmt: skip
-    """y = relu(z scale + shift + shortcut); with signs, also those."""
+    """Store y = relu(z scale + shift + shortcut) and, if `signs` is given, the signs of y."""
     _wait(PDL)
     channels, here, live = _tile(positions, C, BLOCK, BLOCK_C)
     values = _normalise(tl.load(z + here, mask=live, other=0.0), norm, channels, C)
@@ -332,7 +336,7 @@ def mask_and_sum(
     dy, z, norm, signs, g, ends, positions, C: constexpr, BLOCK: constexpr, BLOCK_C: constexpr,
     STEP: constexpr, PDL: constexpr,
 ):  # fmt: skip
-    """g and its sums from dy, masked by signs or else by z scale + shift; without g, nothing is masked."""
+    """Store g, dy masked by signs or else by z scale + shift, and its sums; without g, do not mask."""
     _wait(PDL)
     channels, here, live = _tile(positions, C, BLOCK, BLOCK_C)
     gradient = tl.load(dy + here, mask=live, other=0.0)
@@ -352,7 +356,7 @@ def mask_and_sum(
 def gradient(
     g, z, norm, sums, dz, positions, C: constexpr, BLOCK: constexpr, BLOCK_C: constexpr, PDL: constexpr
 ):
-    """The gradient dz of a convolution's output, when its weights train or cuDNN does its backward pass."""
+    """Store dz, the gradient of a convolution's output, for weights that train or for cuDNN's backward."""
     _wait(PDL)
     channels, here, live = _tile(positions, C, BLOCK, BLOCK_C)
     a, b, c = _gradient_coefficients(norm, sums, channels, C)
@@ -363,7 +367,7 @@ def gradient(
 
 @triton.jit
 def norm_of(mean, var, gamma, beta, norm, eps, C: constexpr, BLOCK: constexpr, PDL: constexpr):
-    """The norm of given statistics, for evaluation."""
+    """Store the norm for given statistics, for evaluation."""
     _wait(PDL)
     channels = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = channels < C
@@ -375,7 +379,7 @@ def norm_of(mean, var, gamma, beta, norm, eps, C: constexpr, BLOCK: constexpr, P
     tl.store(norm + _SHIFT * C + channels, tl.load(beta + channels, mask=live) - middle * scale, mask=live)
 
 
-# ---- what begins and what ends a step ----
+# ---- the start and the end of a step ----
 
 
 @triton.jit
@@ -383,9 +387,10 @@ def batch(
     images, labels, order, draws, position, mean, std, out, out_labels, H: constexpr, W: constexpr,
     DRAWS: constexpr, PAD: constexpr, BLOCK: constexpr, PDL: constexpr,
 ):  # fmt: skip
-    """Images of a batch, cropped and flipped by their draws and normalised, and labels; see augment.py.
+    """Store the images of a batch, cropped, flipped and normalised, and labels; see datasets/augment.py.
 
-    `order` `[steps, N]` and `draws` `[steps, N, DRAWS]` say which and how, `position` at which step.
+    `order`, `[steps, N]`, holds indices of images; `draws`, `[steps, N, DRAWS]`, starts with their crops and
+    flips; `position` is the step.
     """
     _wait(PDL)
     n, at = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -415,7 +420,7 @@ def head(
     lrs, lr, smoothing, HW: constexpr, C: constexpr, CLASSES: constexpr, BLOCK: constexpr,
     BLOCK_CLASSES: constexpr, STEP: constexpr, PDL: constexpr,
 ):  # fmt: skip
-    """The gradient of the mean cross-entropy in features `[N, HW, C]`, one image per program.
+    """Store the gradient of the mean cross-entropy in features `[N, HW, C]`, one image per program.
 
     The last program adds the batch to the epoch's metrics, sets lr to that of this step, and counts the step.
     """
