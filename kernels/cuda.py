@@ -143,12 +143,15 @@ class CudaPasses(TorchPasses):
     def taps(self, weight: Tensor, stride: int, patch: int, backward: bool) -> tuple[Tensor, dict[str, int]]:
         """Return the weight `[C_out, C_in, k, k]` for patches of this side, and its strides; see `expand`.
 
-        The expansion of a frozen weight is kept for as long as the weight exists.
+        The expansion of a frozen weight is kept for as long as the weight exists; one that trains is expanded
+        in every step.
         """
         if patch == 1:
             w_o, w_i, _, w_tap = weight.stride()
         else:
-            key, kept = (weight._version, stride, patch, backward), self.expanded.setdefault(weight, {})
+            # `_version` does not show that the optimiser has changed the vector of which a weight is a view.
+            kept = {} if weight.requires_grad else self.expanded.setdefault(weight, {})
+            key = (weight._version, stride, patch, backward)
             if key not in kept:
                 kept[key] = expand(weight, stride, patch, backward)
             weight = kept[key]
