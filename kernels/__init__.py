@@ -49,7 +49,7 @@ def configure(
     if memory not in MEMORY:
         raise ValueError(f"memory {memory!r} is unknown; choose from {', '.join(MEMORY)}")
     if memory == "stock" and group is not None:
-        raise ValueError("memory 'stock' takes no group: autograd's BatchNorm sees one process's batch alone")
+        raise ValueError("memory 'stock' takes no group: PyTorch's BatchNorm sees only one process's batch")
     for module in model.modules():
         if hasattr(module, "execution"):
             module.execution = Execution(memory, compiled, group)
@@ -129,7 +129,7 @@ class _Block(torch.autograd.Function):
         for bn, weight, conv in zip(batch_norms, weights, convs, strict=True):
             done.append(passes.convolve(*done[-1], weight, conv, bn))
             if done[-1][0].numel() == len(bn.gamma):
-                raise ValueError(f"BatchNorm needs more than one value per channel, of {tuple(x.shape)}")
+                raise ValueError(f"BatchNorm needs more than one value per channel; the input is {tuple(x.shape)}")
         zs, norms = zip(*done[1:], strict=True)
         added = x if identity else _channels_last(shortcut)
         y, signs = passes.activate(*done[-1], added, relu, want_signs=relu and added is not None)

@@ -60,7 +60,7 @@ def passes() -> TorchPasses:
         dependent = CudaPasses(waiting.choose, pdl=True)
         check_sums(dependent, torch.device("cuda"))
     except Exception as error:
-        what = f"kernels wait for each other's end, as dependent launch fails ({error!r})"
+        what = f"dependent launch fails; each kernel waits for the end of the one before ({error!r})"
         warnings.warn(what, stacklevel=2)
         return waiting
     return dependent
@@ -186,7 +186,7 @@ class CudaPasses(TorchPasses):
             shape = _shape(x.shape, weight, conv)
             z = empty_image(x, (len(x), shape["C_OUT"], shape["H_OUT"], shape["W_OUT"]))
             if config.patch > 1 and (z.shape[2] % config.patch or z.shape[3] % config.patch):
-                raise NotImplementedError("statistics are of whole patches")
+                raise NotImplementedError("the image is not a whole number of patches")
             taps, strides = self.taps(weight, shape["STRIDE"], config.patch, backward=False)
             check_width(config.patch**2 * shape["C_OUT"])
             tensors, shape = (x, norm, taps, z, norm_after, shortcut), shape | strides | {"RELU": relu}
@@ -362,7 +362,7 @@ def _taps(k: int, stride: int, patch: int, backward: bool, device: torch.device)
 def check_width(columns: int) -> None:
     """Raise NotImplementedError if a product of so many columns needs more registers than there are."""
     if columns > WIDEST:
-        raise NotImplementedError(f"{columns} columns")
+        raise NotImplementedError(f"{columns} columns need too many registers")
 
 
 def empty_image(like: Tensor, shape: Sequence[int]) -> Tensor:

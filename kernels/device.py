@@ -61,11 +61,11 @@ def _own_folder(folder: Path) -> Path:
         folder.mkdir(0o700, parents=True, exist_ok=True)
         if _is_own(folder.stat()):
             return folder
-        why = "others may write to it; remove it, or make it yours alone with chown and chmod go-w"
+        why = "it is not yours, or others may write to it; remove it, or mend it with chown and chmod go-w"
     except OSError as error:
-        why = f"{error.strerror}; XDG_CACHE_HOME can name another place"
+        why = f"{error.strerror}; set XDG_CACHE_HOME to another folder"
     with contextlib.suppress(OSError):
-        print(f"{folder}: compiled kernels are not kept there ({why})", file=sys.stderr)
+        print(f"{folder}: compiled kernels are not cached there ({why})", file=sys.stderr)
     try:
         private = tempfile.mkdtemp(prefix="batchnorm-only-")  # later runs do not find it
     except OSError:
@@ -85,7 +85,7 @@ def open_own(file: Path) -> BinaryIO:
     if stat.S_ISREG(info.st_mode) and _is_own(info):
         return opened
     opened.close()
-    raise PermissionError(f"{file} is not a file that its user alone may write to")
+    raise PermissionError(f"{file} is not a plain file that only its user may write to")
 
 
 # torch.compile and Triton cache their code in this folder too. torch.compile's default is in /tmp, which may
@@ -102,7 +102,7 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # else more than 8 s
 def choose(name: str = "auto") -> torch.device:
     """Return the device for `--device`; `auto` prefers a GPU. Raises DeviceError for `cuda` without a GPU."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise DeviceError("--device cuda: torch finds no CUDA GPU here; leave it out, or give --device cpu")
+        raise DeviceError("--device cuda: torch finds no CUDA GPU; leave the option out, or give --device cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 

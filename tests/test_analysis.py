@@ -239,7 +239,7 @@ def test_what_cannot_be_analysed_is_named_and_the_rest_goes_on(run, capsys, monk
     ]
     for what in (
         "no model.safetensors",
-        "no checkpoint of",
+        "not a checkpoint of",
         "summary.json: Invalid JSON",
         "are not the run's",
         "nowhere",

@@ -53,7 +53,7 @@ def test_a_sparse_network_is_rebuilt_from_its_number_of_weights(tmp_path):
     assert spec_again.nonzeros == 4 and (restored.conv1.weight.flatten(1).count_nonzero(1) == 4).all()
     for nonzeros in (5, None):
         file = altered(tmp_path, tmp_path / "altered.safetensors", spec={"nonzeros": nonzeros})
-        with pytest.raises(checkpoint.CheckpointError, match="its seed gives other frozen weights"):
+        with pytest.raises(checkpoint.CheckpointError, match="its seed gives different frozen weights"):
             checkpoint.restore(file)
 
 
@@ -135,24 +135,24 @@ def altered(folder, out, *, spec=None, tensor=None, metadata=None):
         ({"metadata": {"frozen_sha256": "0" * 64}}, "does not match"),
         ({"metadata": {"full_sha256": "0" * 64}}, "it was altered"),
         ({"metadata": {"steps": "3"}}, "it was altered"),
-        ({"metadata": {"spec": "{}"}}, "no checkpoint of train.py"),
-        ({"metadata": {"spec": "["}}, "no checkpoint of train.py"),
-        ({"metadata": {"spec": "[" * 100_000}}, "no checkpoint of train.py"),
+        ({"metadata": {"spec": "{}"}}, "not a checkpoint of train.py"),
+        ({"metadata": {"spec": "["}}, "not a checkpoint of train.py"),
+        ({"metadata": {"spec": "[" * 100_000}}, "not a checkpoint of train.py"),
         ({"spec": {"arch": "resnet9"}}, "is not known"),
         ({"spec": {"mode": "bm"}}, "is not known"),
         ({"spec": {"conv_init": "x"}}, "initialisation x is not known"),
-        ({"spec": {"seed": "1"}}, "no checkpoint of train.py"),
-        ({"spec": {"seed": -1}}, "no checkpoint of train.py (its spec: seed: "),
-        ({"spec": {"dtype": "x", "batch_size": 0}}, "no checkpoint of train.py (its spec: batch_size: "),
-        ({"spec": {"dtype": "x"}}, "no checkpoint of train.py (its spec: dtype: "),
+        ({"spec": {"seed": "1"}}, "not a checkpoint of train.py"),
+        ({"spec": {"seed": -1}}, "not a checkpoint of train.py (its spec: seed: "),
+        ({"spec": {"dtype": "x", "batch_size": 0}}, "not a checkpoint of train.py (its spec: batch_size: "),
+        ({"spec": {"dtype": "x"}}, "not a checkpoint of train.py (its spec: dtype: "),
         (
             {"spec": {"mean": ["a"], "classes": [1], "image_size": 10**9}},
-            "no checkpoint of train.py (its spec: image_size: ",
+            "not a checkpoint of train.py (its spec: image_size: ",
         ),
-        ({"spec": {"mean": ["a"] * 3}}, "no checkpoint of train.py (its spec: mean.0: "),
-        ({"spec": {"mean": [1.0]}}, "no checkpoint of train.py (its spec: mean.1: "),
-        ({"spec": {"classes": [1]}}, "no checkpoint of train.py (its spec: classes.0: "),
-        ({"spec": {"classes": []}}, "no checkpoint of train.py (its spec: classes: "),
+        ({"spec": {"mean": ["a"] * 3}}, "not a checkpoint of train.py (its spec: mean.0: "),
+        ({"spec": {"mean": [1.0]}}, "not a checkpoint of train.py (its spec: mean.1: "),
+        ({"spec": {"classes": [1]}}, "not a checkpoint of train.py (its spec: classes.0: "),
+        ({"spec": {"classes": []}}, "not a checkpoint of train.py (its spec: classes: "),
         ({"spec": {"arch": "resnet44_w9999999999"}}, "too large"),
         ({"spec": {"arch": "resnet9998_w1000"}}, "too large: about 1.6e+14 parameters"),
         ({"spec": {"arch": "resnet" + "9" * 5000}}, "is not known"),
@@ -177,7 +177,7 @@ def test_a_network_that_is_not_finite_is_refused_although_its_digests_match(tmp_
     (tmp_path / "model.safetensors").write_bytes(checkpoint.seed_checkpoint(model, spec, steps=1))
     assert progress.run("evaluation.py", lambda: evaluation.main([str(tmp_path)])) == 2
     said = capsys.readouterr()
-    assert f"this network is not finite ({name})" in said.err and said.err.count("\n") == 1 and not said.out
+    assert f"this network has infinite or NaN values ({name})" in said.err and said.err.count("\n") == 1 and not said.out
 
 
 def test_rubbish_is_refused_in_a_line_or_two(tmp_path, capsys):
@@ -213,5 +213,5 @@ def test_a_checkpoint_of_tensors_of_another_network_is_refused_before_that_is_dr
     monkeypatch.setattr(checkpoint, "create", lambda spec: pytest.fail("it was drawn"))
     for arch in ("resnet8_w2", "resnet14", "resnet14_w40"):
         file = altered(sealed, tmp_path / "altered.safetensors", spec={"arch": arch})
-        with pytest.raises(checkpoint.CheckpointError, match="missing or of another shape"):
+        with pytest.raises(checkpoint.CheckpointError, match="missing or has a different shape"):
             checkpoint.restore(file)

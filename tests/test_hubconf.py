@@ -84,7 +84,7 @@ def test_a_network_that_is_not_the_trained_one_is_refused(repository):
         load(repository, "resnet8_bn_output", seed=3)
     altered[-1] ^= 1
     (run / "model.safetensors").write_bytes(altered.replace(rb"\"seed\":3", rb"\"seed\":4"))
-    with pytest.raises(ValueError, match="its seed gives other frozen weights"):
+    with pytest.raises(ValueError, match="its seed gives different frozen weights"):
         load(repository, "resnet8_bn_output", seed=3)
 
 

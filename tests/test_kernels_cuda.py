@@ -139,7 +139,7 @@ def test_where_dependent_launch_fails_kernels_wait_for_each_other_and_a_warning_
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(CudaPasses, "launch", without)
-    with pytest.warns(UserWarning, match="wait for each other's end.*operation not supported"):
+    with pytest.warns(UserWarning, match="waits for the end of the one before.*operation not supported"):
         passes = cuda.passes.__wrapped__()
     assert type(passes) is CudaPasses and not passes.pdl
 

@@ -158,7 +158,7 @@ def test_a_full_device_is_told_in_a_line(lines, unbuffered):
         ended = subprocess.run(
             [sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, **settings
         )
-    mend = "make room, or send it elsewhere"
+    mend = "free some space, or send it elsewhere"
     said = f"x.py: [Errno 28] No space left on device, where its output goes; {mend}\n"
     assert (ended.returncode, ended.stderr) == (1, said)
 

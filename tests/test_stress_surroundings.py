@@ -144,7 +144,7 @@ def test_a_limit_on_the_size_of_files_is_told(world, tmp_path, name):
 def test_a_limit_on_the_size_of_files_is_told_by_the_loader_of_others(world, tmp_path):
     script, argv = world.commands(tmp_path)["stock"]
     limit = functools.partial(at_most, resource.RLIMIT_FSIZE, 300)
-    told_well(script, fresh(script, argv, limit, **world.environment), (1,), "File too large.*make room")
+    told_well(script, fresh(script, argv, limit, **world.environment), (1,), "File too large.*free some space")
 
 
 @pytest.mark.parametrize("more", [[], ["--mode", "all"], ["--memory", "stock", "--no-compile"]])
@@ -171,7 +171,7 @@ def test_without_a_home_every_script_does_its_work(world, tmp_path, home):
         argv = [*argv, *(["--no-compile"] if name == "train" else [])]
         of = fresh(script, argv, **nothing, HOME=home)
         told_well(script, of, (0,))
-        assert (home is None) or ("compiled kernels are not kept there" in of.err)
+        assert (home is None) or ("compiled kernels are not cached there" in of.err)
 
 
 def test_without_a_compiler_pytorchs_kernels_are_used_and_torch_compile_is_refused(world, tmp_path):

@@ -49,7 +49,7 @@ def test_a_run_goes_on_from_another_and_is_restored_through_both(small, tmp_path
     assert "layer1.1.conv1.weight (missing)" in capsys.readouterr().err
     (parent / "model.safetensors").unlink()
     assert exit_status([*small, "--init-from", str(parent)]) == 2
-    assert "a run leaves one when it is done" in capsys.readouterr().err
+    assert "a run writes it when it is done" in capsys.readouterr().err
 
 
 def test_the_epochs_of_the_parent_run_use_up_their_draws(small, monkeypatch):

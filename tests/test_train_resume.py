@@ -284,7 +284,7 @@ def test_a_done_run_without_its_results_is_refused(small, capsys):
         capsys.readouterr()
         assert exit_status([*options, "--resume"]) == 2
         said = capsys.readouterr().err
-        assert f"it says that it is done, and has no {lacks}" in said and "--overwrite" in said
+        assert f"its status is done, but it has no {lacks}" in said and "--overwrite" in said
         (only_run() / "summary.json").write_text(whole)
     change("summary.json", chosen_test_acc=None)(only_run())
     assert exit_status([*options, "--resume"]) == 0, "it may have been chosen before it was tested"
