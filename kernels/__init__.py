@@ -129,7 +129,7 @@ class _Block(torch.autograd.Function):
         for bn, weight, conv in zip(batch_norms, weights, convs, strict=True):
             done.append(passes.convolve(*done[-1], weight, conv, bn))
             if done[-1][0].numel() == len(bn.gamma):
-                raise ValueError(f"BatchNorm needs more than one value per channel; the input is {tuple(x.shape)}")
+                raise ValueError(f"BatchNorm needs more than one value per channel, not {tuple(x.shape)}")
         zs, norms = zip(*done[1:], strict=True)
         added = x if identity else _channels_last(shortcut)
         y, signs = passes.activate(*done[-1], added, relu, want_signs=relu and added is not None)

@@ -102,7 +102,7 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # else more than 8 s
 def choose(name: str = "auto") -> torch.device:
     """Return the device for `--device`; `auto` prefers a GPU. Raises DeviceError for `cuda` without a GPU."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise DeviceError("--device cuda: torch finds no CUDA GPU; leave the option out, or give --device cpu")
+        raise DeviceError("--device cuda: torch finds no CUDA GPU; leave it out, or give --device cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 

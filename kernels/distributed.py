@@ -51,7 +51,7 @@ class Group:
                 if tensor.is_cuda:  # nccl's own message explains the error
                     raise
                 self.broken = True
-                raise ProcessEnded("another process of this run has ended; torchrun's output says which") from error
+                raise ProcessEnded("another process of this run has ended; torchrun names it") from error
         return tensor
 
     def average(self, tensor: Tensor) -> Tensor:
