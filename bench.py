@@ -1,29 +1,29 @@
-"""The training step, timed and weighed beside what people would otherwise use, and beside the limit.
+"""Measure the training step's speed and memory against the usual alternatives and the hardware's limit.
 
     python bench.py speed --arch resnet32 --mode bn_only all   # images/s of a training step
     python bench.py memory --arch resnet32                     # bytes kept for the backward pass
-    python bench.py memory --budget 16GB                       # also the largest batch that so much allows
-    python bench.py data                                       # images/s of the loaders by themselves
+    python bench.py memory --budget 16GB                       # also the largest batch that fits in 16 GB
+    python bench.py data                                       # images/s of the loaders alone
     python bench.py startup                                    # seconds until train.py's first step is done
-    python bench.py profile                                    # a step of train.py, kernel by kernel
-    python bench.py table results/gpu/*.jsonl                  # the rows that --json has written, in Markdown
+    python bench.py profile                                    # one step of train.py, kernel by kernel
+    python bench.py table results/gpu/*.jsonl                  # the rows that --json wrote, in Markdown
 
-`speed` and `memory` compare (--impl) the baselines, which others have,
-    stock          eager fp32 (on a GPU TF32, torch's default), NCHW, DataLoader, transforms image by image
-    stock_workers  stock with a DataLoader worker per core, at most 16, instead of two
+`speed` and `memory` compare (--impl) the common baselines
+    stock          eager fp32 (TF32 on a GPU, torch's default), NCHW, DataLoader, transforms image by image
+    stock_workers  stock with one DataLoader worker per core, at most 16, instead of two
     amp            eager autocast, channels_last, images resident on the device
     compiled       amp with torch.compile of the whole network
-with ours:
-    plain          train.py's step with its own kernels off, differentiated by autograd
-    lean           train.py's step: a frozen network keeps each convolution's output once, and no more
+with this project's step:
+    plain          train.py's step without its own kernels, differentiated by autograd
+    lean           train.py's step: a frozen network keeps each convolution's output once, and nothing else
     recompute      lean, but keeping each block's input instead
-`data` compares the loaders of stock and stock_workers with train.py's, resident and ffcv; `startup` compares
-train.py with empty caches of compiled code (cold) and with those that a cold run has filled (warm).
+`data` compares the loaders of stock and stock_workers with train.py's, resident and ffcv. `startup` compares
+train.py with empty caches of compiled code (cold) and with the caches that a cold run has filled (warm).
 
-All are built and warmed up first, and then take turns in rotating order; a row is the median of its turns,
-beside the fastest and slowest. `/ stock` compares images/s, in `memory` bytes. On a GPU, peak memory is what
-an implementation takes by itself, and `floor` is its share of the images/s that the device's own copy and
-matrix rates allow (kernels/roofline.py).
+All implementations are built and warmed up first, and then take turns in rotating order. A row has the median
+of its turns, and the fastest and slowest one. `/ stock` is the ratio of images/s to those of stock; in
+`memory`, it is the ratio of bytes. On a GPU, peak memory is what an implementation adds, and `floor` is the
+share it reaches of the images/s that the GPU's measured copy and matrix rates allow (kernels/roofline.py).
 """
 
 import progress  # isort: split
@@ -68,7 +68,7 @@ from records import measured
 from step import Step
 
 STEPS = ("stock", "stock_workers", "amp", "compiled", "plain", "lean", "recompute")
-WORKERS = {"stock": 2, "stock_workers": min(16, len(os.sched_getaffinity(0)))}  # processes of a DataLoader
+WORKERS = {"stock": 2, "stock_workers": min(16, len(os.sched_getaffinity(0)))}  # worker processes
 IMPLS = {
     "speed": STEPS,
     "memory": STEPS,
@@ -81,13 +81,16 @@ UNITS = {"": 1} | {f"{k}B": 1000**i for i, k in enumerate("KMGT", 1)}
 UNITS |= {f"{k}iB": 1024**i for i, k in enumerate("KMGT", 1)}
 LR = 0.1
 QUEUED = {"stock": 4, "stock_workers": 2 * WORKERS["stock_workers"], "ffcv": 4}  # batches prepared ahead
-LEAD_IN_S = {"cuda": 0.5, "cpu": 0.0}  # an idle GPU lowers its clocks, and needs a while to raise them
+LEAD_IN_S = {"cuda": 0.5, "cpu": 0.0}  # an idle GPU lowers its clocks and takes a while to raise them
 note = partial(progress.note, "bench.py")
 
 
 # ---- what is compared ----
 class PerImage(torch.utils.data.Dataset):
-    """torchvision's RandomCrop(padding=4), RandomHorizontalFlip, ToTensor and Normalize, call for call."""
+    """Training images, each transformed on access by the same calls that torchvision would make.
+
+    These are the calls of RandomCrop(padding=4), RandomHorizontalFlip, ToTensor and Normalize.
+    """
 
     def __init__(self, dataset: data.Dataset):
         self.images, self.labels, self.size = dataset.train.images, dataset.train.labels, dataset.image_size
@@ -109,7 +112,7 @@ class PerImage(torch.utils.data.Dataset):
 
 
 def our_loader(impl: str, dataset: data.Dataset, options: Namespace):
-    """train.py's loader of augmented batches; on a GPU it is compiled, except for amp and plain."""
+    """Return train.py's loader of augmented batches; on a GPU it is compiled, except for amp and plain."""
     batch = {"batch_size": options.batch_size, "device": options.device, "dtype": DTYPES[options.dtype]}
     order = {"rng": partial(models.stream, 0), "augmented": "paper"}
     kind, compiled = "ffcv" if impl == "ffcv" else "resident", impl not in ("amp", "plain")
@@ -117,12 +120,12 @@ def our_loader(impl: str, dataset: data.Dataset, options: Namespace):
 
 
 def batches(impl: str, dataset: data.Dataset, options: Namespace) -> Iterator[tuple]:
-    """Training batches without end, by torch's DataLoader for stock and stock_workers, else by train.py's."""
+    """Yield training batches forever, from a DataLoader for stock and stock_workers, else from train.py's."""
     if impl not in WORKERS:
         loader = our_loader(impl, dataset, options)
         for epoch in itertools.count():
             yield from loader.epoch(epoch)
-    warnings.filterwarnings("ignore", message="This DataLoader will create")  # more processes than cores
+    warnings.filterwarnings("ignore", message="This DataLoader will create")  # more workers than cores
     shuffled = {"shuffle": True, "drop_last": True, "pin_memory": options.device.type == "cuda"}
     processes = {"num_workers": WORKERS[impl], "prefetch_factor": 2, "persistent_workers": True}
     loader = torch.utils.data.DataLoader(PerImage(dataset), options.batch_size, **shuffled, **processes)
@@ -132,7 +135,7 @@ def batches(impl: str, dataset: data.Dataset, options: Namespace) -> Iterator[tu
 
 
 def network(impl: str, arch: str, mode: str, num_classes: int, device: torch.device) -> nn.Module:
-    """The network as `impl` trains it: drawn from seed 0 and frozen as `mode` says, on the device."""
+    """Return the network as `impl` trains it: drawn from seed 0, frozen as in `mode`, on `device`."""
     model = freeze.empty(arch, num_classes).train()
     models.initialise(model, seed=0)
     freeze.freeze(model, mode)
@@ -145,13 +148,13 @@ def network(impl: str, arch: str, mode: str, num_classes: int, device: torch.dev
 
 
 def loss_of(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The training loss, under autocast unless `dtype` is float32."""
+    """Return the training loss, computed under autocast unless `dtype` is float32."""
     with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
         return F.cross_entropy(model(images).float(), labels)
 
 
 def training(impl: str, arch: str, mode: str, dataset: data.Dataset, options: Namespace) -> Iterator[None]:
-    """Training without end, as `impl` does it: each `next` is one optimisation step."""
+    """Train forever as `impl` does; each `next` runs one optimisation step."""
     model = network(impl, arch, mode, len(dataset.classes), options.device)
     if impl in ("plain", "lean", "recompute"):
         loader = our_loader(impl, dataset, options)
@@ -162,7 +165,7 @@ def training(impl: str, arch: str, mode: str, dataset: data.Dataset, options: Na
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=LR, momentum=0.9, weight_decay=1e-4)
     scaler = torch.amp.GradScaler(options.device.type, enabled=dtype == torch.float16)
-    # torch's defaults are TF32, which train.py turns off, and no search for the fastest algorithm
+    # stock has torch's defaults: TF32, which train.py turns off, and no search for the fastest algorithm.
     flags = {"enabled": True, "benchmark": impl not in WORKERS, "allow_tf32": True}
     for images, labels in batches(impl, dataset, options):
         with torch.backends.cudnn.flags(**flags):
@@ -173,9 +176,9 @@ def training(impl: str, arch: str, mode: str, dataset: data.Dataset, options: Na
         yield
 
 
-# ---- how it is timed ----
+# ---- how steps are timed ----
 def take(count: int, steps: Iterator, device: torch.device) -> float:
-    """Take `count` steps, and return the seconds until the device has finished them."""
+    """Run `count` steps and return the seconds until the device has finished them."""
     synchronize(device)
     began = time.perf_counter()
     for _ in range(count):
@@ -185,18 +188,18 @@ def take(count: int, steps: Iterator, device: torch.device) -> float:
 
 
 def take_turns(makes: dict[str, Callable[[], Iterator]], options: Namespace) -> dict[str, dict]:
-    """Make and warm up every implementation, time them in turns; returns each one's part of a row."""
+    """Build and warm up every implementation, time them in turns, and return the fields of each one's row."""
     device, running, first_s = options.device, {}, {}
     for impl, make in makes.items():
         note(f"{impl} warms up")
         running[impl] = make()
-        first_s[impl] = take(1, running[impl], device)  # starts processes, or compiles
+        first_s[impl] = take(1, running[impl], device)  # this starts workers or compiles
         take(options.warm_up, running[impl], device)
     settle()
     names, turns = list(makes), {impl: [] for impl in makes}
     for i in range(options.repeats):
         for impl in names[i % len(names) :] + names[: i % len(names)]:
-            lead_in_s = take(1 + QUEUED.get(impl, 0), running[impl], device)  # a full queue looks too fast
+            lead_in_s = take(1 + QUEUED.get(impl, 0), running[impl], device)  # also empties the queue
             while lead_in_s < LEAD_IN_S[device.type]:
                 lead_in_s += take(10, running[impl], device)
             turns[impl].append(take(options.steps, running[impl], device) / options.steps)
@@ -219,10 +222,10 @@ def take_turns(makes: dict[str, Callable[[], Iterator]], options: Namespace) -> 
 
 
 def settle(longest_s: float = 10.0) -> None:
-    """Wait until loaders have filled their queues and are idle; else they would slow whoever is next."""
+    """Wait at most `longest_s` until loaders have filled their queues; busy ones would slow the next turn."""
     deadline, used_s = time.perf_counter() + longest_s, -1.0
     while time.perf_counter() < deadline:
-        # The number of a process's clock is made from the process's id, see clock_getcpuclockid(3)
+        # A process's CPU clock ID is computed from its process ID, see clock_getcpuclockid(3).
         clocks = [~child.pid << 3 | 2 for child in multiprocessing.active_children()]
         before_s, used_s = used_s, time.process_time() + sum(map(time.clock_gettime, clocks))
         if used_s - before_s < 0.005:
@@ -231,31 +234,31 @@ def settle(longest_s: float = 10.0) -> None:
 
 
 def peak_bytes(make: Callable[[], Iterator], device: torch.device) -> int:
-    """The most GPU memory that an implementation takes beyond what was in use before."""
-    gc.collect()  # a captured step is part of a cycle
-    torch._C._cuda_clearCublasWorkspaces()  # kept for each stream: the first to need one would pay for all
+    """Return the peak GPU memory, in bytes, that an implementation takes beyond what was in use before."""
+    gc.collect()  # a captured step is in a reference cycle
+    torch._C._cuda_clearCublasWorkspaces()  # cached per stream: the first user would pay for all
     before, steps = torch.cuda.memory_allocated(device), make()
-    take(kernels.device.EAGER_CALLS, steps, device)  # in which algorithms are tried
+    take(kernels.device.EAGER_CALLS, steps, device)  # cuDNN tries its algorithms in these steps
     kernels.device.reset_peak_memory(device)
-    take(2, steps, device)  # in which a graph is captured, if any
+    take(2, steps, device)  # these steps capture the CUDA graph, if there is one
     steps.close()
     return kernels.device.peak_memory_bytes(device) - before
 
 
-# ---- the parts: each yields what it has measured, of one implementation after another ----
+# ---- the parts of the command line; each yields the measurements of one implementation at a time ----
 Measured = Iterator[tuple[str, dict]]
 
 
 def speed(options: Namespace, dataset: data.Dataset) -> Measured:
-    """Training steps; on a GPU also the device's own rates, and the share of what these allow."""
+    """Time training steps; on a GPU, also measure its copy and matrix rates and the share of them reached."""
     device, dtype, rates, peaks = options.device, DTYPES[options.dtype], None, {}
     if device.type == "cuda":
         rates = roofline.device_rates(device)
-        dataset.train.on(device)  # the images, which are no implementation's own
+        dataset.train.on(device)  # the resident images count for no implementation
         yield "copy", {"bytes_per_s": rates[0], "dtype": None, "batch_size": None}
         yield "matmul", {"flops_per_s": rates[1], "dtype": "bf16", "batch_size": None}
     for arch, mode in itertools.product(options.arch, options.mode):
-        torch._dynamo.reset()  # which counts how often it has compiled the same function, and gives up
+        torch._dynamo.reset()  # it gives up on a function that it has compiled too often
         note(f"{arch} {mode}")
         makes = {i: partial(training, i, arch, mode, dataset, options) for i in options.impl}
         if rates:
@@ -270,10 +273,10 @@ def speed(options: Namespace, dataset: data.Dataset) -> Measured:
 
 
 def memory(options: Namespace, dataset: data.Dataset) -> Measured:
-    """What autograd keeps of a step, and the least that a frozen network must keep.
+    """Measure the bytes per image that autograd keeps, and yield the least a frozen network must keep.
 
-    The largest batch for a budget is that whose kept bytes fit beside the weights, their gradients and the
-    momentum. On a GPU, the peaks of two batch sizes tell what an image takes, and what all take together.
+    The largest batch for a budget is the one whose kept bytes fit beside the weights, gradients and momentum.
+    On a GPU, the peak memory at two batch sizes gives the bytes per image and those that all images share.
     """
     dtype = DTYPES[options.dtype]
     images, labels = next(our_loader("plain", dataset, options).epoch(0))
@@ -300,7 +303,7 @@ def memory(options: Namespace, dataset: data.Dataset) -> Measured:
 def largest_batch(
     impl: str, arch: str, mode: str, dataset: data.Dataset, options: Namespace, each: float
 ) -> int:
-    """How many images a step may have within options.budget bytes, `each` of which keeps so many."""
+    """Return the largest batch size whose step fits in `options.budget` bytes if an image keeps `each`."""
     if options.device.type == "cuda":
         sizes, peaks = (options.batch_size, 2 * options.batch_size), []
         for batch_size in sizes:
@@ -315,7 +318,7 @@ def largest_batch(
 
 
 def to_bytes(text: str) -> int:
-    """The bytes of, say, 16GB or 512MiB."""
+    """Return the number of bytes that text such as 16GB or 512MiB means."""
     number, unit = re.fullmatch(r"([\d.]*) *(.*)", text).groups()
     try:
         return int(float(number) * UNITS[unit])
@@ -324,13 +327,13 @@ def to_bytes(text: str) -> int:
 
 
 def saved_bytes(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype) -> int:
-    """Bytes that autograd keeps for the backward pass of `loss_of`, the model's own tensors aside.
+    """Return the bytes that autograd keeps for the backward pass of `loss_of`, without the model's tensors.
 
-    Every storage counts once, and whole; so do weights that every step casts anew (amp: 1 % at batch 128).
+    Each storage counts once and in full. So do weights that every step casts anew (amp: 1 % at batch 128).
     """
-    loss_of(model, images, labels, dtype).backward()  # compiles, and converts frozen weights
+    loss_of(model, images, labels, dtype).backward()  # compiles, and converts frozen weights, beforehand
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept = {}  # holds the storages, so that no address is used twice
+    kept = {}  # keeps storages alive, so that no address is reused
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -344,13 +347,13 @@ def saved_bytes(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, dt
 
 
 def loading(options: Namespace, dataset: data.Dataset) -> Measured:
-    """The loaders by themselves."""
+    """Time the loaders alone."""
     makes = {impl: partial(batches, impl, dataset, options) for impl in options.impl}
     yield from take_turns(makes, options).items()
 
 
 def startup(options: Namespace, dataset: data.Dataset) -> Measured:
-    """Runs of train.py, on data that is prepared: cold ones, each with a warm one that uses its caches."""
+    """Time starts of train.py on prepared data: a cold one, then a warm one that reuses its caches."""
     classes = len(dataset.classes)
     subset = min(-(-5 * options.batch_size // classes) * classes, len(dataset.train.labels))  # five steps
     command = [sys.executable, Path(__file__).with_name("train.py"), "--overwrite", "--train-subset", subset]
@@ -379,18 +382,18 @@ def startup(options: Namespace, dataset: data.Dataset) -> Measured:
 
 
 def profile(options: Namespace, dataset: data.Dataset) -> Measured:
-    """Steps of ours by kernel, on a CPU by operator: time and launches in a step, and their sums."""
+    """Profile train.py's step: time and launches of each kernel (on a CPU, of each operator), and totals."""
     device = options.device
     rates = roofline.device_rates(device) if device.type == "cuda" else None
     if rates:
-        kernels.passes_for("cuda", True).pdl = False  # else a kernel's time has its wait for the one before
+        kernels.passes_for("cuda", True).pdl = False  # with PDL, a kernel's time includes a wait
     for arch, mode, impl in itertools.product(options.arch, options.mode, options.impl):
         steps = training(impl, arch, mode, dataset, options)
         take(options.warm_up, steps, device)
         with torch.profiler.profile() as profiled:
             take(options.steps, steps, device)
         steps.close()
-        # A launching operator has its kernels' time too, which are events of their own
+        # Kernels are events of their own; the operators that launch them would count their time again.
         kind = torch.autograd.DeviceType.CUDA if rates else torch.autograd.DeviceType.CPU
         events = [event for event in profiled.key_averages() if event.device_type == kind]
         where = "self_device_time_total" if rates else "self_cpu_time_total"  # microseconds
@@ -407,26 +410,29 @@ def profile(options: Namespace, dataset: data.Dataset) -> Measured:
 
 # ---- options and table ----
 def parse_options(argv: list[str] | None) -> Namespace:
-    """The options, with each part's defaults. Raises OptionError for the first that cannot be used."""
+    """Return the options with each part's defaults.
+
+    Raises OptionError, DeviceError or ModelError for the first option that cannot be used.
+    """
     parser = progress.Parser("bench.py", __doc__)
-    parser.add_argument("part", choices=tuple(IMPLS), help="what to measure, or to show")
-    parser.add_argument("files", nargs="*", help="for table: what --json has written")
+    parser.add_argument("part", choices=tuple(IMPLS), help="what to measure or show")
+    parser.add_argument("files", nargs="*", help="for table: files that --json wrote")
     add = parser.add_argument_group("what is compared").add_argument
-    add("--impl", nargs="+", help="which of the above [all that suit the part and the machine]")
+    add("--impl", nargs="+", help="implementations to compare [all that suit the part and the machine]")
     add("--arch", nargs="+", default=["resnet32"], help="networks, as in train.py [resnet32]")
     add("--mode", nargs="+", help="what trains [bn_only; speed also all; memory also random and all]")
     add("--batch-size", type=int, default=128, help="images per step [128]")
-    add("--dtype", choices=tuple(DTYPES), help="all but stock compute in it [the fastest; memory: bf16]")
-    add("--budget", type=to_bytes, help="memory: also the largest batch for so much, as in 16GB")
-    add = parser.add_argument_group("where, and on which images").add_argument
+    add("--dtype", choices=tuple(DTYPES), help="number format of all but stock [the fastest; memory: bf16]")
+    add("--budget", type=to_bytes, help="memory: also the largest batch that fits in so much, such as 16GB")
+    add = parser.add_argument_group("device and images").add_argument
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to measure [a GPU, if any]")
     add("--data", default="synthetic", help="the images, as in train.py [synthetic]")
-    add("--data-dir", default="data", help="where they are looked for and kept [data]")
-    add = parser.add_argument_group("how long, and where to").add_argument
+    add("--data-dir", default="data", help="the folder in which images are looked for and kept [data]")
+    add = parser.add_argument_group("duration and output").add_argument
     add("--repeats", type=int, help="turns of each implementation [5]; startup: starts of each kind [3]")
     add("--steps", type=int, help="steps in a turn [GPU: 50,000 images, CPU: 4; data: an epoch]")
     add("--warm-up", type=int, help="steps before the first turn, not timed [10 on a GPU, 2 on a CPU]")
-    add("--json", metavar="FILE", help="write the rows to FILE, one JSON object a line")
+    add("--json", metavar="FILE", help="write the rows to FILE, one JSON object per line")
     options = parser.parse_args(argv)
     part, options.device = options.part, kernels.device.choose(options.device)
     on_gpu = options.device.type == "cuda"
@@ -440,7 +446,7 @@ def parse_options(argv: list[str] | None) -> Namespace:
         "mode": {"speed": ["bn_only", "all"], "memory": ["bn_only", "random", "all"]}.get(part, ["bn_only"]),
         "dtype": "bf16" if part == "memory" else kernels.device.default_dtype(options.device),
         "repeats": 3 if part == "startup" else 5,
-        # On a GPU an epoch of CIFAR-10, so that every turn prepares one epoch
+        # On a GPU, a turn is an epoch of CIFAR-10, so that each turn prepares one epoch.
         "steps": None if part == "data" else max(1, 50_000 // max(1, options.batch_size)) if on_gpu else 4,
         "warm_up": 10 if on_gpu else 2,
     }
@@ -468,18 +474,18 @@ def parse_options(argv: list[str] | None) -> Namespace:
         what = f"--impl compiled: torch.compile finds no C++ compiler ({compiler})"
         raise OptionError(f"{what}; install it, or name others with --impl")
     for arch, mode in itertools.product(options.arch, options.mode):
-        with torch.device("meta"):  # before minutes of measuring: do both exist?
+        with torch.device("meta"):  # check that both exist before minutes of measuring
             model = models.build(arch)
-        if mode != "random":  # which every network has, and whose places take long to draw
+        if mode != "random":  # every network has it, and drawing its positions takes long
             freeze.freeze(model, mode)
     return options
 
 
 def row(options: Namespace, impl: str, found: dict) -> dict:
-    """A row: what was `found` of `impl`, by the keys of measured.COLUMNS, and what it computes in and by."""
+    """Return a row of measured.COLUMNS: what was `found` for `impl`, and its dtype, passes and batch size."""
     dtype, passes = options.dtype, None
     if impl in WORKERS:
-        # Tensor cores take the factors of an fp32 product rounded to TF32
+        # Tensor cores round the factors of an fp32 product to TF32.
         on_cores = options.device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
         dtype = "tf32" if on_cores and options.part == "speed" else "fp32"
     if impl in STEPS and options.part != "data":
@@ -522,10 +528,10 @@ def main(argv: list[str] | None = None) -> None:
     try:
         for impl, found in measure(options, dataset):
             rows.append(where | row(options, impl, found))
-            with contextlib.suppress(OSError):  # told at the end: what follows is measured all the same
+            with contextlib.suppress(OSError):  # the last `keep` reports it; keep measuring
                 keep()
         keep()
-    finally:  # also where that fails, or is interrupted: they took minutes
+    finally:  # even after an error or Ctrl-C: they took minutes
         if rows:
             measured.show(rows, how)
 

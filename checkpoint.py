@@ -1,8 +1,8 @@
-"""The seed checkpoint: a network as its seed, its trained tensors and its statistics, and every weight again.
+"""Write seed checkpoints (seed, trained tensors, BatchNorm statistics) and rebuild every weight from them.
 
-    python checkpoint.py rebuild runs/RUN --out full.safetensors    # every weight, verified by its SHA-256
+    python checkpoint.py rebuild runs/RUN --out full.safetensors    # write every weight, verified by SHA-256
 
-Also reads the weight files of others, for --init-from.
+This module also reads other weight files for --init-from.
 """
 
 import progress  # isort: split
@@ -25,17 +25,17 @@ from records import CHECKPOINT, NetworkSpec, files
 
 
 class CheckpointError(progress.OptionError):
-    """A checkpoint or weight file that cannot be used."""
+    """Raised when a checkpoint or weight file cannot be used."""
 
 
-# ---- written ----
+# ---- writing ----
 
 
 def seed_checkpoint(model: nn.Module, spec: NetworkSpec, steps: int) -> bytes:
-    """The file that stands for the whole network: its trained tensors, BatchNorm's statistics and its spec.
+    """Return the bytes of a seed checkpoint: trained tensors, BatchNorm's running statistics, and spec.
 
-    In the safetensors format, which runs no code when it is read. `steps` are those of the training:
-    BatchNorm's counts of batches are set to them, because training does not keep these.
+    The format is safetensors, which runs no code when it is read. `steps` is the number of training steps;
+    `model`'s num_batches_tracked buffers are set to it, because training does not update them.
     """
     set_steps(model, steps)
     metadata = {
@@ -51,39 +51,40 @@ def seed_checkpoint(model: nn.Module, spec: NetworkSpec, steps: int) -> bytes:
 
 
 def to_bytes(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
-    """A file of `tensors` in the safetensors format; equal contents give equal bytes.
+    """Serialise `tensors` and `metadata` as safetensors; equal contents give equal bytes.
 
-    The library writes metadata in an order that it draws, so the header is written here.
+    The library writes metadata in random order, so this function writes the header itself.
     """
     plain = save({name: t.contiguous() for name, t in tensors.items()})
     end = 8 + int.from_bytes(plain[:8], "little")
     header = {"__metadata__": dict(sorted(metadata.items()))} | json.loads(plain[8:end])
     header = json.dumps(header, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)  # as the library aligns tensors
+    header += b" " * (-len(header) % 8)  # the library's alignment
     return b"".join([len(header).to_bytes(8, "little"), header, plain[end:]])
 
 
 def set_steps(model: nn.Module, steps: int) -> None:
-    """Set BatchNorm's counts of training batches, which are all the same."""
+    """Set num_batches_tracked of every BatchNorm to `steps`."""
     for name, buffer in model.named_buffers():
         if name.endswith("num_batches_tracked"):
             buffer.fill_(steps)
 
 
-# ---- made again ----
+# ---- rebuilding ----
 
 
 def create(spec: NetworkSpec, say: Callable[[str], None] = lambda line: None) -> nn.Module:
-    """The network of `spec` at its initial weights, frozen as its mode says; on the CPU.
+    """Return the network of `spec` with its initial weights, frozen according to its mode, on the CPU.
 
-    `say` is told which tensors --init-from did not bring. Raises ModelError, ModeError or CheckpointError.
+    `say` receives a one-line note on each tensor that --init-from does not provide. Raises ModelError,
+    ModeError or CheckpointError if the spec or the weights of --init-from cannot be used.
     """
     given = spec.init_from and read_initial(spec.init_from)  # before anything is drawn
     model = freeze.empty(spec.arch, len(spec.classes), spec.shortcut)
     models.initialise(model, spec.seed, spec.conv_init, spec.bn_init, spec.nonzeros)
     if spec.init_from:
         for name in load_weights(model, given, spec.init_from):
-            say(f"{name} is drawn anew: {spec.init_from} has another number of classes")
+            say(f"{name} keeps its random draw: {spec.init_from} has another number of classes")
     if spec.reset_bn:
         models.initialise(model, spec.seed, conv_init=None, bn_init=spec.bn_init)
     freeze.freeze(model, spec.mode, spec.per_channel, spec.seed)
@@ -91,7 +92,7 @@ def create(spec: NetworkSpec, say: Callable[[str], None] = lambda line: None) ->
 
 
 def read_safetensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors by name, and metadata. FileNotFoundError, too, for what is no plain file."""
+    """Return a file's tensors by name, and its metadata. Raises FileNotFoundError if it is no plain file."""
     if not file.is_file():
         raise FileNotFoundError(file)
     with safe_open(file, "pt") as opened:
@@ -100,12 +101,15 @@ def read_safetensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str], NetworkSpec]:
-    """Tensors, metadata and spec of a run folder's seed checkpoint, or of a file that `rebuild` wrote."""
+    """Return tensors, metadata and spec of a run folder, a seed checkpoint or a file that `rebuild` wrote.
+
+    Raises CheckpointError if there is none or it is damaged.
+    """
     file = Path(path)
     if file.is_dir():
         file /= CHECKPOINT
         if not file.exists():
-            raise CheckpointError(f"{path} has no {CHECKPOINT}; a run leaves one when it is done")
+            raise CheckpointError(f"{path} has no {CHECKPOINT}; a run writes it when it is done")
     try:
         tensors, metadata = read_safetensors(file)
         if not 0 <= int(metadata["steps"]) < 2**63 or len(metadata["full_sha256"]) != 64:
@@ -115,19 +119,19 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str
         raise CheckpointError(f"{path}: there is no such run or file") from None
     except (SafetensorError, OSError, MemoryError, KeyError, TypeError, ValueError) as error:
         why = repr(error) if isinstance(error, KeyError) else error
-        raise CheckpointError(f"{file} is no checkpoint of train.py ({why}); give a run folder") from None
+        raise CheckpointError(f"{file} is not a checkpoint of train.py ({why}); give a run folder") from None
 
 
 def restore(path: str | Path, init_from: str | None = None) -> tuple[nn.Module, NetworkSpec]:
-    """The trained network of a run or file, verified by its SHA-256, and its spec; on the CPU.
+    """Return the trained network of a run or file, on the CPU and verified by its SHA-256, and its spec.
 
-    Raises CheckpointError where what is rebuilt is not bit for bit what was trained. `init_from` says where
-    the weights of a run with --init-from lie now.
+    `init_from` is the current path of the weights that the run's --init-from named. Raises CheckpointError if
+    the file is unusable, or if the rebuilt network is not bit for bit the trained one.
     """
     tensors, metadata, spec = read_checkpoint(path)
     try:
         _check_shapes(tensors, spec, path)
-        if whole := "frozen_sha256" not in metadata:  # a file that `rebuild` wrote holds everything
+        if whole := "frozen_sha256" not in metadata:  # written by `rebuild`: has every weight
             model = freeze.empty(spec.arch, len(spec.classes), spec.shortcut)
         else:
             spec = spec.model_copy(update={"init_from": _initial_path(path, spec, init_from)})
@@ -136,7 +140,7 @@ def restore(path: str | Path, init_from: str | None = None) -> tuple[nn.Module, 
         raise CheckpointError(f"{path}: {error}") from None
     if not whole and freeze.frozen_sha256(model) != metadata["frozen_sha256"]:
         why = f"{spec.init_from} has changed" if spec.init_from else "it was altered"
-        raise CheckpointError(f"{path} does not match: its seed gives other frozen weights\n({why})")
+        raise CheckpointError(f"{path} does not match: its seed gives different frozen weights\n({why})")
     try:
         _, unexpected = model.load_state_dict(tensors, strict=False)
     except RuntimeError as error:
@@ -150,37 +154,38 @@ def restore(path: str | Path, init_from: str | None = None) -> tuple[nn.Module, 
 
 
 def _check_shapes(tensors: dict[str, torch.Tensor], spec: NetworkSpec, path: str | Path) -> None:
-    """CheckpointError where `tensors` cannot be of the network of `spec`, for which no memory is taken."""
+    """Raise CheckpointError if `tensors` cannot belong to the network of `spec`; allocates no weights."""
     with torch.device("meta"):
         own = models.build(spec.arch, len(spec.classes), spec.shortcut).state_dict()
     wrong = [name for name in own if ".running_" in name and name not in tensors]
     wrong += [name for name, t in tensors.items() if name in own and own[name].shape != t.shape]
     if wrong:
-        raise CheckpointError(f"{path} does not match its spec: {wrong[0]} is missing or of another shape")
+        raise CheckpointError(f"{path} does not match its spec: {wrong[0]} is missing or has another shape")
 
 
 def _check_finite(model: nn.Module, path: str | Path) -> None:
-    """CheckpointError where a weight or statistic of `model`, which came from `path`, is infinite or NaN."""
+    """Raise CheckpointError if a weight or statistic of `model`, loaded from `path`, is infinite or NaN."""
     for name, tensor in model.state_dict().items():
         if not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{path}: this network is not finite ({name}); train it again")
+            raise CheckpointError(f"{path}: this network has infinite or NaN values ({name}); train it again")
 
 
 def _initial_path(path: str | Path, spec: NetworkSpec, init_from: str | None) -> str | None:
-    """Where the weights of a run with --init-from lie now; None where the checkpoint needs none."""
-    if spec.mode == "all" or spec.init_from is None:  # every weight is in the checkpoint, or drawn
+    """Return the current path of the --init-from weights, or None if the checkpoint does not need them."""
+    if spec.mode == "all" or spec.init_from is None:  # every weight is stored, or drawn
         return None
     if init_from or Path(spec.init_from).exists():
         return init_from or spec.init_from
-    folder, start = Path(path), Path(spec.init_from)  # moved, perhaps together
+    folder, start = Path(path), Path(spec.init_from)  # perhaps both runs were moved together
     folder = folder if folder.is_dir() else folder.parent
     return str(folder.parent / (start.parent if start.name == CHECKPOINT else start).name)
 
 
 def rebuild(run: str | Path, out: str | Path, init_from: str | None = None, overwrite: bool = False) -> None:
-    """Write every weight of `run` to `out` (.safetensors), bit for bit as trained.
+    """Write every weight of `run`, bit for bit as trained, to the safetensors file `out`.
 
-    Raises CheckpointError, also where `out` exists, unless `overwrite`, and where it lies in a run folder.
+    Raises CheckpointError if `run` cannot be restored, or if `out` is in a run folder, cannot be written, or
+    exists while `overwrite` is False.
     """
     out = Path(out)
     for folder in Path(os.path.realpath(out.parent), out.name).parents:
@@ -197,14 +202,14 @@ def rebuild(run: str | Path, out: str | Path, init_from: str | None = None, over
         raise CheckpointError(f"--out {out}: {why}") from None
 
 
-# ---- weights to begin with ----
+# ---- initial weights ----
 
 
 def read_initial(path: str | Path) -> dict[str, torch.Tensor]:
-    """Every weight, by name, of a run folder or seed checkpoint, or what lies in another file of weights.
+    """Return the weights, by name, of a run folder, a seed checkpoint or another weight file.
 
-    That is a `.safetensors` file, or a state dict saved by `torch.save`. Raises CheckpointError, also for a
-    file that cannot be read without running code, and what `restore` raises.
+    Another weight file is a `.safetensors` file or a state dict saved by `torch.save`. Raises CheckpointError
+    if `restore` does, or if the file is missing, is no state dict, or cannot be read without running code.
     """
     path = Path(path)
     try:
@@ -221,22 +226,22 @@ def read_initial(path: str | Path) -> dict[str, torch.Tensor]:
     except FileNotFoundError:
         raise CheckpointError(f"--init-from {path}: there is no such file or run") from None
     except RecursionError:
-        raise CheckpointError(f"--init-from {path}: in the end, this run goes on from itself") from None
-    except Exception as error:  # the readers' own errors for rubbish are of many kinds
+        raise CheckpointError(f"--init-from {path}: its chain of parent runs leads back to itself") from None
+    except Exception as error:  # corrupt files raise errors of many types
         what = f"--init-from {path}: not a weight file that loads safely ({progress.reason(error)})"
         give = "give a .safetensors file, or a state dict saved with torch.save(model.state_dict(), ...)"
         raise CheckpointError(f"{what};\n{give}") from None
     named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
     if not named or not all(isinstance(t, torch.Tensor) and not t.is_nested for t in tensors.values()):
-        raise CheckpointError(f"--init-from {path}: holds no state dict (names to tensors)")
+        raise CheckpointError(f"--init-from {path}: is not a state dict (a dict from names to tensors)")
     return tensors
 
 
 def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], path: str | Path) -> list[str]:
-    """Load `tensors`, which are from `path`, into `model`, by name.
+    """Load `tensors`, read from `path`, into `model` by name; return the names of those not loaded.
 
-    The output layer keeps its draw where theirs has another number of classes; returns the names so left.
-    Raises CheckpointError where names or shapes do not fit.
+    These are the output layer's if its number of classes differs; they keep their initial draw. Raises
+    CheckpointError if names, shapes or dtypes do not fit, or a value is not finite.
     """
     own = {name: t for name, t in model.state_dict().items() if not name.endswith("num_batches_tracked")}
     given = {name: t for name, t in tensors.items() if not name.endswith("num_batches_tracked")}
@@ -253,7 +258,7 @@ def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], path: str |
         raise CheckpointError(f"--init-from {path} does not fit the network: {', '.join(wrong[:4])}{more}")
     try:
         model.load_state_dict(given, strict=False)
-    except RuntimeError as error:  # tensors without values, say
+    except RuntimeError as error:  # for example meta tensors, which have no values
         reason = str(error).splitlines()[-1].strip()
         raise CheckpointError(f"--init-from {path} cannot be loaded ({reason})") from None
     _check_finite(model, f"--init-from {path}")
@@ -265,8 +270,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("command", choices=["rebuild"], help="write every weight of a run to a file")
     parser.add_argument("run", help="a run folder, or its model.safetensors")
     parser.add_argument("--out", required=True, help="the .safetensors file to write")
-    parser.add_argument("--init-from", help="where the file of the run's --init-from lies now")
-    parser.add_argument("--overwrite", action="store_true", help="replace a file that --out names")
+    parser.add_argument("--init-from", help="current path of the weights that the run's --init-from named")
+    parser.add_argument("--overwrite", action="store_true", help="replace the --out file if it exists")
     options = parser.parse_args(argv)
     rebuild(options.run, options.out, options.init_from, options.overwrite)
     print(f"{options.out}: every weight of {options.run}, verified by its SHA-256")

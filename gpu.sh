@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# All that only a GPU can show, in slices of under nine minutes each on an H200.
+# Run everything that needs a GPU, in slices of under nine minutes each on an H200.
 #
-#   bash gpu.sh                        every slice that is not done yet, in order
-#   bash gpu.sh SLICE ...              these, again; runs that were stopped go on
-#   bash gpu.sh --list                 what the slices do, and how long they took where
-#   bash gpu.sh --dry-run [SLICE ...]  the same commands on a CPU, a few steps each
+#   bash gpu.sh                        all slices that are not done yet, in order
+#   bash gpu.sh SLICE ...              these slices, again; interrupted runs resume
+#   bash gpu.sh --list                 what each slice does, how long it took, and on which device
+#   bash gpu.sh --dry-run [SLICE ...]  the same commands on a CPU, with a few steps each
 #
-# RESULTS [results/gpu] takes what is measured, CACHE [.gpu-cache] compiled and chosen kernels; PACK names a .tar.gz
-# that both are taken from first and put into at the end of each slice, to go on with on another machine.
-# DATA_DIR [data] has the images, DATA [cifar10] says which. Needs no network: without .venv, python3 is used.
+# Measurements go to RESULTS [results/gpu], and compiled and chosen kernels to CACHE [.gpu-cache]. PACK names a .tar.gz
+# from which both are unpacked at the start and into which both are packed after each slice, to continue on another
+# machine. DATA_DIR [data] has the images of DATA [cifar10]. No network is needed. Without .venv, python3 is used.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -33,13 +33,13 @@ python=python3
 say() { printf 'gpu.sh: %s\n' "$*"; }
 
 train() { "$python" train.py --data "$DATA" --data-dir "$DATA_DIR" --device "$device" "${few[@]}" "$@"; }
-bench() { # NAME PART [OPTIONS]: the rows go to NAME.jsonl
+bench() { # NAME PART [OPTIONS]: write the rows to NAME.jsonl
   "$python" bench.py "$2" --data "$DATA" --data-dir "$DATA_DIR" --device "$device" --json "$RESULTS/$1.jsonl" \
     "${turns[@]}" "${@:3}"
 }
 
 tests() {
-  [[ $device == cpu ]] || "$python" -c "import xdist" 2>/dev/null || collect=() # one at a time
+  [[ $device == cpu ]] || "$python" -c "import xdist" 2>/dev/null || collect=() # without xdist, one test at a time
   "$python" -m pytest -m gpu -q "${collect[@]}" -k "${1:-$MOST}"
 }
 rest() { tests "not ($MOST)"; }
@@ -81,7 +81,7 @@ for argument; do
       turns=(--repeats 1 --steps 1 --warm-up 1 --batch-size 16) collect=(--collect-only) batch=16 large_batch=32 eight=(0 1) impls=(--impl stock amp lean)
       epochs=(--epochs 1 --milestones) grid_archs=resnet8 SEEDS=0 DATA=synthetic dry=(--dry-run)
       ;;
-    --only) only=yes ;; # a slice by itself, as this script calls itself
+    --only) only=yes ;; # internal: this script calls itself for each slice
     *)
       grep -qx -- "$argument" <<<"$SLICES" || {
         say "$argument: there is no such slice; choose from" $SLICES >&2
@@ -95,7 +95,7 @@ done
 [[ $CACHE == /* ]] || CACHE=$PWD/$CACHE
 export RESULTS CACHE XDG_CACHE_HOME=$CACHE
 if [[ -n $only ]]; then
-  trap : TERM # at the limit, wait for what it is running to save what it has
+  trap : TERM # at the time limit, wait until the running command has saved its state
   "${asked[0]}"
   exit
 fi
@@ -119,7 +119,7 @@ if ((!${#asked[@]})); then
   done
 fi
 
-# What Triton keeps beside the kernels themselves is twice their size, and not read again
+# Triton's intermediate files are twice the size of the kernels, and are not read again.
 not_packed=(--exclude='*.ttir' --exclude='*.ttgir' --exclude='*.llir' --exclude='*.ptx' --exclude='*.source')
 failed=0
 for slice in "${asked[@]}"; do

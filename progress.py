@@ -1,4 +1,4 @@
-"""What a person sees: live bars, or a line per epoch into a file or pipe; notes, errors and exit statuses."""
+"""Terminal output of every script: progress bars (lines in a file or pipe), notes, errors, exit statuses."""
 
 import argparse
 import errno
@@ -18,10 +18,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 from rich.text import Text
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, or a user's or a process's share of it
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, user's quota or process's file-size limit
 BATCHED = ("train.py", "bench.py")  # the scripts that have --batch-size
 
-# Every script of ours imports this module first: from here to `run`, Ctrl-C ends it without a traceback.
+# Our scripts import this module first, so that until `run` is called Ctrl-C ends them without a traceback.
 _script = Path(getattr(sys.modules["__main__"], "__file__", "/")).resolve()
 if _script.parent == Path(__file__).resolve().parent and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -30,13 +30,13 @@ if _script.parent == Path(__file__).resolve().parent and signal.getsignal(signal
 
 
 class OptionError(ValueError):
-    """Options, files or images that cannot be used as asked; the message says what would do."""
+    """Raised when options, files or images cannot be used as requested; the message says what would work."""
 
     exit_status = 2
 
 
 class Parser(argparse.ArgumentParser):
-    """A script's command line; `description` is shown as it is, and an error is one line."""
+    """An argument parser that shows `description` verbatim and raises OptionError with a one-line message."""
 
     def __init__(self, prog: str, description: str | None = None):
         as_it_is = argparse.RawDescriptionHelpFormatter
@@ -47,12 +47,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def speaks() -> bool:
-    """Whether this process speaks to people: of those that torchrun started together, the first does."""
+    """Return whether this process prints; under torchrun only rank 0 does."""
     return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["RANK"] == "0"
 
 
 def note(script: str, text: str) -> None:
-    """Tell a person something in a line or two of standard error, if that can be written to."""
+    """Print a note of a line or two to standard error if this process prints; ignore a closed stream."""
     if speaks():
         try:
             print(f"{script}: {shown(text)}", file=sys.stderr, flush=True)
@@ -61,54 +61,55 @@ def note(script: str, text: str) -> None:
 
 
 def printable(text: str) -> str:
-    """`text`, in which each character that would steer a terminal is replaced."""
+    """Return `text` with every unprintable character, such as a terminal control code, replaced."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what an error says, or else its kind."""
+    """Return the first line of an error's message, or its type if the message is empty."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def shown(message: str) -> str:
-    """The lines of a note, printable; of a word that fills several lines of a screen, the two ends."""
+    """Return the lines of a note made printable; a word of 450 or more characters loses its middle."""
     short = re.sub(r"(\S{200})\S{200,}(\S{50})", r"\1...\2", message)
     return "\n".join(map(printable, short.split("\n")))
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether torch, NumPy or Python found too little memory, of a GPU or of the machine."""
-    # The last two are oneDNN's, which says no more
+    """Return whether torch, NumPy or Python ran out of memory, on the GPU or on the host."""
+    # The last two are oneDNN's messages, which give no other reason.
     texts = "out of memory", "can't allocate memory", "not create a primitive\n", "not execute a primitive\n"
     told = isinstance(error, RuntimeError) and any(text in f"{error}\n" for text in texts)
     return told or isinstance(error, MemoryError)
 
 
 def no_room(error: BaseException) -> str | None:
-    """The line in which torch says that a disk, or /dev/shm, has no room for a file; None where none does."""
+    """Return the line of torch's error message that reports a full disk or /dev/shm, or None."""
     lines = str(error).splitlines()
     return next((line for line in lines if any(os.strerror(number) in line for number in FULL)), None)
 
 
 def run(script: str, main: Callable[[], int | None]) -> int:
-    """The exit status of a script: what `main` returns, 0 for None, or what the exception that ends it says.
+    """Call `main` and return the script's exit status: what `main` returns, with None as 0.
 
-    An exception says so by an attribute `exit_status`: 1 the run failed, 2 unusable options or data. It is
-    told in a line or two, as are a failing disk, too little memory, and an interruption by Ctrl-C or SIGTERM;
-    each of these is 1. A name that the file system does not take is 2. Every other exception passes.
+    An exception with an attribute `exit_status` (1: the run failed, 2: unusable options or data) gives that
+    status. I/O errors, lack of memory, and interruption by Ctrl-C or SIGTERM give 1; a file name that is too
+    long gives 2. Each of these prints a note of a line or two. A closed pipe gives 0 without a note. Every
+    other exception propagates.
     """
     ours = [signal.SIGTERM] + [signal.SIGINT] * (signal.getsignal(signal.SIGINT) != signal.SIG_IGN)
     before = {number: signal.signal(number, interrupt) or signal.SIG_DFL for number in ours}
     for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed: else the next file that is opened would take its number
+        if getattr(sys, name) is None:  # closed: else the next file to be opened would get its descriptor
             setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115, it stays open
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # of a character that its encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")  # for characters its encoding lacks
     try:
         status = main() or 0
-        sys.stdout.flush()  # a full device is told here, not by Python as it ends
+        sys.stdout.flush()  # report a full device here, not at interpreter shutdown
         return status
-    except BrokenPipeError:  # the reader has seen enough, as `| head` does
+    except BrokenPipeError:  # the reader stopped early, as `| head` does
         close_output()
         return 0
     except KeyboardInterrupt as error:
@@ -118,12 +119,12 @@ def run(script: str, main: Callable[[], int | None]) -> int:
         if isinstance(error, OSError) and status is None:
             status = 2 if error.errno == errno.ENAMETOOLONG else 1
             if error.errno in FULL and not error.filename:
-                why += ", where its output goes; make room, or send it elsewhere"
+                why += ", where its output goes; free some space, or send it elsewhere"
         if status is None and out_of_memory(error):
-            mend = "try a smaller --batch-size" if script in BATCHED else "it needs a machine with more"
+            mend = "try a smaller --batch-size" if script in BATCHED else "use a machine with more memory"
             status, why = 1, f"out of memory; {mend}"
         if status is None and isinstance(error, RuntimeError) and (line := no_room(error)):
-            status, why = 1, f"{line}; make room"
+            status, why = 1, f"{line}; free some space"
         if status is None:
             raise
     finally:
@@ -132,37 +133,37 @@ def run(script: str, main: Callable[[], int | None]) -> int:
         for stream in (sys.stdout, sys.stderr):
             try:
                 stream.flush()
-            except OSError:  # else Python would fail in it again as it ends
+            except OSError:  # else Python would fail again at shutdown
                 close_output(stream)
     note(script, why)
     return status
 
 
 def close_output(stream: TextIO | None = None) -> None:
-    """Let what is still printed to `stream`, by default standard output, go nowhere."""
+    """Redirect `stream` (default: standard output) to the null device."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), (stream or sys.stdout).fileno())
 
 
 def interrupt(*_: object) -> NoReturn:
-    """End by Ctrl-C, which is what a cluster's SIGTERM comes to. Another SIGTERM changes nothing."""
+    """Signal handler for Ctrl-C and a cluster's SIGTERM: raise KeyboardInterrupt, ignore further SIGTERMs."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
 def end_if_interrupted() -> None:
-    """End as `interrupt` did, where that was lost: C code that calls Python, as numba's, drops exceptions."""
+    """Raise KeyboardInterrupt again if C code that calls Python, such as numba's, has swallowed it."""
     if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
         raise KeyboardInterrupt
 
 
 class Terminal(Console):
-    """Standard output; a reader who has closed it, as `| head` does, ends no run."""
+    """A console on standard output that survives a closed pipe, as after `| head`."""
 
     def on_broken_pipe(self) -> None:
         close_output()
 
     def say(self, text: str) -> None:
-        """Print a line as it is: brackets in it are no markup."""
+        """Print a line verbatim; brackets are not markup."""
         self.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
@@ -170,7 +171,7 @@ class Terminal(Console):
 
 
 class Bars(Progress):
-    """The live bars of `runs` runs that train side by side, in one terminal. Use it as `with bars: ...`."""
+    """The live progress bars of `runs` runs that train side by side. Use it as `with bars: ...`."""
 
     def __init__(self, runs: int = 1):
         self.runs, console = runs, Terminal(quiet=not speaks())
@@ -180,9 +181,9 @@ class Bars(Progress):
 
 
 class Display:
-    """The progress of one run (a runs.Run that has begun): in the terminal, and at the tracker of --log.
+    """The progress of one run (a runs.Run that has begun), in the terminal and in the tracker of --log.
 
-    The trackers are wandb and trackio, whose interface is the same.
+    The trackers, wandb and trackio, have the same interface.
     """
 
     def __init__(self, bars: Bars, run, steps_per_epoch: int):
@@ -203,7 +204,7 @@ class Display:
         self.began = self.looked = time.perf_counter()
 
     def step(self, step) -> None:
-        """Advance by a step; twice a second at most, look at the device's numbers, which waits for them."""
+        """Advance the bars a step; at most twice a second, read the metrics, which waits for the device."""
         if self.bars.disable:
             return
         self.bars.advance(self.run_bar)
@@ -215,7 +216,7 @@ class Display:
             self.bars.update(self.epoch_bar, text=f"{rate:,.0f} images/s  loss {loss:.3f}  {accuracy:.1f} %")
 
     def end_epoch(self, row) -> None:
-        """Show an epoch's metrics, a records.Epoch."""
+        """Show and log an epoch's metrics; `row` is a records.Epoch."""
         text = f"train {row.train_loss:.3f} {row.train_acc:5.2f} %"
         for name in ("val", "test"):
             loss, accuracy = getattr(row, f"{name}_loss"), getattr(row, f"{name}_acc")
@@ -236,7 +237,7 @@ class Display:
 
 
 def import_tracker(name: str):
-    """The module that --log names. OptionError where it is not installed."""
+    """Import the tracker that --log names. Raises OptionError if it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -244,7 +245,7 @@ def import_tracker(name: str):
 
 
 def show_results(run) -> None:
-    """The table at the end of a run, a runs.Run that is done."""
+    """Print the table of results of `run`, a runs.Run that is done."""
     options, result = run.config.options, run.summary
     size, done = result.checkpoint_bytes, result.epochs_done
     data = f"{result.data_title}, {done} epoch{'s' * (done > 1)}"
@@ -252,7 +253,7 @@ def show_results(run) -> None:
     accuracy = f"{result.final_test_acc:.2f} %  (best epoch {result.best_test_acc:.2f} %)"
     if result.chosen_test_acc is not None:
         chosen = f"{result.chosen_test_acc:.2f} %, epoch {result.chosen_epoch}"
-        accuracy += f"; where validation was best: {chosen}"
+        accuracy += f"; at the best validation accuracy: {chosen}"
     if result.final_test_top5_acc is not None:
         accuracy += f"; top 5 {result.final_test_top5_acc:.2f} %"
     title = f"{result.arch}, {result.mode}, seed {result.seed}"
@@ -266,5 +267,5 @@ def show_results(run) -> None:
         "seed checkpoint": f"{size:,} bytes, {100 * size / result.full_bytes:.2f} % of all weights",
         "folder": str(run.path),
     }.items():
-        table.add_row(name, Text(value))  # as it is: brackets in a path are no markup
+        table.add_row(name, Text(value))  # verbatim: brackets in a path are not markup
     Terminal().print(table)

@@ -1,13 +1,13 @@
-"""Finished runs in; tables, figures and one self-contained page out.
+"""Turn runs into tables, figures and one self-contained page.
 
     python report.py runs                      # every run folder in runs/, at any depth, to report/index.html
     python report.py results other/RUN --out report
-    python report.py --pack runs > runs.jsonl  # a line per run; report.py reads the file like the folders
+    python report.py --pack runs > runs.jsonl  # one line per run; report.py reads such a file like folders
 
-Runs are averaged over seeds alone. Data, epochs, --quick and training subsets are never mixed: each setting
-has its own section, and its figures (PNG, PDF) and tables (CSV, Markdown, LaTeX) have their own folder. A run
-that train.py would not have left is named on stderr and left out. Exit status: 0 done, 1 the disk failed, 2
-no usable run or nowhere to write.
+Runs are averaged over seeds only. Runs that differ in data, epochs, --quick or training subset are never
+mixed: each setting has its own section on the page, and its own folder of figures (PNG, PDF) and tables (CSV,
+Markdown, LaTeX). Runs that train.py could not have written are named on stderr and left out. Exit status: 0
+done, 1 a drawing process was killed or stdout failed, 2 no usable run or nowhere to write.
 """
 
 import progress  # isort: split
@@ -34,9 +34,9 @@ from reporting.series import Setting
 
 def main(argv: list[str] | None = None) -> None:
     parser = progress.Parser("report.py", __doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUNS", help="run folders, packed runs, folders of them")
-    parser.add_argument("--out", default="report", help="the folder to write [report]")
-    parser.add_argument("--pack", action="store_true", help="print the runs, a line each, and make no report")
+    parser.add_argument("runs", nargs="+", metavar="RUNS", help="runs: folders, packed, or folders of them")
+    parser.add_argument("--out", default="report", help="the folder to write to [report]")
+    parser.add_argument("--pack", action="store_true", help="print the runs, one per line; make no report")
     given = parser.parse_args(argv)
     found = reading.read_runs(given.runs, lambda text: progress.note("report.py", progress.printable(text)))
     if given.pack:
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         write_report(found, Path(given.out))
     except concurrent.futures.BrokenExecutor:
-        why = "a process that draws was killed, perhaps for want of memory; free some, or name fewer runs"
+        why = "a drawing process was killed, perhaps for lack of memory; free some, or name fewer runs"
         raise ChildProcessError(why) from None
     except OSError as error:
         why = f"{error.filename or 'it'} cannot be written ({error.strerror})"
@@ -53,17 +53,17 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def write_report(found: list[Run], out: Path) -> None:
-    """`index.html`, and a folder of figures and tables per setting, in the folder `out`."""
+    """Write `index.html` and one folder of figures and tables per setting into the folder `out`."""
     settings = series.by_setting(found)
-    for folder in (out, *out.glob("*/*")):  # also of settings that only an earlier report had
+    for folder in (out, *out.glob("*/*")):  # including settings that only an earlier report had
         files.remove_half_written(folder)
     processes = min(len(settings), os.cpu_count() or 1)
     with concurrent.futures.ProcessPoolExecutor(processes, initializer=end_with_this) as pool:
-        apart = pool.map if len(settings) > 1 else map  # drawing takes most of the time
+        apart = pool.map if len(settings) > 1 else map  # in parallel, because drawing takes most of the time
         try:
             sections = list(apart(write_section, settings, [out] * len(settings)))
         except BaseException:
-            for process in multiprocessing.active_children():  # else what they draw is waited for
+            for process in multiprocessing.active_children():  # the pool would wait for them
                 process.kill()
             raise
     template = (Path(__file__).parent / "reporting" / "page.html").read_text("utf-8")
@@ -74,13 +74,13 @@ def write_report(found: list[Run], out: Path) -> None:
 
 
 def end_with_this() -> None:
-    """Let a process that draws leave Ctrl-C to the one that started it, and end when that one is killed."""
+    """Make a drawing process ignore Ctrl-C, which its parent handles, and exit when its parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def write_section(setting: Setting, out: Path) -> dict[str, Any]:
-    """What the page says of one setting, whose figures and tables are written on the way."""
+    """Write the figures and tables of one setting; return what the page's template needs for its section."""
     of, machines = series.series_of(setting.runs), series.series_of(setting.runs, by_machine=True)
     answered = [ask(of) for ask in (answers.warm_starts, answers.retraining, answers.tuning)]
     made = [tables.accuracy(of, setting), *(answer.table for answer in answered)]

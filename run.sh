@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Set up what is missing on this machine, once, then run a command in that environment.
+# Install whatever this machine lacks, once, and then run a command in the environment.
 #
-#   bash run.sh                    the main job: ResNet-32, only BatchNorm trained (with --quick where there is no CUDA GPU)
-#   bash run.sh pytest             the tests, several at a time
-#   bash run.sh python train.py …  anything else
+#   bash run.sh                    the main job: ResNet-32, only BatchNorm trained (with --quick if there is no CUDA GPU)
+#   bash run.sh pytest             the tests, in up to four processes
+#   bash run.sh python train.py …  any other command
 #
-# Set-up: FFCV's system libraries (apt), a virtual environment in .venv, requirements.txt. PYTHON names another
-# interpreter to make it with. Commands run in this folder, wherever they are typed.
+# The set-up installs FFCV's system libraries (apt), creates a virtual environment, .venv, and installs requirements.txt
+# in it. PYTHON names another interpreter to create it with. Commands run in this folder, wherever they are typed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -22,7 +22,7 @@ find_python() {
   done
 }
 
-system_packages() { # Debian's names of what is missing to make a virtual environment and to compile FFCV in it
+system_packages() { # prints the Debian packages that are missing for a virtual environment and for compiling FFCV
   local python version
   python=$(find_python)
   if [[ -z $python ]]; then
@@ -53,7 +53,7 @@ apt_install() {
 }
 
 set_up() {
-  if command -v flock >/dev/null; then # two first runs at once set up once
+  if command -v flock >/dev/null; then # two simultaneous first runs set up only once
     exec 9>.setup.lock
     flock 9
     [[ "$(cat .venv/.ready 2>/dev/null)" == "$wanted" ]] && return
@@ -70,9 +70,9 @@ set_up() {
   say "setting up .venv, once; this takes some minutes"
   [[ -x .venv/bin/python ]] || "$python" -m venv --clear .venv
   local quiet=()
-  [[ -t 1 ]] || quiet=(-qq) # a person sees how far the downloads are
+  [[ -t 1 ]] || quiet=(-qq) # show the downloads' progress in a terminal
   .venv/bin/python -m pip install "${quiet[@]}" --disable-pip-version-check -r requirements.txt
-  echo "$wanted" >.venv/.ready # last: a set-up that was interrupted is taken up again
+  echo "$wanted" >.venv/.ready # written last, so that an interrupted set-up is done again
 }
 
 wanted=$(cksum <requirements.txt)
@@ -83,7 +83,7 @@ export VIRTUAL_ENV=$PWD/.venv PATH=$PWD/.venv/bin:$PATH
 if (($# == 0)); then
   set -- python train.py --arch resnet32 --mode bn_only --resume
   python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || set -- "$@" --quick
-elif [[ $* == pytest ]]; then # all tests: in up to four processes, a thread each
+elif [[ $* == pytest ]]; then # all tests, in up to four processes with one thread each
   export OMP_NUM_THREADS=1
   set -- pytest -n auto --maxprocesses 4
 fi

@@ -1,14 +1,14 @@
-"""What a run is: its name, its parent run, the machine it runs on, its folder.
+"""A run's name, its parent run, its software and hardware environment, and its folder of files.
 
-    config.json         what was asked for, and on what it runs
-    metrics.jsonl       a line per epoch
-    last.pt             all that resuming needs; removed when the run is done
+    config.json         the options, the network's spec and the environment
+    metrics.jsonl       one line per epoch
+    last.pt             the state to resume from; removed when the run is done
     model.safetensors   the seed checkpoint
     summary.json        status and results, written last
     analysis.json       written by analysis.py
 
-`records/` has their schema. Every file is written beside its name and renamed onto it, so a run that is
-killed at any moment leaves whole files only.
+`records/` defines their schemas. Each file is written under a temporary name and then renamed, so a run that
+is killed at any moment leaves only complete files.
 """
 
 import dataclasses
@@ -38,13 +38,13 @@ from records import CHECKPOINT, Config, Epoch, NetworkSpec, Parent, RunError, Su
 
 
 def run_name(options: Options, data: str, seed: str | None = None) -> str:
-    """The run folder's name: data, arch, mode, seed, then each option that differs from its default.
+    """Return the name of the run's folder: data, arch, mode, seed, then each option that is not the default.
 
-    At most 100 characters: where more would be needed, a digest stands for the end, the same for every seed.
-    `seed` stands for the run's own in the name of several runs.
+    The name has at most 100 characters; if it would be longer, a digest that does not depend on the seed
+    replaces its end. `seed`, if given, stands in for the run's seed, to name the runs of several seeds.
     """
     usual = config.defaults(options.preset, options.quick)
-    usual = dataclasses.replace(usual, **config.some(options, "data arch mode seed"))  # which come first
+    usual = dataclasses.replace(usual, **config.some(options, "data arch mode seed"))  # already in the name
     parts = ["quick"] * options.quick + [f"preset{options.preset}"] * (options.preset is not None)
     for name, value in config.differing(options, usual, "variant", "setting").items():
         value = _shortened(records.short_path(value), 24) if name == "init_from" else value
@@ -59,7 +59,7 @@ def _plain(text: str) -> str:
 
 
 def _shortened(text: str, longest: int) -> str:
-    """`text`, or of a longer one its beginning and eight digits of its SHA-256."""
+    """Return `text`, or if it exceeds `longest` bytes, its beginning and eight hex digits of its SHA-256."""
     whole = text.encode()
     if len(whole) <= longest:
         return text
@@ -67,7 +67,7 @@ def _shortened(text: str, longest: int) -> str:
 
 
 def parent_path(options: Options) -> str | None:
-    """What --init-from names for this seed, if anything. RunError where there is no such thing."""
+    """Return the path that --init-from names for this seed, or None. Raises RunError if it does not exist."""
     path = options.init_from and options.init_from.replace("{seed}", str(options.seed))
     if path and not Path(path).exists():
         raise RunError(f"--init-from {path}: there is no such file or run")
@@ -75,7 +75,7 @@ def parent_path(options: Options) -> str | None:
 
 
 def read_parent(init_from: str) -> Parent | None:
-    """The parent run that --init-from names; None for mere weights, and for a damaged or unended run."""
+    """Return the parent run at `init_from`, or None for bare weights or a damaged or unended run."""
     folder = Path(init_from)
     folder = folder.parent if folder.name == CHECKPOINT else folder
     try:
@@ -85,7 +85,7 @@ def read_parent(init_from: str) -> Parent | None:
         return None
     if not (of and summary and rows):
         return None
-    before = [of.parent] if of.origin else []  # one run or none
+    before = [of.parent] if of.origin else []  # at most one run
     timed = all(one.device_name == of.device_name and one.seconds_in_all is not None for one in before)
     held_out = of.options.seed, of.spec.val_images
     seconds = summary.epochs_done * statistics.median(row.epoch_s for row in rows)
@@ -103,7 +103,7 @@ def read_parent(init_from: str) -> Parent | None:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python, CUDA and packages, on which a result may depend; None where there is none."""
+    """Return the versions of Python, CUDA and the packages that can affect a result; None if absent."""
     found = {"python": platform.python_version(), "cuda": torch.version.cuda}
     for package in ("torch", "triton", "ffcv", "numpy"):
         installed = importlib.metadata.distributions(name=package)
@@ -112,9 +112,12 @@ def versions() -> dict[str, str | None]:
 
 
 def environment(device: torch.device, runs_on_it: int) -> dict[str, object]:
-    """On what a run runs: fields of Config. The commit is "-dirty" where the code was changed since."""
+    """Return Config's fields `device_name`, `versions` and `git_commit`; `runs_on_it` runs share the device.
+
+    The commit is None without git or a repository; it ends in "-dirty" if the code has uncommitted changes.
+    """
     command, commit = ["git", "describe", "--always", "--dirty", "--abbrev=40"], None
-    with suppress(OSError):  # there is no git
+    with suppress(OSError):  # git is not installed
         asked = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
         commit = asked.stdout.strip() or None
     device_name = devices.device_name(device, runs_on_it)
@@ -122,22 +125,23 @@ def environment(device: torch.device, runs_on_it: int) -> dict[str, object]:
 
 
 def run_folders(given: Sequence[str | Path], say: Callable[[str], None]) -> Iterator[tuple[Path, str]]:
-    """Every run folder in or under `given`, once, and its name as shown; what is left out is told to `say`.
+    """Yield every run folder in or under `given` once, with its display name.
 
-    A folder is taken for a run's if it has config.json or summary.json; links are not followed. RunError
-    where there is no such folder.
+    A folder counts as a run if it has config.json or summary.json. Hidden folders and symbolic links are
+    skipped. `say` receives a one-line note on each link to a run and each unreadable folder. Raises RunError
+    if a folder in `given` does not exist.
     """
     seen = set()
     for top in map(Path, given):
         if not top.is_dir():
-            raise RunError(f"{top}: there is no such folder; name run folders, or a folder that holds some")
+            raise RunError(f"{top}: no such folder; give run folders, or a folder that contains some")
         walk = os.walk(top, onerror=lambda error: say(f"left out {error.filename}: {error.strerror}"))
         for path, folders, names in walk:
             here = Path(path)
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for link in (here / name for name in folders if (here / name).is_symlink()):
                 if any((link / name).exists() for name in ("config.json", "summary.json")):
-                    say(f"left out {link}: it is a link; name it on the command line to have it")
+                    say(f"left out {link}: it is a symbolic link; give it on the command line to include it")
             if {"config.json", "summary.json"} & set(names):
                 folders.clear()
                 if here.resolve() not in seen:
@@ -146,24 +150,24 @@ def run_folders(given: Sequence[str | Path], say: Callable[[str], None]) -> Iter
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is a run's, by the files that train.py leaves; others have a config.json, too."""
+    """Return whether a folder belongs to a run. config.json alone is no proof: other tools write one, too."""
     if any(os.path.exists(folder / name) for name in ("metrics.jsonl", "summary.json", "last.pt")):
         return True
-    return all(os.path.exists(folder / name) for name in ("config.json", ".lock"))  # without an epoch
+    return all(os.path.exists(folder / name) for name in ("config.json", ".lock"))  # no epoch done yet
 
 
 def in_use(path: Path) -> bool:
-    """Whether a process has this run folder open. Whoever looks needs no right to write there."""
+    """Return whether a process has this run folder open. Needs only read permission."""
     try:
         with open(path / ".lock", "rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError as error:  # the others are: no such folder, or none of ours
+    except OSError as error:  # any other error: no such folder, or not a run's
         return isinstance(error, BlockingIOError)
     return False
 
 
 class Run:
-    """One run's folder, as `with open_run(...) as run:` gives it. With `writes` False it is only read."""
+    """The folder of one run, as `open_run` yields it. With `writes` False, nothing is written to it."""
 
     def __init__(self, path: Path, writes: bool = True):
         self.path, self.last, self.writes = path, path / "last.pt", writes
@@ -179,7 +183,7 @@ class Run:
 
     @property
     def status(self) -> str | None:
-        """done, diverged, failed or interrupted; None where the run never came to an end."""
+        """The status in summary.json: done, diverged, failed or interrupted; None if there is no summary."""
         summary = self.summary
         return summary and summary.status
 
@@ -188,9 +192,9 @@ class Run:
             files.write_atomically(self.path / name, content)
 
     def refuse_another(self, options: Options, spec: NetworkSpec, hashes: dict[str, str | None]) -> None:
-        """RunError where the folder holds another run than one of these options, spec and hashes.
+        """Raise RunError if the folder is damaged or holds a run with different options, spec or hashes.
 
-        What does not change a run's result may differ, and so may what is compared otherwise.
+        Options that do not change the result may differ, as may those that spec or hashes cover.
         """
         may_differ = config.names("logistics") | {"data", "compiled", "init_from"}
         may_differ |= {"processes"} if options.sync_bn else set()
@@ -202,37 +206,40 @@ class Run:
             raise RunError(f"{error};\nstart again with --overwrite") from None
         was = vars(before.options) | vars(before.spec) | vars(before) if before else {}
         now = vars(options) | vars(spec) | hashes
-        for name, value in now.items():  # in their order: of other images, the fingerprint is named
+        for name, value in now.items():  # if the images differ, the fingerprint comes first
             if name in was and name not in may_differ and was[name] != value:
                 what = f"{self.path} was run with {name} {was[name]}, not {value}"
                 raise RunError(f"{what};\nuse --overwrite or another --out")
 
     def begin(self, described: Config) -> None:
-        """Write the configuration, and take back how an earlier attempt ended."""
+        """Write config.json and remove the summary.json of an earlier attempt."""
         self.described = described
         self.write("config.json", described.to_json())
         if self.writes:
             (self.path / "summary.json").unlink(missing_ok=True)
 
     def end_epoch(self, row: Epoch, state: dict) -> None:
-        """Keep one epoch's metrics, and `state` (tensors, numbers, lists and dicts of them) to resume from.
+        """Save an epoch's metrics, and in last.pt `state` (nested dicts and lists of tensors and numbers).
 
-        last.pt goes first and holds the metrics too: killed between the two, a run loses nothing.
+        last.pt is written first and holds the metrics too, so a kill between the two writes loses nothing.
         """
         rows = [*self.rows, row]
         if self.writes:
-            saved = io.BytesIO()  # torch.save would not say that a disk is full
+            saved = io.BytesIO()  # on a full disk, torch.save to a file gives no clear error
             torch.save({**state, "rows": [row.to_json(None) for row in rows]}, saved)
             self.write("last.pt", saved.getvalue())
         self.rows = rows
         self.write_metrics()
 
     def write_metrics(self) -> None:
-        """Replace the whole file: a few hundred short lines, and never half a line."""
+        """Rewrite metrics.jsonl as a whole; it is short, and this never leaves half a line."""
         self.write("metrics.jsonl", "".join(row.to_json(None) for row in self.rows))
 
     def load_last(self) -> dict | None:
-        """What `end_epoch` last kept, or None; `rows` are set back to it. Runs no code from the file."""
+        """Return the state that `end_epoch` last saved, and restore `rows` from it; None if there is none.
+
+        Runs no code from the file. Raises RunError if last.pt cannot be resumed from.
+        """
         if not self.last.exists():
             return None
         try:
@@ -244,28 +251,28 @@ class Run:
                 raise RunError(f"it has {len(self.rows)} of {of.options.epochs} epochs")
         except pydantic.ValidationError as error:
             raise self.unusable(ValueError(records.first_misfit(error))) from None
-        except Exception as error:  # unpickling rubbish fails in many ways
+        except Exception as error:  # unpickling a corrupt file can raise almost anything
             raise self.unusable(error) from None
         return state
 
     def unusable(self, error: Exception) -> RunError:
-        """What to raise where last.pt turns out to be rubbish."""
+        """Return the RunError to raise when last.pt is corrupt."""
         what = f"{self.last} cannot be resumed from ({progress.reason(error)})"
         return RunError(f"{what};\nstart again with --overwrite")
 
     def finish(self, summary: Summary) -> None:
-        """Write the summary; a run that is done needs no `last.pt` any more."""
+        """Write summary.json, and remove last.pt if the run is done."""
         self.write("summary.json", summary.to_json())
         self.tidy()
 
     def tidy(self) -> None:
-        """Remove `last.pt` of a run that is done, also where a process was killed before it could."""
+        """Remove last.pt if the run is done. Its own process may have been killed before it could."""
         if self.writes and self.last.exists() and self.status == "done":
             self.last.unlink()
 
 
 def tidy(path: Path) -> None:
-    """Do for a folder that nobody has open what `Run.tidy` does; nothing where that is not possible."""
+    """Call `Run.tidy` on a folder; do nothing if a process has it open or it cannot be used."""
     if (path / "last.pt").exists():
         with suppress(RunError, OSError), open_run(path, resume=True) as run:
             run.tidy()
@@ -273,15 +280,16 @@ def tidy(path: Path) -> None:
 
 @contextmanager
 def open_run(path: Path, resume: bool = False, overwrite: bool = False, writes: bool = True) -> Iterator[Run]:
-    """A run's folder, made if need be and locked against other processes until the `with` block ends.
+    """Open a run's folder, created if necessary and locked against other processes for the `with` block.
 
-    An existing run is refused (RunError) unless `resume` (go on, or show what is done) or `overwrite` (start
-    again). Without `writes`, a look at what another process of the same run has opened.
+    Raises RunError if the folder is in use or cannot be used, or if it has files and neither `resume` (keep
+    them) nor `overwrite` (delete them) is set. With `writes` False, creates and locks nothing; this is for
+    the other processes of a distributed run.
     """
     if not writes:
         yield Run(path, writes=False)
         return
-    lock = FileLock(path / ".lock", timeout=1)  # longer than `in_use` takes to look
+    lock = FileLock(path / ".lock", timeout=1)  # longer than `in_use` holds the lock
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock.acquire()

@@ -1,12 +1,13 @@
-"""The grid of runs, one after another or spread over the GPUs of this machine.
+"""Train a grid of runs, one after another or spread over the GPUs of this machine.
 
     bash sweep.sh [--list] [train.py options]    # ARCHS, MODES, SEEDS choose the grid; --list only shows it
     GRID=width bash sweep.sh                     # a named grid: depth, width, vgg, parts, init, tuning, ...
     JOBS=2 REPLICAS=1 bash sweep.sh              # processes per GPU [1], seeds per process [GPU: all, CPU: 1]
 
-A cell of the grid is one run of train.py. All that is known of it is in its run folder, so any number of
-sweeps may share the folders, and the next one goes on where a killed one stopped. Options are train.py's, but
-for --arch, --mode, --seed and --overwrite. Exit status 0: all done, 1: not all, 2: unusable options or data.
+Each cell of the grid is one run of train.py, and its run folder holds its whole state. Several sweeps can
+therefore share the folders, and a new sweep continues where a killed one stopped. A sweep takes all options
+of train.py except --arch, --mode, --seed and --overwrite. Exit status: 0 all cells done, 1 some cells not
+done, 2 unusable options or data.
 """
 
 import progress  # isort: split
@@ -41,26 +42,26 @@ from datasets import sources
 
 HERE = Path(__file__).parent
 GRIDS = tomllib.loads((HERE / "grids.toml").read_text("utf-8"))
-DEFAULT = GRIDS.pop("default")  # which the others change
+DEFAULT = GRIDS.pop("default")  # the other grids override parts of it
 
 
 @dataclass(eq=False)
 class Cell:
-    """One run of train.py: its arguments but for the seed, its options, its folder, and how far it is."""
+    """One run of train.py: its arguments without the seed, its options, its folder and its progress."""
 
     arguments: tuple[str, ...]
     options: Options
     path: Path
-    status: str = "to do"  # or "running", or its summary's
-    why: str | None = None  # it ended early
+    status: str = "to do"  # or "running", "failed", or the status in summary.json
+    why: str | None = None  # why it ended early or failed
     epochs: Sequence[records.Epoch] = ()
-    reached: str = ""  # how many epochs, or the test accuracy once it is done
-    seconds: float | None = None  # that it still takes, where that is known
-    log: Path | None = None  # which tells why this sweep has given it up
+    reached: str = ""  # the epochs done, or the test accuracy of a finished run
+    seconds: float | None = None  # estimated time left, if known
+    log: Path | None = None  # explains the failure; set once this sweep has given the cell up
 
     @property
     def parent(self) -> Path | None:
-        """What it goes on from: the folder of another cell, or whatever the user's --init-from names."""
+        """The path it starts from, another cell's folder or the user's --init-from; None if there is none."""
         init_from = self.options.init_from
         return Path(init_from.replace("{seed}", str(self.options.seed))) if init_from else None
 
@@ -69,9 +70,12 @@ class Cell:
         return "" if self.seconds is None else f"{duration(self.seconds)} left"
 
     def look(self) -> None:
-        """See by its folder how far it is. A summary that cannot be read counts as failed."""
+        """Update the state from the run folder.
+
+        A run whose files cannot be read, or that is done but has other options, counts as failed.
+        """
         self.epochs, self.status, self.why, self.seconds = [], "running", None, None
-        with contextlib.suppress(records.RunError):  # at the first damaged line: last.pt has the epochs too
+        with contextlib.suppress(records.RunError):  # at a damaged line; last.pt has the epochs too
             self.epochs.extend(records.read_epochs(self.path))
         self.reached = f"{len(self.epochs)} of {self.options.epochs} epochs" if self.epochs else ""
         if runs.in_use(self.path):
@@ -83,16 +87,17 @@ class Cell:
             self.status, self.why = "failed", str(error)
         if self.status == "done":
             differing = found and config.differing(found.options, self.options, "variant", "setting")
-            if not found or differing.keys() - {"data", "init_from"}:  # these two have several spellings
-                self.status, self.why = "failed", None  # another run, which train.py refuses
+            if not found or differing.keys() - {"data", "init_from"}:  # these have several spellings
+                self.status, self.why = "failed", None  # train.py refuses the folder of another run
             else:
                 self.reached = f"{summary.final_test_acc:.2f} %"
                 runs.tidy(self.path)
 
 
 def make_grid(environment: Mapping[str, str], argv: Sequence[str]) -> list[Cell]:
-    """The cells that ARCHS, MODES, SEEDS and GRID choose, with train.py's options `argv`. Raises OptionError,
-    or whatever train.py would for the first option that no run can use.
+    """Return the cells that ARCHS, MODES, SEEDS and GRID in `environment` choose; `argv` is for train.py.
+
+    Raises OptionError, or the exception that train.py would raise for the first unusable option.
     """
     name = environment.get("GRID", "")
     if name and name not in GRIDS:
@@ -106,10 +111,10 @@ def make_grid(environment: Mapping[str, str], argv: Sequence[str]) -> list[Cell]
     if taken := sorted(given & {"arch", "mode", "seed"}):
         raise OptionError(f"--{taken[0]}: a sweep takes {taken[0].upper()}S from the environment")
     if options.overwrite:
-        raise OptionError(f"--overwrite: a sweep goes on; to start again, give --out or move {options.out}")
+        raise OptionError(f"--overwrite: a sweep resumes; to start again, give --out or move {options.out}")
     if options.quick and "data" not in given:
         if not (found := prepare(options)):
-            progress.note("sweep.py", f"--quick takes synthetic images, for want of {options.data}")
+            progress.note("sweep.py", f"--quick uses synthetic images, as there is no {options.data}")
         argv = [*argv, "--data", options.data if found else "synthetic"]
     further = {"warmstart": warm_starts, "retrain": retraining}.get(name, lambda *_: ())
     cells: dict[Path, Cell] = {}
@@ -122,11 +127,14 @@ def make_grid(environment: Mapping[str, str], argv: Sequence[str]) -> list[Cell]
 
 
 def warm_starts(usual: tuple[str, ...], options: Options) -> Iterator[tuple[str, ...]]:
-    """Runs as long as that of the arguments `usual`: first of BatchNorm alone, at the initial learning rate,
-    and then of what `usual` trains. `options` are the user's.
+    """Yield the arguments of pairs of runs: first BatchNorm alone, then what the arguments `usual` train.
+
+    Together, a pair has as many epochs as the run with arguments `usual`. The first run keeps the initial
+    learning rate. `options` are those of the user's command line.
     """
     milestones = options.milestones if options.schedule == "step" else ()
-    # Validation images set both parts apart in the same way. With so much patience they change nothing.
+    # These options make the first run hold out the same validation images as the second one. With this much
+    # patience they change nothing else.
     schedule = f"plateau --patience {options.epochs}" if options.schedule == "plateau" else "constant"
     schedule += f" --early-stop {options.epochs}" if options.early_stop else ""
     for epochs in sorted({max(1, round(of_160 * options.epochs / 160)) for of_160 in (5, 10, 20, 40)}):
@@ -141,8 +149,10 @@ def warm_starts(usual: tuple[str, ...], options: Options) -> Iterator[tuple[str,
 
 
 def retraining(usual: tuple[str, ...], options: Options) -> Iterator[tuple[str, ...]]:
-    """An eighth as many epochs on top of the run of the arguments `usual`: of BatchNorm alone, kept or drawn
-    anew, and of everything, to compare; each at the initial learning rate and at a tenth of it.
+    """Yield the arguments of runs that add an eighth of the epochs to the run with arguments `usual`.
+
+    They train BatchNorm alone, with gamma and beta kept or drawn anew, or again what `usual` trains. Each is
+    tried at the initial learning rate and at a tenth of it.
     """
     epochs = max(2, options.epochs // 8)
     schedule = f"--epochs {epochs} --milestones {config.show(sorted({epochs // 2, 3 * epochs // 4}))}"
@@ -154,41 +164,41 @@ def retraining(usual: tuple[str, ...], options: Options) -> Iterator[tuple[str, 
 
 
 def warm_up_within(epochs: int, options: Options) -> str:
-    """The argument of train.py that ends the user's warm-up with a run of so many epochs, if it must."""
+    """Return the train.py option that shortens the user's warm-up to `epochs`, or "" if it is no longer."""
     return f" --warmup-epochs {epochs}" if options.warmup_epochs > epochs else ""
 
 
 def going_on(usual: tuple[str, ...], more: str, parent: tuple[str, ...]) -> tuple[str, ...]:
-    """The arguments of a run with `usual` and `more` that goes on from the run with arguments `parent`."""
-    own = [argument for argument in usual if argument != "--reset-bn"]  # which is about the parent's parent
+    """Return the arguments `usual` and `more` for a run that starts from the run with arguments `parent`."""
+    own = [argument for argument in usual if argument != "--reset-bn"]  # it applies to the parent's parent
     path = folder(config.parse_options([*parent], __doc__)[0][0], seed="{seed}")
     return (*own, *more.split(), "--init-from", str(path))
 
 
 def folder(options: Options, seed: str | None = None) -> Path:
-    """The run folder of these options; `seed` stands for the seed in the name of several runs."""
+    """Return the run folder for these options; `seed`, if given, replaces the seed in its name."""
     return Path(options.out) / runs.run_name(options, sources.short_name(options.data), seed)
 
 
 def prepare(options: Options) -> bool:
-    """Whether the data is there and prepared, by another process: this one stays free of FFCV's threads."""
+    """Prepare the data in a child process, so this one gets no FFCV threads; return whether it worked."""
     command = [sys.executable, str(HERE / "data.py"), options.data, "--data-dir", options.data_dir]
     command += ["--image-size", str(options.image_size)] if options.image_size else []
     return subprocess.run(command).returncode == 0
 
 
 def places(device: str, jobs: int) -> list[dict[str, str]]:
-    """For each process at once, the environment that says where: a GPU `jobs` times, or the CPUs."""
+    """Return the environment variables of each parallel process: `jobs` per GPU, or `jobs` on the CPU."""
     if device != "cpu" and (count := torch.cuda.device_count()):
         gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))).split(",")
-        gpus = gpus if gpus[0].startswith("MIG-") else gpus[:count]  # CUDA counts one MIG instance at most
+        gpus = gpus if gpus[0].startswith("MIG-") else gpus[:count]  # CUDA sees at most one MIG instance
         return [{"CUDA_VISIBLE_DEVICES": gpu} for _ in range(jobs) for gpu in gpus]
-    threads = str(max(1, len(os.sched_getaffinity(0)) // jobs))  # more than cores would wait for each other
+    threads = str(max(1, len(os.sched_getaffinity(0)) // jobs))  # threads beyond the cores would only wait
     return [{} if jobs == 1 else {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}] * jobs
 
 
 class Job:
-    """A process of train.py for cells that differ in nothing but the seed; what it says goes to a log."""
+    """A train.py process for cells that differ only in the seed; its output is appended to a log file."""
 
     def __init__(self, cells: list[Cell], place: dict[str, str]):
         self.cells, self.place, seeds = cells, place, [str(cell.options.seed) for cell in cells]
@@ -200,27 +210,28 @@ class Job:
         with open(self.log, "a", encoding="utf-8", errors="backslashreplace") as file:
             print("$", shlex.join(["python", *command[1:]]), file=file, flush=True)
             streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
-            # In its own group, for Ctrl-C is passed on; it stops (PR_SET_PDEATHSIG) if the sweep is killed
+            # Its own process group keeps Ctrl-C away from it, since `close` stops it. PR_SET_PDEATHSIG (1)
+            # stops it if the sweep is killed.
             owned = {"process_group": 0, "preexec_fn": lambda: libc.prctl(1, signal.SIGTERM)}
             self.process = subprocess.Popen(command, env=os.environ | place, **streams, **owned)
 
     def why_ended(self) -> str:
-        """What train.py last had to say, or the end of its traceback, or the signal that killed it."""
+        """Return train.py's last note, the last line of its traceback, or the signal that killed it."""
         if (signal_number := -self.process.returncode) > 0:
             return f"killed by {signal.Signals(signal_number).name}"
-        said = self.log.read_text("utf-8", "replace").rpartition("\n$ ")[2].strip()  # in this attempt
+        said = self.log.read_text("utf-8", "replace").rpartition("\n$ ")[2].strip()  # of this attempt
         _, noted, last = said.rpartition("\ntrain.py: ")
         lines = last.splitlines() if noted and "\nTraceback " not in said else said.splitlines()[-1:]
         return progress.printable(" ".join(lines))
 
 
 class Sweep:
-    """Cells at work: those that nobody trains are launched wherever a place is free."""
+    """A sweep at work: it launches cells that no process trains yet whenever a place is free."""
 
     def __init__(self, cells: Sequence[Cell], places: list[dict[str, str]], replicas: int):
         self.cells, self.free, self.replicas = cells, list(places), replicas
         self.jobs: list[Job] = []
-        self.alone: set[Cell] = set()  # these failed beside other seeds, and may not by themselves
+        self.alone: set[Cell] = set()  # failed next to other seeds, so retried alone
         name = TextColumn("{task.description}", table_column=Column(overflow="fold"))
         columns = name, BarColumn(20), MofNCompleteColumn(), "{task.fields[text]}"
         self.bars = Progress(*columns, console=progress.Terminal(), auto_refresh=False, transient=True)
@@ -228,7 +239,7 @@ class Sweep:
         self.look()
 
     def train_all(self) -> None:
-        """Until every cell is done or has failed. A cell that another sweep trains is waited for."""
+        """Train until every cell is done or has failed; wait for cells that another sweep trains."""
         told = False
         with self.bars.live, contextlib.closing(self):
             self.say(f"{self.count()}; logs in {self.cells[0].path.parent / 'logs'}")
@@ -248,7 +259,7 @@ class Sweep:
                 time.sleep(1)
 
     def show(self) -> None:
-        """Show what runs: a bar for each process of this sweep, and for each cell of another."""
+        """Redraw the bars: the total, this sweep's processes, and the cells that other sweeps train."""
         for bar in self.bars.task_ids:
             self.bars.remove_task(bar)
         settled = len(self.cells) - len(self.unsettled())
@@ -256,7 +267,7 @@ class Sweep:
         rows = [(job.log.stem, job.cells) for job in self.jobs]
         rows += [(f"{cell.path.name}, by another sweep", [cell]) for cell in self.not_ours(trained=True)]
         for title, cells in rows:
-            cell = max(cells, key=lambda cell: cell.seconds or 0)  # the last to end
+            cell = max(cells, key=lambda cell: cell.seconds or 0)  # expected to end last
             last = cell.epochs[-1] if cell.epochs else None
             told = [f"test {last.test_acc:.2f} %"] if last and last.test_acc is not None else []
             told += [f"{last.images_per_s * len(cells):,.0f} images/s"] if last and last.images_per_s else []
@@ -265,13 +276,13 @@ class Sweep:
         self.bars.refresh()
 
     def look(self) -> None:
-        """Look again at what is neither done nor given up, and give up what goes on from what is."""
+        """Update the unsettled cells, and give up those whose parent cell was given up."""
         logs = {cell.path: cell.log for cell in self.cells if cell.log}
         for cell in self.unsettled():
             cell.look()
             if log := logs.get(cell.parent):
                 cell.status, cell.why, cell.log = "failed", f"its parent run failed: {cell.parent}", log
-        epoch_s = defaultdict(list)  # of cells with the same arguments, and with the same architecture
+        epoch_s = defaultdict(list)  # by arguments, and by architecture
         for cell in self.cells:
             for key in (cell.arguments, cell.options.arch):
                 epoch_s[key] += [epoch.epoch_s for epoch in cell.epochs]
@@ -280,17 +291,20 @@ class Sweep:
                 cell.seconds = statistics.fmean(alike) * (cell.options.epochs - len(cell.epochs))
 
     def unsettled(self) -> list[Cell]:
-        """Cells that are neither done nor given up."""
+        """Return the cells that are neither done nor given up."""
         return [cell for cell in self.cells if cell.status != "done" and not cell.log]
 
     def not_ours(self, trained: bool) -> list[Cell]:
-        """Unsettled cells that this sweep does not train, but another does (or nobody: not `trained`)."""
+        """Return unsettled cells that other sweeps train or, if not `trained`, that no process trains."""
         ours = {cell for job in self.jobs for cell in job.cells}
         others = [cell for cell in self.unsettled() if cell not in ours]
         return [cell for cell in others if (cell.status == "running") is trained]
 
     def next(self) -> list[Cell]:
-        """The first cell that nobody trains, and further seeds of it where every free place has enough."""
+        """Return the next cell to launch, and more seeds of it if enough cells remain for the other places.
+
+        A cell waits until its parent run is done. The list is empty if no cell can be launched.
+        """
         not_yet = {cell.path for cell in self.cells if cell.status != "done"}
         free = [cell for cell in self.not_ours(trained=False) if cell.parent not in not_yet]
         if not free or free[0] in self.alone:
@@ -299,11 +313,11 @@ class Sweep:
         return same[: min(self.replicas, -(-len(free) // len(self.free)))]
 
     def settle(self, job: Job) -> None:
-        """What became of the cells of a process that has ended; those to be tried again are left waiting."""
+        """Free the place of an ended job and report its cells; those to be retried stay unsettled."""
         self.jobs.remove(job)
         self.free.insert(0, job.place)
         refused = job.process.returncode == 2
-        taken = any(cell.status == "running" for cell in job.cells)  # another sweep was quicker
+        taken = any(cell.status == "running" for cell in job.cells)  # another sweep started them first
         for cell in job.cells:
             if cell.status == "done":
                 took = duration(sum(epoch.epoch_s for epoch in cell.epochs))
@@ -314,17 +328,17 @@ class Sweep:
                 self.alone.add(cell)
             else:
                 cell.log = job.log
-                if refused or cell.status == "to do":  # the summary, if any, is of an earlier attempt
+                if refused or cell.status == "to do":  # a summary would be of an earlier attempt
                     cell.status, cell.why = "failed", job.why_ended()
                 self.say(f"{cell.status} {cell.path.name}: {cell.why}")
 
     def close(self) -> None:
-        """Ask every process to stop, and wait until it has; it keeps its last epoch."""
+        """Terminate every process and wait until it has ended; its runs keep their last epoch."""
         if self.jobs:
             progress.note("sweep.py", f"stopping {len(self.jobs)} processes; the next sweep resumes them")
         for job in self.jobs:
             job.process.terminate()
-        with contextlib.suppress(KeyboardInterrupt):  # at which they are killed
+        with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C while waiting kills them
             for job in self.jobs:
                 job.process.wait()
         for job in self.jobs:
@@ -335,7 +349,10 @@ class Sweep:
         return f"{done} of {len(self.cells)} cells done{self.time_left()}"
 
     def time_left(self) -> str:
-        """`; about 5 min left` of all cells, where the seeds of one process take no longer than one alone."""
+        """Return text such as `; about 5 min left`, or "" if no cell's time is known.
+
+        This assumes that the seeds that share a process take as long together as one alone.
+        """
         known, groups = [cell for cell in self.unsettled() if cell.seconds is not None], defaultdict(list)
         for cell in sorted(known, key=lambda cell: -cell.seconds):
             groups[cell.arguments].append(cell.seconds)
@@ -355,7 +372,7 @@ def duration(seconds: float) -> str:
 
 
 def show_list(sweep: Sweep) -> None:
-    """Every cell with its number, which is its Slurm task's, its state, and the time it still needs."""
+    """Print every cell with its number (its Slurm array index), its status and the time it still needs."""
     rows = [(cell.path.name, cell.status, cell.reached, cell.left) for cell in sweep.cells]
     print(tabulate(rows, tablefmt="plain", showindex=True))
     counts = Counter(cell.status for cell in sweep.cells)
@@ -385,15 +402,15 @@ def main(argv: list[str] | None = None) -> int:
             raise OptionError(f"there is no cell {task} in the grid: give --array=0-{len(cells) - 1}")
         own = cells[int(task)]
         cells = [cell for cell in cells if cell is own or cell.path == own.parent]
-        signal.signal(signal.SIGUSR1, progress.interrupt)  # Slurm sends it before time runs out
+        signal.signal(signal.SIGUSR1, progress.interrupt)  # Slurm sends it before the time limit
     sweep = Sweep(cells, where, replicas)
     try:
         if not prepare(options):
             return 2
         sweep.train_all()
     except KeyboardInterrupt:
-        if task is not None:  # run it again, unless it was cancelled, or is requeued already
-            job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{task}"  # the last one's $SLURM_JOB_ID means the array
+        if task is not None:  # requeue it, unless it was cancelled or requeued already
+            job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{task}"  # the last task's $SLURM_JOB_ID is the array's
             asked = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True)
             if "JobState=RUNNING" in asked.stdout:
                 subprocess.run(["scontrol", "requeue", job])

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The grid of runs: every architecture, mode and seed, over all GPUs of this machine or of a cluster.
+# Train a grid of runs: every architecture, mode and seed, on all GPUs of this machine or of a cluster.
 #
 #   bash sweep.sh [--list] [train.py options]         ARCHS="resnet32 …" MODES="bn_only …" SEEDS="0 1 2" choose the grid
-#   GRID=depth bash sweep.sh                          or a named one: depth, width, vgg, parts, init, tuning, warmstart, retrain
+#   GRID=depth bash sweep.sh                          a named grid: depth, width, vgg, parts, init, tuning, warmstart, retrain
 #   sbatch --array=0-26 sweep.sh [train.py options]   one cell of the same grid per Slurm task
 #
-# Cells that are done are skipped, others go on at their last epoch: call it again whenever it was interrupted.
+# Finished cells are skipped and others continue after their last epoch, so call it again after an interruption.
 #
 #SBATCH --job-name=batchnorm-only
 #SBATCH --requeue
@@ -14,9 +14,9 @@
 set -euo pipefail
 
 script=${BASH_SOURCE[0]}
-if [[ -n ${SLURM_JOB_ID:-} && ! -f $(dirname "$script")/run.sh ]]; then # Slurm's copy; it knows where it came from
+if [[ -n ${SLURM_JOB_ID:-} && ! -f $(dirname "$script")/run.sh ]]; then # this is Slurm's copy; Slurm knows the original
   job=$SLURM_JOB_ID
-  [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID # the last one's id is the array's
+  [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID # the last task's job ID is the array's
   script=$(scontrol show job "$job" | sed -n 's/^ *Command=\(.*sweep\.sh\).*/\1/p')
 fi
 cd "$(dirname "$script")"

@@ -1,11 +1,11 @@
-"""Where images come from, how they are prepared once, and how they are changed at random."""
+"""Find data sets, prepare their images once, and augment them at random."""
 
 from collections.abc import Callable
 
-Say = Callable[[str], None]  # receives notes of one line
+Say = Callable[[str], None]  # receives one-line notes
 
 
 class DataError(ValueError):
-    """Data or an augmentation that is missing, damaged or unsuitable; a line or two say what would do."""
+    """Data or an augmentation is missing, damaged or unsuitable; one or two lines say how to fix that."""
 
     exit_status = 2

@@ -1,12 +1,13 @@
-"""How training images are changed at random: each by draws of its own, on the device.
+"""Augment training images at random on the device, with separate draws for each image.
 
-    paper   crop+flip: out of 4 pixels of black around the image, and left to right (He et al. 2016, 4.2)
-    photo   flip+brightness+rotation+shift+zoom+shear: what photographs of one thing differ in
+    paper   crop+flip: a crop of the image padded by 4 black pixels, a left-right flip (He et al. 2016, 4.2)
+    photo   flip+brightness+rotation+shift+zoom+shear: how photographs of one object differ
     none
 
-or any sum of these parts. The ranges are those of Keras's ImageDataGenerator in a Keras study, where they had
-an effect: brightness 0.7 to 1.3, shift and zoom 0.1. Its shear of 0.1 was in degrees, which is nothing; here
-it is 0.1 pixels per pixel, and its "tiny" rotation is up to 5 degrees. To add a part, append it to PARTS.
+Any sum of these parts is an augmentation too. Most ranges are those that a Keras study gave to Keras's
+ImageDataGenerator: brightness 0.7 to 1.3, shift and zoom 0.1. The study's shear of 0.1 was in degrees and had
+next to no effect; here it is 0.1 pixels per pixel. Its "tiny" rotation is up to 5 degrees here. To add a
+part, append it to PARTS.
 """
 
 import itertools
@@ -23,14 +24,14 @@ from datasets import DataError
 NAMED = {"paper": "crop+flip", "photo": "flip+brightness+rotation+shift+zoom+shear", "none": ""}
 PAD = 4  # pixels around an image before a crop
 
-Stream = Callable[[str, int], np.random.RandomState]  # gives the generator of a name and an epoch
+Stream = Callable[[str, int], np.random.RandomState]  # returns the generator for a name and an epoch
 
 
 def crop_and_flip(images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-    """Crop each image out of its zero-padded self and flip it left to right, or not.
+    """Crop each image from its zero-padded version, and flip it left to right if drawn.
 
-    `images` uint8 [N, H, W, 3]; `draws` [N, 3]: row and column of the crop in the image padded by PAD
-    pixels on every side (0 to 2 PAD), and 1 for a flip. Returns uint8 [N, H, W, 3].
+    `images` is uint8 [N, H, W, 3]. `draws` [N, 3] has the row and column of the crop (0 to 2 PAD) in the
+    image padded by PAD pixels on every side, and 1 for a flip, else 0. Returns uint8 [N, H, W, 3].
     """
     (count, height, width, _), draws = images.shape, draws.long()
     padded = F.pad(images, (0, 0, PAD, PAD, PAD, PAD))
@@ -43,17 +44,17 @@ def crop_and_flip(images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
 
 
 def brighten(images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-    """Multiply each image [N, H, W, 3] by its draw, of [N, 1]; white stays white. Returns float32."""
+    """Multiply each image [N, H, W, 3] by its draw [N, 1], and clip at 255. Returns float32."""
     return (images.float() * draws[..., None, None]).clamp_(max=255)
 
 
 def warp(images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-    """Show of each image [N, H, W, 3], H = W, what lies in a window of the same size, as float32.
+    """Resample each image [N, H, W, 3], H = W, through a window of the same size, as float32.
 
-    `draws` [N, 6] say how the window lies on the image: the angle in radians by which it is turned about its
-    centre, its shift down and across in sides of the image, its zoom along y and x, and its shear.
-    The pixel at (x, y) from the window's centre shows the image at R(angle) S(shear) diag(zoom) (x, y) +
-    shift, interpolated linearly; beyond the border, the image's outermost pixels are repeated.
+    `draws` [N, 6] place the window on the image: the angle in radians by which it is turned about its centre,
+    its shift down and across as fractions of the image's side, its zoom along y and x, and its shear. The
+    pixel at (x, y) from the window's centre shows the image at R(angle) S(shear) diag(zoom) (x, y) + shift,
+    interpolated bilinearly. Beyond the border, the image's outermost pixels are repeated.
     """
     side = images.shape[1]
     angle, down, across, zoom_y, zoom_x, shear = (draw[:, None, None] for draw in draws.unbind(1))
@@ -69,16 +70,16 @@ def warp(images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Part:
-    """One way to change images. Neighbours in PARTS with the same function are handed to it together."""
+    """One way to change images. Neighbours in PARTS with the same function are passed to it together."""
 
     change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # takes images and the draws for them
-    range: tuple[float, float]  # of its draws
+    range: tuple[float, float]  # of the draws
     unchanged: float  # the draw that changes nothing
     draws: int = 1  # per image
-    whole: bool = False  # whole numbers, from the stream "augment"; else uniform, from "augment/<name>"
+    whole: bool = False  # integers from the stream "augment", else floats from "augment/<name>"; uniform
 
 
-PARTS = {  # in the order in which images are changed, and of the columns of draws
+PARTS = {  # in the order of application, and of the columns of `draws`
     "crop": Part(crop_and_flip, (0, 2 * PAD), PAD, draws=2, whole=True),
     "flip": Part(crop_and_flip, (0, 1), 0, whole=True),
     "brightness": Part(brighten, (0.7, 1.3), 1.0),
@@ -92,9 +93,9 @@ GROUPS = [list(names) for _, names in itertools.groupby(PARTS, lambda name: PART
 
 
 def canonical(name: str) -> str:
-    """One spelling per augmentation: paper, photo or none where it is that, else parts in a fixed order.
+    """Return an augmentation's one spelling: paper, photo or none if it is one, else parts in a fixed order.
 
-    Raises DataError for a name that is no augmentation.
+    Raises DataError if `name` is not an augmentation.
     """
     asked = parts_of(name) if name in NAMED else set(name.split("+"))
     if unknown := asked - set(PARTS):
@@ -109,9 +110,10 @@ def parts_of(name: str) -> set[str]:
 
 
 def draw(parts: set[str], rng: Stream, epoch: int, count: int) -> np.ndarray:
-    """float32 [count, DRAWS]: what `augment` is to do to each image of an epoch.
+    """Return the draws of `augment` for each image of an epoch, float32 [count, DRAWS].
 
-    Crop and flip always draw from one stream, and each other part from its own: none shifts another's draws.
+    Crop and flip share a stream and always draw from it. Every other part has its own stream. So no part
+    shifts the draws of another.
     """
     columns, whole_numbers = [], rng("augment", epoch)
     for name, part in PARTS.items():
@@ -127,9 +129,9 @@ def draw(parts: set[str], rng: Stream, epoch: int, count: int) -> np.ndarray:
 def augment(images: torch.Tensor, draws: torch.Tensor, parts: set[str]) -> torch.Tensor:
     """Change each image by its draws, in the order of PARTS.
 
-    `images` uint8 [N, H, W, 3]; `draws` float32 [N, DRAWS]. Returns the same shape: uint8 or, after more than
-    crop and flip, float32 from 0 to 255. No shape depends on a value and nothing waits for the device, so it
-    can be captured in a CUDA graph.
+    `images` is uint8 [N, H, W, 3] and `draws` float32 [N, DRAWS]. Returns the shape of `images`: uint8, or
+    float32 from 0 to 255 if parts other than crop and flip are applied. No shape depends on a value and
+    nothing waits for the device, so a CUDA graph can capture it.
     """
     widths = [sum(PARTS[name].draws for name in names) for names in GROUPS]
     for names, columns in zip(GROUPS, draws.split(widths, 1), strict=True):

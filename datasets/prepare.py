@@ -1,7 +1,7 @@
-"""Images written once, as FFCV files that later starts map without reading the source again.
+"""Write images once, as FFCV files that later starts map without reading the source again.
 
-A folder holds a file per split of each prepared source and index.json, which tells by a source's key which
-files are its own, what lies where in them, and the facts that Dataset begins with.
+A folder holds one file per split of each prepared source, and index.json. For each source, by its key,
+index.json has the names of its files, their layout, and the first fields of its Dataset.
 """
 
 import contextlib
@@ -27,15 +27,15 @@ from datasets import DataError, Say, sources
 
 @dataclass(frozen=True)
 class Split:
-    images: np.ndarray  # uint8 [N, H, W, 3], mapped from the .beton, or in memory where FFCV is not installed
+    images: np.ndarray  # uint8 [N, H, W, 3], mapped from the .beton, or in memory if FFCV is not installed
     labels: np.ndarray  # int64 [N]
     beton: Path | None
     resident: dict = field(default_factory=dict, repr=False, compare=False)
 
     def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """All images and labels on `device`, once for all loaders."""
+        """Return all images and labels on `device`, which all loaders share."""
         if device not in self.resident:
-            # A mapped file is copied even to the CPU: its pages may be dropped and read from disk again.
+            # Copy a mapped file even to the CPU, because its pages may be dropped and read from disk again.
             images = torch.from_numpy(self.images).to(device, copy=self.beton is not None)
             self.resident[device] = images, torch.from_numpy(self.labels).to(device)
         return self.resident[device]
@@ -44,11 +44,11 @@ class Split:
 @dataclass(frozen=True)
 class Dataset:
     name: str
-    title: str  # for people: says what it is
+    title: str  # its display name
     fingerprint: str  # 16 hex digits of SHA-256 over pixels, labels, class names and size of both splits
     classes: tuple[str, ...]
     image_size: int  # pixels
-    mean: tuple[float, float, float]  # of the training pixels per channel, on the 0..255 scale, like std
+    mean: tuple[float, float, float]  # per channel of the training pixels, on the 0..255 scale; so is std
     std: tuple[float, float, float]
     train: Split
     test: Split
@@ -70,7 +70,7 @@ class _Record(pydantic.BaseModel):
 
 
 class _Part(_Record):
-    """What lies where in the file of a split, in bytes."""
+    """The layout of a split's file; sizes and offsets are in bytes."""
 
     file: Annotated[str, pydantic.Field(pattern=r"^[^/]+\.beton$")]
     bytes: Count
@@ -81,7 +81,7 @@ class _Part(_Record):
 
 
 class _Entry(_Record):
-    """What index.json says of a source; `facts` are the first fields of Dataset, in their order."""
+    """A source's entry in index.json; `facts` are the first fields of its Dataset, in order."""
 
     train: _Part
     test: _Part
@@ -97,18 +97,18 @@ class _Entry(_Record):
 
 
 def locked(folder: Path, say: Say) -> contextlib.AbstractContextManager:
-    """Let one process at a time prepare data in a folder, so that the others find it done."""
+    """Lock a folder, made if need be, so that one process prepares data and the others find it done."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / ".lock")
     try:
         return lock.acquire(timeout=1)
     except filelock.Timeout:
-        say(f"waiting for another process that prepares data in {folder}")
+        say(f"waiting for another process to prepare data in {folder}")
         return lock.acquire()
 
 
 def load(folder: Path, found: sources.Found) -> Dataset | None:
-    """What was prepared of this very source, the source unread; None if nothing was, or it is damaged."""
+    """Return the prepared data of exactly this source, without reading it; None if missing or damaged."""
     try:
         entry, splits = _index(folder)[found.key], []
         classes, size = entry.facts[3:5]
@@ -116,7 +116,7 @@ def load(folder: Path, found: sources.Found) -> Dataset | None:
             path, count = folder / part.file, part.count
             if path.stat().st_size != part.bytes:
                 return None
-            raw = np.memmap(path, np.uint8, "c")  # never written to; torch warns of arrays that cannot be
+            raw = np.memmap(path, np.uint8, "c")  # never written to, but torch warns of read-only arrays
             images = raw[part.images_at :][: count * size * size * 3].reshape(count, size, size, 3)
             labels = np.ndarray(count, "<i8", raw, part.labels_at, (part.label_stride,)).astype(np.int64)
             if labels.min() < 0 or labels.max() >= len(classes):
@@ -128,9 +128,10 @@ def load(folder: Path, found: sources.Found) -> Dataset | None:
 
 
 def prepare(folder: Path, found: sources.Found, say: Say) -> Dataset:
-    """Write a source's files and, last, its entry in index.json; the lock on the folder is held.
+    """Write a source's files and, last, its entry in index.json, and return its Dataset.
 
-    Without FFCV nothing is written, and the images stay in memory. Raises DataError or OSError.
+    The caller holds the lock on the folder. Without FFCV, nothing is written and the images stay in memory.
+    Raises DataError if the source is damaged or disk space is missing, and OSError if the disk fails.
     """
     source, index = sources.read(found), _index(folder)
     size, counts = source.image_size, {split: len(labels) for split, labels in source.labels.items()}
@@ -144,7 +145,7 @@ def prepare(folder: Path, found: sources.Found, say: Say) -> Dataset:
     digest = hashlib.sha256(json.dumps([size, source.classes, list(counts.values())]).encode())
     entry, images, histogram = {}, {}, np.zeros((3, 256), np.int64)
     try:
-        shown = {"unit": " images", "leave": False, "disable": None}  # None: unless a person is watching
+        shown = {"unit": " images", "leave": False, "disable": None}  # None: only in a terminal
         with tqdm(total=sum(counts.values()), desc=f"preparing {found.name}", **shown) as bar:
             for split, labels in source.labels.items():
                 shape, part = (counts[split], size, size, 3), folder / f"{split}.beton.part"
@@ -163,7 +164,7 @@ def prepare(folder: Path, found: sources.Found, say: Say) -> Dataset:
                     bar.update(len(block))
                 digest.update(labels.astype("<i8"))
         mean, square = (histogram @ np.arange(256.0) ** power / histogram[0].sum() for power in (1, 2))
-        std = np.maximum(np.sqrt(square - mean**2), 1.0)  # a channel without contrast is not blown up
+        std = np.maximum(np.sqrt(square - mean**2), 1.0)  # do not blow up a channel without contrast
         fingerprint, scale = digest.hexdigest()[:16], (tuple(mean.tolist()), tuple(std.tolist()))
         facts = [found.name, source.title, fingerprint, tuple(source.classes), size, *scale]
         if not with_ffcv:
@@ -182,7 +183,7 @@ def prepare(folder: Path, found: sources.Found, say: Say) -> Dataset:
 
 
 def _index(folder: Path) -> dict[str, _Entry]:
-    """What index.json tells, by a source's key; without what does not fit, which will be prepared anew."""
+    """Return the valid entries of index.json by source key; the others will be prepared anew."""
     try:
         file = folder / "index.json"
         told = json.loads(file.read_text("utf-8")) if file.is_file() and file.stat().st_size < 2**26 else {}
@@ -196,10 +197,10 @@ def _index(folder: Path) -> dict[str, _Entry]:
 
 
 def _new_beton(path: Path, labels: np.ndarray, size: int) -> dict[str, object]:
-    """An FFCV file whole but for its pixels, with all its space reserved; returns what lies where in it.
+    """Write an FFCV file without its pixels, reserve all its space, and return its layout (see _Part).
 
-    FFCV's own writer waits for ever if one of its processes fails, as on a full disk, and leaves gaps, so
-    that no one array covers all images. Raises DataError where the space is not there.
+    FFCV's own writer hangs if one of its processes fails, as on a full disk, and leaves gaps, so that no
+    single array covers all images. Raises DataError if there is not enough space.
     """
     from ffcv import types
 
@@ -211,18 +212,18 @@ def _new_beton(path: Path, labels: np.ndarray, size: int) -> dict[str, object]:
     images_at = -(-(rows_at + rows.nbytes) // 4096) * 4096
     end = images_at + count * each
     image, label = rows.dtype.names
-    raw = 1  # of FFCV's table, which numba would compile a function for, as in import_ffcv
+    raw = 1  # as in FFCV's IMAGE_MODES; numba would compile a function to look it up
     rows[image]["mode"], rows[image]["height"], rows[image]["width"] = raw, size, size
     rows[image]["data_ptr"] = table["ptr"] = images_at + np.arange(count) * each
     rows[label], table["sample_id"], table["size"] = labels, np.arange(count), each
-    page = 1 << min(31, max(21, (count * (each + 64)).bit_length()))  # up to 2 GiB all images lie on one page
+    page = 1 << min(31, max(21, (count * (each + 64)).bit_length()))  # up to 2 GiB, one page holds all images
     header = np.array((types.CURRENT_VERSION, len(fields), page, count, end), types.HeaderType)
     with open(path, "wb") as file:
         try:
             os.posix_fallocate(file.fileno(), 0, end + table.nbytes)
         except OSError as error:
             raise DataError(
-                f"{path.parent}: {end:,} bytes for prepared data are not to be had ({sources.brief(error)})\n"
+                f"{path.parent}: {end:,} bytes for prepared data are not available ({sources.brief(error)})\n"
                 "free as much, or name a folder on another disk with --data-dir"
             ) from error
         file.write(header.tobytes() + fields.tobytes() + rows.tobytes())
@@ -233,11 +234,12 @@ def _new_beton(path: Path, labels: np.ndarray, size: int) -> dict[str, object]:
 
 
 def import_ffcv() -> bool:
-    """Whether FFCV is there; imported, with torch's number of threads left as it was.
+    """Import FFCV and return whether that worked; torch's number of threads stays as it was.
 
-    Ctrl-C and SIGTERM wait until it is: numba compiles meanwhile, and what LLVM calls back swallows them.
+    Ctrl-C and SIGTERM wait until the import ends: numba compiles during it, and LLVM's callbacks would
+    swallow them.
     """
-    os.environ.setdefault("NUMBA_THREADING_LAYER", "omp")  # with TBB, a process that forked may never end
+    os.environ.setdefault("NUMBA_THREADING_LAYER", "omp")  # with TBB, a forked process may hang
     threads = torch.get_num_threads()
     try:
         with _interrupted_later():
@@ -252,7 +254,7 @@ def import_ffcv() -> bool:
 
 @contextlib.contextmanager
 def _interrupted_later() -> Iterator[None]:
-    """Handle SIGINT and SIGTERM when the block ends; in a thread, which they do not reach, do nothing."""
+    """Defer SIGINT and SIGTERM until the block ends; in other threads, which do not get them, do nothing."""
     came, before = [], {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):

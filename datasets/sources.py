@@ -1,8 +1,8 @@
-"""Where images come from: official releases, folders of class folders, and a set that is drawn.
+"""Find and read images: official releases, folders of class folders, and the synthetic set.
 
 `locate` finds a source without reading it, and `read` opens it: labels at once, images in blocks. Files are
-untrusted: nothing in them is executed, and an error names the file that is damaged. To add a named set, add
-a table to named_sets.toml.
+untrusted: nothing in them is executed, and an error names the damaged file. To add a named set, add a table
+to named_sets.toml.
 """
 
 import contextlib
@@ -25,36 +25,36 @@ from datasets import DataError, Say, synthetic, untrusted
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # by content; EPS would run Ghostscript
-SMALLEST, LARGEST = 8, 65535  # sides of images, in pixels
-BLOCK = 1000  # images handled together while preparing, or as many as fill BLOCK_BYTES
+SMALLEST, LARGEST = 8, 65535  # side lengths of images, in pixels
+BLOCK = 1000  # most images in a block while preparing; fewer if they exceed BLOCK_BYTES
 BLOCK_BYTES = 1 << 28
-FORMAT = 1  # part of every key in index.json: raised when data is read, drawn or written another way
+FORMAT = 1  # part of every key in index.json; raise it when reading, drawing or writing changes
 
 
-# ---- known by name ----
+# ---- named sets ----
 
 
 @dataclass(frozen=True)
 class NamedSet:
     """A set whose official files are class folders or, if it has `files`, in CIFAR's own formats.
 
-    These hold 32x32 images as rows of 3,072 bytes (cs.toronto.edu/~kriz/cifar.html), the same number in each
-    file of a split. The python version pickles rows and labels; in the binary version, whose names end in
-    .bin, each row follows its label, and no MD5 of a file is published.
+    CIFAR's files hold 32x32 images as rows of 3,072 bytes (cs.toronto.edu/~kriz/cifar.html), the same number
+    in each file of a split. The python version pickles rows and labels. In the binary version, whose names
+    end in .bin, each row follows its label; no MD5 of its files is published.
     """
 
-    title: str  # for people: says what it is
-    classes: list[str]  # in the order of their labels
+    title: str  # its display name
+    classes: list[str]  # in label order
     counts: dict[str, int]  # images in each split
-    image_size: int = 32  # pixels, unless another size is asked for
+    image_size: int = 32  # default side length, in pixels
     url: str | None = None  # of the archive to download
-    archives: dict[str, str] = field(default_factory=dict)  # name and MD5 of each official one
+    archives: dict[str, str] = field(default_factory=dict)  # MD5 of each official one, by name
     folders: Sequence[str] = ()  # what the archives unpack to
-    files: dict[str, dict[str, str]] = field(default_factory=dict)  # by split: name and MD5 (python version)
-    mean: Sequence[float] = (np.nan,) * 3  # of the official training pixels, where it is published
-    label_key: str = "labels"  # in the python version
+    files: dict[str, dict[str, str]] = field(default_factory=dict)  # by split: MD5 by name (python version)
+    mean: Sequence[float] = (np.nan,) * 3  # of the official training pixels, if published
+    label_key: str = "labels"  # of the labels in the python version
     label_bytes: int = 1  # before each row of the binary version; the last one is the label
-    # Files that name the classes, and are held to them where they are there: a key of a pickle; or "", lines.
+    # Files that must name the classes if they exist: the key in a pickle, or "" for lines of text.
     class_files: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -71,35 +71,35 @@ with open(Path(__file__).with_name("named_sets.toml"), "rb") as _file:
 
 
 def short_name(name: str) -> str:
-    """What run folders call the data set `name`: itself, or the last part of a folder's path."""
+    """Return the data set's name in run folders: `name` itself, or the last part of a folder's path."""
     return name if name in SETS else re.sub(r"[^\w.-]", "_", Path(name).resolve().name)
 
 
-# ---- found ----
+# ---- finding ----
 
 
 @dataclass(frozen=True)
 class Found:
-    """A source of which nothing has been read."""
+    """A source that was found and not read."""
 
     name: str
     kind: str  # "batches" (the row files of a named set), "images" (of a named set), "folder" or "synthetic"
     path: Path
     image_size: int | None
-    stamps: dict[str, str]  # size and time of each of its files
+    stamps: dict[str, str]  # size and modification time of each file
 
     @property
     def key(self) -> str:
-        """Names the prepared data in index.json; another one as soon as a file of the source is replaced."""
+        """The key of the prepared data in index.json; it changes when a file of the source is replaced."""
         facts = [FORMAT, self.name, self.kind, str(self.path.resolve()), self.image_size, self.stamps]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 
 def locate(name: str, places: list[Path], image_size: int | None, say: Say) -> Found | None:
-    """The first source in the places, official files before an archive before class folders, or None.
+    """Return the first source in `places`, or None; each is searched for row files, archives, class folders.
 
-    Raises DataError for a folder that does not exist or has other folders than those of two splits, and for
-    an image size that cannot be had.
+    `say` receives a note if files are ignored. Raises DataError if a folder does not exist or lacks those of
+    the two splits, and if the image size is out of range.
     """
     if image_size is not None and not SMALLEST <= image_size <= LARGEST:
         raise DataError(f"--image-size {image_size}: must be from {SMALLEST} to {LARGEST}")
@@ -127,7 +127,7 @@ def locate(name: str, places: list[Path], image_size: int | None, say: Say) -> F
 
 
 def expanded(data_dir: str | Path) -> Path:
-    """The folder that --data-dir names, with ~ and ~user. DataError where there can be no such folder."""
+    """Return the folder that --data-dir names, with ~ and ~user expanded. DataError if it cannot exist."""
     try:
         path = Path(data_dir).expanduser()
         path.exists()
@@ -137,7 +137,7 @@ def expanded(data_dir: str | Path) -> Path:
 
 
 def empty_folders(name: str, places: list[Path]) -> list[Path]:
-    """The folders in the places that should hold the named set, and hold nothing."""
+    """Return the folders in `places` that should hold the named set but are empty."""
     folders = [place / folder for place in places for folder in SETS[name].folders]
     return [folder for folder in folders if folder.is_dir() and not any(folder.iterdir())]
 
@@ -152,7 +152,10 @@ def _classes(folder: Path) -> list[str]:
 
 
 def _class_folders(folder: Path, say: Say) -> dict[str, str]:
-    """The images of train/<class>/* and test/<class>/* or val/<class>/*, sorted, with their stamps."""
+    """Return the stamps of all images in train/<class>/* and test/<class>/* or val/<class>/*, sorted by path.
+
+    Raises DataError if a split has no folder.
+    """
     test = "test" if (folder / "test").is_dir() else "val"
     if not (folder / "train").is_dir() or not (folder / test).is_dir():
         raise DataError(f"{folder}: needs folders train/<class>/ and test/<class>/ or val/<class>/")
@@ -164,7 +167,7 @@ def _class_folders(folder: Path, say: Say) -> dict[str, str]:
             else:
                 ignored += 1
     if ignored:
-        say(f"{folder}: ignored {ignored} hidden files or files that are no images")
+        say(f"{folder}: ignored {ignored} files that are hidden or not images")
     return stamps
 
 
@@ -172,7 +175,7 @@ def _is_image(name: str) -> bool:
     return name[0] != "." and os.path.splitext(name)[1].lower() in SUFFIXES
 
 
-# ---- read ----
+# ---- reading ----
 
 
 @dataclass(frozen=True)
@@ -180,19 +183,22 @@ class Source:
     title: str
     image_size: int
     classes: list[str]
-    images: dict[str, Sequence]  # of each split: uint8 [N, 32, 32, 3], or the name and file of every image
-    labels: dict[str, np.ndarray]  # of each split, int64 [N]
+    images: dict[str, Sequence]  # by split: uint8 [N, 32, 32, 3], or the name and file of every image
+    labels: dict[str, np.ndarray]  # by split: int64 [N]
 
     @property
     def block_size(self) -> int:
         return max(1, min(BLOCK, BLOCK_BYTES // (3 * self.image_size**2)))
 
     def block(self, split: str, first: int) -> np.ndarray:
-        """Up to `block_size` images of a split, from `first` on: uint8 [n, H, W, 3]. Raises DataError."""
+        """Return up to `block_size` images of a split, from `first` on: uint8 [n, H, W, 3].
+
+        Raises DataError if one of them cannot be read.
+        """
         block = self.images[split][first : first + self.block_size]
         if isinstance(block, np.ndarray) and block.shape[1] == self.image_size:
             return block
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow lets other threads run while it decodes
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow releases the GIL while it decodes
             return np.stack(list(pool.map(self._decoded, block)))
 
     def _decoded(self, image: np.ndarray | tuple[str, Path | bytes]) -> np.ndarray:
@@ -202,7 +208,10 @@ class Source:
 
 
 def read(found: Found) -> Source:
-    """Open a source; what can be checked before its images are decoded is checked here. Raises DataError."""
+    """Open a source and check all that can be checked before its images are decoded.
+
+    Raises DataError if the source does not pass.
+    """
     files = _files(found)
     if found.kind == "folder":
         content = _read_images(found, files)
@@ -221,7 +230,10 @@ def read(found: Found) -> Source:
 
 
 def _files(found: Found) -> dict[str, Path | bytes]:
-    """Row files by name, or image files by <split>/<class>/<name>; an archive is not unpacked to the disk."""
+    """Return row files by name, or image files by <split>/<class>/<name>.
+
+    Values are bytes, or paths for images in a folder; an archive is not unpacked to disk. Raises DataError.
+    """
     rows, path = found.kind == "batches", found.path
     if path.is_dir():
         files = {name: path / name for name in found.stamps}
@@ -233,13 +245,16 @@ def _files(found: Found) -> dict[str, Path | bytes]:
         files = {"/".join(name.split("/")[-depth:]): content for name, content in members}
         return dict(sorted(files.items()))
     except Exception as error:  # tarfile, too, can raise anything
-        what = f"{path} is truncated or no archive ({brief(error)})"
+        what = f"{path} is truncated or not an archive ({brief(error)})"
         raise DataError(f"{what}; remove it and fetch it again") from error
 
 
 def _read_images(found: Found, files: dict[str, Path | bytes]) -> tuple[list[str], dict, dict]:
-    """Classes, and by split the images' names and files, and their labels, of <split>/<class>/<name>."""
-    warnings.filterwarnings("ignore", module="PIL")  # what damages an image is told, or else it is read
+    """Return the classes and, by split, the images' names and files and the labels.
+
+    `files` has images by <split>/<class>/<name>. Raises DataError if the two splits do not fit.
+    """
+    warnings.filterwarnings("ignore", module="PIL")  # a damaged image is an error, and any other is read
     warnings.simplefilter("error", Image.DecompressionBombWarning)  # for all threads that will decode
     images, classes, labels = {}, {}, {}
     for split in ("train", "test"):
@@ -248,7 +263,7 @@ def _read_images(found: Found, files: dict[str, Path | bytes]) -> tuple[list[str
         classes[split], labels[split] = np.unique(owners, return_inverse=True)
     odd = set(classes["train"]) ^ set(classes["test"])
     if odd or not files:
-        what = f"only one split has images of the class {min(odd)}" if odd else "it holds no images"
+        what = f"only one split has images of the class {min(odd)}" if odd else "it contains no images"
         raise DataError(f"{found.path}: {what}; both splits need the same class folders with images in them")
     counts = {split: len(part) for split, part in images.items()}
     if found.kind == "images" and counts != SETS[found.name].counts:
@@ -257,13 +272,13 @@ def _read_images(found: Found, files: dict[str, Path | bytes]) -> tuple[list[str
             f"{found.path} is incomplete: {have} training and test images, not {want}\n"
             f"copy or unpack it again, or give --data {found.path} to use what is there"
         )
-    # What the locale could not decode in a folder's name is read as UTF-8, or is shown by a replacement
+    # Bytes of a folder's name that the locale could not decode are decoded as UTF-8, or replaced.
     names = [name.encode("utf-8", "surrogateescape") for name in classes["train"].tolist()]
     return [name.decode("utf-8", "replace") for name in names], images, labels
 
 
 def _own_size(files: dict[str, Path]) -> int:
-    """The side of the images if their headers say that all are squares of one size, else 128."""
+    """Return the images' side if, by their headers, all are squares of one size, else 128."""
     sides = (side for item in files.items() for side in _opened(*item, lambda image: image.size))
     first = next(sides)
     return first if all(side == first for side in sides) else 128
@@ -273,20 +288,20 @@ def _opened(name: str, file: Path | bytes, use: Callable[[Image.Image], object])
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
             return use(image)
-    except Exception as error:  # damaged, it can raise anything
+    except Exception as error:  # a damaged file can raise anything
         where = name if isinstance(file, bytes) else file
-        raise DataError(f"{where} is no readable image ({brief(error)}); replace or remove it") from error
+        raise DataError(f"{where} is not a readable image ({brief(error)}); replace or remove it") from error
 
 
 def _fit(image: Image.Image, size: int) -> np.ndarray:
-    """Any image as RGB uint8 [size, size, 3]: shorter side resized to `size` if it differs, centre square."""
-    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip to white
+    """Return an image as RGB uint8 [size, size, 3]: shorter side resized to `size`, centre cropped."""
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip to white
         grey = np.asarray(image)
         if grey.min() < 0 or grey.max() > 0xFFFF:
             raise ValueError("its pixels have more than 16 bits")
         image = Image.fromarray((grey >> 8).astype(np.uint8))
     if image.mode == "F":
-        raise ValueError("its pixels are no whole numbers")
+        raise ValueError("its pixels are not whole numbers")
     image, short = image.convert("RGB"), min(image.size)
     if short != size:
         sides = [max(size, round(side * size / short)) for side in image.size]
@@ -298,7 +313,10 @@ def _fit(image: Image.Image, size: int) -> np.ndarray:
 
 
 def _read_rows(found: Found, files: dict[str, bytes]) -> tuple[list[str], dict, dict]:
-    """Classes, and by split the images, uint8 [N, 32, 32, 3], and labels, int64 [N], of row files."""
+    """Return the classes and, by split, images (uint8 [N, 32, 32, 3]) and labels (int64 [N]) of row files.
+
+    Raises DataError if a file is damaged.
+    """
     known = SETS[found.name]
     suffix = "" if any(name in files for name in known.checksums) else ".bin"
     images, labels = {}, {}
@@ -318,7 +336,7 @@ def _read_rows(found: Found, files: dict[str, bytes]) -> tuple[list[str], dict, 
 
 @contextlib.contextmanager
 def _blamed(found: Found, name: str) -> Iterator[None]:
-    """Make a DataError that names this file of whatever goes wrong: damaged, it can raise anything."""
+    """Turn every exception into a DataError that names this file; a damaged file can raise anything."""
     try:
         yield
     except Exception as error:
@@ -328,7 +346,7 @@ def _blamed(found: Found, name: str) -> Iterator[None]:
 
 
 def _doubt(found: Found, files: dict[str, Path | bytes], images: Sequence) -> str:
-    """What the title says of a named set whose bytes are not known to be the official ones."""
+    """Return a suffix for the title of a named set if its bytes are not known to be official, else ""."""
     known = SETS[found.name]
     digests = {name: hashlib.md5(files[name]).hexdigest() for name in known.checksums if name in files}
     if digests and digests == known.checksums:
@@ -337,7 +355,7 @@ def _doubt(found: Found, files: dict[str, Path | bytes], images: Sequence) -> st
         with open(found.path, "rb") as file:
             if hashlib.file_digest(file, "md5").hexdigest() in known.archives.values():
                 return ""
-    # Unpacked binary files have no checksums to go by. With the published mean their pixels may be official.
+    # Unpacked binary files have no published checksums. With the published mean, they may be official.
     binary = found.kind == "batches" and not digests
     if not known.files or (binary and np.allclose(images.mean((0, 1, 2)), known.mean, rtol=0, atol=1e-3)):
         return " (bytes not verified)"
@@ -345,7 +363,7 @@ def _doubt(found: Found, files: dict[str, Path | bytes], images: Sequence) -> st
 
 
 def _rows(data: bytes, binary: bool, known: NamedSet, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels uint8 [count, 3072] and labels [count] of one file."""
+    """Return pixels, uint8 [count, 3072], and labels, [count], of one file. ValueError if they do not fit."""
     if binary:
         head = known.label_bytes
         rows = np.frombuffer(data, np.uint8).reshape(count, head + 3072)
@@ -365,11 +383,11 @@ def _rows(data: bytes, binary: bool, known: NamedSet, count: int) -> tuple[np.nd
 
 
 def _check_classes(data: bytes, key: str, classes: list[str]) -> None:
-    """Raise ValueError where a file names other classes, or the same in another order."""
+    """Raise ValueError if a file names other classes than `classes`, or in another order."""
     names = untrusted.unpickled(data)[key] if key else data.split()
     names = [name.decode() if isinstance(name, bytes) else name for name in names]
     if names != classes:
-        raise ValueError(f"it does not name the {len(classes)} classes in their order")
+        raise ValueError(f"it does not name the {len(classes)} classes in label order")
 
 
 def brief(error: Exception) -> str:

@@ -1,12 +1,13 @@
-"""The synthetic set: ten classes of 32x32 RGB images, drawn offline and the same on every machine."""
+"""The synthetic set: ten classes of 32x32 RGB images, generated offline, identical on every machine."""
 
 import numpy as np
 
 
 def draw(counts: dict[str, int]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """As many images of each split, uint8 [N, 32, 32, 3], and their labels, int64 [N].
+    """Return `counts` images of each split, uint8 [N, 32, 32, 3], and their labels, int64 [N].
 
-    Every machine draws the same, because no library's sine or logarithm is used, whose last bits differ.
+    Every machine draws the same images. For that, no library's sine or logarithm is used, because their last
+    bits differ.
     """
     rng, images, labels = np.random.RandomState(20_200_301), {}, {}
     for split, count in counts.items():
@@ -17,7 +18,7 @@ def draw(counts: dict[str, int]) -> tuple[dict[str, np.ndarray], dict[str, np.nd
 
 
 def _draw_block(labels: np.ndarray, rng: np.random.RandomState) -> np.ndarray:
-    """Images [N, 32, 32, 3] of classes `labels` [N]: a bright shape on dark, cluttered ground, with noise."""
+    """Return uint8 images [N, 32, 32, 3] of classes `labels` [N]: a bright shape on dark, noisy clutter."""
 
     def uniform(low: float, high: float, channels: int = 1) -> np.ndarray:
         return (low + (high - low) * rng.random_sample((len(labels), 1, 1, channels))).astype(np.float32)
@@ -26,11 +27,11 @@ def _draw_block(labels: np.ndarray, rng: np.random.RandomState) -> np.ndarray:
     slope = np.clip(0.5 + (uniform(-1, 1) * (x - 16) + uniform(-1, 1) * (y - 16)) / 32, 0, 1)
     start, end = uniform(0, 128, 3), uniform(0, 128, 3)
     canvas = start + (end - start) * slope
-    for _ in range(3):  # boxes that mean nothing
+    for _ in range(3):  # distractor boxes
         inside = (abs(x - uniform(0, 32)) < uniform(1, 4)) & (abs(y - uniform(0, 32)) < uniform(1, 4))
         canvas = np.where(inside, uniform(0, 255, 3), canvas)
 
-    half = uniform(-1, 1)  # the tangent of half the angle gives sine and cosine without a library
+    half = uniform(-1, 1)  # tan(angle / 2) gives sine and cosine without a library
     cosine, sine = (1 - half * half) / (1 + half * half), 2 * half / (1 + half * half)
     radius = uniform(8, 12)
     dx, dy = (x - uniform(12, 20)) / radius, (y - uniform(12, 20)) / radius

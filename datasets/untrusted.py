@@ -1,4 +1,4 @@
-"""Archives and pickles of unknown origin: nothing in them is run, and what they claim is not believed."""
+"""Read archives and pickles of unknown origin: run nothing in them, and trust nothing that they claim."""
 
 import gzip
 import io
@@ -10,16 +10,17 @@ from typing import BinaryIO
 
 import numpy as np
 
-MOST_BYTES = 1 << 28  # of a file, and of a member of an archive
+MOST_BYTES = 1 << 28  # limit for a file, and for a member of an archive
 
 
 # ---- archives ----
 
 
 def members(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
-    """The plain files of a tar archive, packed by gzip or not, whose names are `wanted`, and their contents.
+    """Yield the name and content of each plain file in a tar archive, gzipped or not, whose name is `wanted`.
 
-    Images and pixels hardly shrink, so that an archive is not read further than to 16 times its size.
+    Images and pixels hardly compress, so reading stops at 16 times the archive's size plus 16 MiB. Raises
+    tarfile.ReadError or EOFError if the archive goes beyond that or is damaged; gzip can raise others.
     """
     with open(path, "rb") as file:
         opener, end = gzip.open if file.read(2) == b"\x1f\x8b" else open, 2**24 + 16 * path.stat().st_size
@@ -32,13 +33,13 @@ def members(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, by
                 if len(content) < size:
                     raise EOFError(f"it ends within {member.name}")
                 yield member.name, content
-        while file.read(2**20):  # to its end, where gzip has a checksum
+        while file.read(2**20):  # read to the end, where gzip has a checksum
             if file.tell() > end:
                 raise tarfile.ReadError("it unpacks to far more than its size")
 
 
 class _Headers:
-    """An archive as tarfile reads it, which believes what headers say: forwards, a little at a time."""
+    """A file object for tarfile, which trusts headers: it allows only small reads and seeks forwards."""
 
     def __init__(self, file: BinaryIO, end: int):
         self.file, self.end, self.tell = file, end, file.tell
@@ -50,7 +51,7 @@ class _Headers:
 
     def seek(self, position: int) -> int:
         if not self.tell() <= position <= self.end:
-            raise tarfile.ReadError("its members have sizes that cannot be")
+            raise tarfile.ReadError("its members have impossible sizes")
         return self.file.seek(position)
 
 
@@ -58,13 +59,13 @@ class _Headers:
 
 
 def unpickled(data: bytes) -> dict:
-    """What a file of the python version holds; its keys are byte strings as Python 2 wrote them."""
+    """Return the dictionary in a pickled CIFAR file; its keys, which Python 2 wrote as bytes, are text."""
     content = _Unpickler(data).load()
     return {key.decode() if isinstance(key, bytes) else key: value for key, value in content.items()}
 
 
 class _Named(dict):
-    """A dictionary whose keys are names; others can be made to take years to look up."""
+    """A dictionary that allows only text and bytes as keys; others can be made to take years to look up."""
 
     def __setitem__(self, key: str | bytes, value: object) -> None:
         if type(key) not in (str, bytes):
@@ -73,7 +74,7 @@ class _Named(dict):
 
 
 class _Array:
-    """Stands for an array, which NumPy pickles in two parts; `pixels` are there once the second has come."""
+    """A stand-in for an array, which NumPy pickles in two parts; the second part sets `pixels`."""
 
     def __init__(self, kind: str, shape: tuple, dtype: bytes):
         pass
@@ -84,7 +85,7 @@ class _Array:
 
 
 class _Dtype:
-    """Stands for the dtype of an array of bytes, the only one."""
+    """A stand-in for the dtype of an array; only uint8 is accepted."""
 
     def __init__(self, name: str | bytes, align: bool, copy: bool):
         if name not in ("u1", b"u1"):
@@ -95,7 +96,7 @@ class _Dtype:
 
 
 class _Opcodes(dict):
-    """What each opcode does; a million are more than any CIFAR file has."""
+    """The handler of each opcode, for a million opcodes at most, more than any CIFAR file has."""
 
     left = 10**6
 
@@ -107,9 +108,9 @@ class _Opcodes(dict):
 
 
 class _Unpickler(pickle._Unpickler):
-    """Makes arrays of bytes and the containers around them, all that CIFAR's files hold, and runs nothing.
+    """An unpickler for byte arrays and the containers around them, all that CIFAR's files hold; runs no code.
 
-    Neither NumPy's constructors, which can be made to write anywhere in memory, nor the unpickler in C, which
+    It avoids NumPy's constructors, which can be made to write anywhere in memory, and the C unpickler, which
     takes as much memory as a file asks for.
     """
 

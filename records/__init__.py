@@ -1,12 +1,12 @@
-"""What the files of a run hold: one schema, for whoever writes them and whoever reads them.
+"""The schemas of a run's files, shared by the code that writes them and the code that reads them.
 
     config.json     Config: every option, the network's spec, the parent run, versions, device, git commit
-    metrics.jsonl   Epoch, a line each
+    metrics.jsonl   Epoch, one per line
     summary.json    Summary: status and results
     analysis.json   Analysis: what BatchNorm learned
-    last.pt         Kept, whose tensors are not checked here
+    last.pt         Kept; its tensors are not checked here
 
-`NetworkSpec` is also in the metadata of model.safetensors.
+The metadata of model.safetensors also holds the `NetworkSpec`.
 """
 
 import dataclasses
@@ -29,18 +29,18 @@ Text = Annotated[str, AfterValidator(printable)]
 Count = Annotated[int, Field(ge=0, le=2**62)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Number = Annotated[float, Field(ge=-1e100, le=1e100)]  # whose square is still finite
+Number = Annotated[float, Field(ge=-1e100, le=1e100)]  # so that its square is finite
 Positive = Annotated[float, Field(ge=0, le=1e100)]
 Seed = Annotated[int, Field(ge=0, le=2**64 - 1)]
 Epochs = Annotated[int, Field(ge=0, le=10**6)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Value = Text | int | float | bool | None
-Variant = dict[Text, Value | tuple[Value, ...]]  # options that set a run apart, in the order of their names
-Pairs = tuple[tuple[str, object], ...]  # the same, as what can be a key
+Variant = dict[Text, Value | tuple[Value, ...]]  # non-default options, sorted by name
+Pairs = tuple[tuple[str, object], ...]  # the same, but hashable
 
 
 def _usable_options(options: Options) -> Options:
-    """The options, their texts printable. ValueError for one that train.py does not take."""
+    """Replace unprintable characters in `options`. Raises ValueError for a value that train.py rejects."""
     for name, field in config.FIELDS.items():
         value, choices = getattr(options, name), field.metadata["argparse"].get("choices")
         least, most = field.metadata["limits"] or (value, value)
@@ -51,7 +51,7 @@ def _usable_options(options: Options) -> Options:
 
 
 def first_misfit(error: pydantic.ValidationError) -> str:
-    """The first field that does not fit, why, and what it is instead."""
+    """Describe the first validation error: the field, the reason, and the value found."""
     first = error.errors(include_url=False)[0]
     field, what = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
     found = "" if not field or first["type"] == "missing" else f" (it is {str(first['input'])[:40]!r})"
@@ -59,17 +59,17 @@ def first_misfit(error: pydantic.ValidationError) -> str:
 
 
 class Record(pydantic.BaseModel):
-    """What a file of a run holds: every field has its type and range, and there are no others."""
+    """Base class of the schemas: strict types, checked ranges, no NaN or infinity, no unknown fields."""
 
     model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     def to_json(self, indent: int | None = 1) -> str:
-        """JSON text, without the fields that were never set, and with a line feed at its end."""
+        """Return JSON text that ends in a newline and omits fields that were never set."""
         return self.model_dump_json(indent=indent, exclude_unset=True) + "\n"
 
     @classmethod
     def parse(cls, text: str | bytes, where: object) -> Self:
-        """The record of a JSON text. RunError, naming `where` and the field, where it does not fit."""
+        """Parse JSON `text`. Raises RunError, naming `where` and the field, if it does not fit the schema."""
         try:
             return cls.model_validate_json(text)
         except pydantic.ValidationError as error:
@@ -77,13 +77,13 @@ class Record(pydantic.BaseModel):
 
     @classmethod
     def read(cls, file: Path) -> Self | None:
-        """The record in a run's file; None where there is none. RunError where it does not fit."""
+        """Read a record from `file`; None if it does not exist. Raises RunError if it is unusable."""
         text = read_text(file)
         return None if text is None else cls.parse(text, file)
 
 
 class NetworkSpec(Record):
-    """What rebuilds a network, besides its trained tensors, and evaluates it as its run did."""
+    """What is needed, besides the trained tensors, to rebuild a network and evaluate it as its run did."""
 
     arch: Text
     mode: Text
@@ -98,7 +98,7 @@ class NetworkSpec(Record):
     fingerprint: Text  # of the prepared images
     image_size: Annotated[int, Field(ge=1, le=65535)]  # pixels
     classes: Annotated[tuple[Text, ...], Field(min_length=1, max_length=2**16)]
-    mean: tuple[Number, Number, Number]  # of the training pixels per channel, on the 0..255 scale, like std
+    mean: tuple[Number, Number, Number]  # per channel, of the training pixels on the 0..255 scale, like std
     std: tuple[Number, Number, Number]
     train_images: Count
     val_images: Count
@@ -111,59 +111,60 @@ class NetworkSpec(Record):
 
 
 class Parent(Record):
-    """The run that another one goes on from. Fields that end in `_in_all` include its own parent runs."""
+    """The run whose weights another run starts from.
+
+    Fields that end in `_in_all` include its own parent runs if they had the same images.
+    """
 
     run: Text  # its folder's name
     mode: Text
     seed: Seed
     variant: Variant
-    epochs: Epochs  # as asked for
+    epochs: Epochs  # requested
     epochs_in_all: Epochs
-    epochs_done_in_all: Epochs  # whose shuffles and crops have been drawn
-    seconds_in_all: (
-        Positive | None
-    )  # of training, as if each epoch took the median time; None where several devices took part
+    epochs_done_in_all: Epochs  # a run that starts from it does not repeat their shuffles and crops
+    seconds_in_all: Positive | None  # epochs done times median epoch_s; None if devices differed
     device_name: Text
     test_acc: Percent | None
     fingerprint: Text
     train_subset: int | None
-    val_images: Count  # that neither it nor a parent run of its own trained on, else 0
+    val_images: Count  # images on which neither it nor its own parent runs trained, else 0
     processes: int
     quick: bool
 
 
 class Origin(NamedTuple):
-    """The parent run, by what tells it from other parent runs."""
+    """The properties of a parent run that distinguish it from other parent runs."""
 
     epochs: int
     mode: str
     variant: Pairs
-    seed: int | None  # where it is another than the run's
+    seed: int | None  # None if it is the run's own seed
 
     def __str__(self) -> str:
-        """`160 epochs of all, lr 0.05`"""
+        """Return, for example, `160 epochs of all, lr 0.05`."""
         what = f"{self.epochs} epoch{'s' * (self.epochs != 1)} of {self.mode}"
         seed = "" if self.seed is None else f"seed {self.seed}"
         return ", ".join(filter(None, [what, variant_text(self.variant), seed]))
 
 
 class Config(Record):
-    """config.json: what was asked for, what it came to, and on what it ran."""
+    """config.json: the options of a run, what they resolved to, and its environment."""
 
     options: Annotated[Options, AfterValidator(_usable_options)]
     spec: NetworkSpec
     parent: Parent | None
     data_title: Text
     frozen_sha256: Sha256
-    initial_sha256: Sha256 | None  # of all weights, where --init-from brought them
+    initial_sha256: Sha256 | None  # of all initial weights, with --init-from
     device_name: Text
-    passes: Text | None = None  # whose kernels computed it: "cpp", "triton" or PyTorch's, "torch"
+    passes: Text | None = None  # kernels used: "cpp", "triton" or "torch" (PyTorch's own)
     versions: dict[Text, Text | None]
     git_commit: Text | None
 
     @property
     def origin(self) -> Origin | None:
-        """What it went on from, on the same images; None for nothing, or for other images."""
+        """The parent run, or None if there is none or it was trained on other images."""
         parent, options, spec = self.parent, self.options, self.spec
         if parent is None or parent.fingerprint != spec.fingerprint:
             return None
@@ -174,14 +175,14 @@ class Config(Record):
 
     @property
     def epochs_in_all(self) -> int:
-        """Epochs that were asked for, those of what it went on from included."""
+        """The number of epochs requested, including those of parent runs on the same images."""
         return self.options.epochs + (self.parent.epochs_in_all if self.origin else 0)
 
     @property
     def variant(self) -> Pairs:
-        """The options that set it apart from the published run on these images, and their values.
+        """The options that differ from the published run on these images, as sorted (name, value) pairs.
 
-        The published learning rate falls after half and three quarters of all epochs, parent runs included.
+        The published learning rate drops after half and three quarters of all epochs, parent runs included.
         """
         options, epochs = self.options, self.epochs_in_all
         usual = dataclasses.replace(config.defaults(options.preset, options.quick), preset=None)
@@ -191,21 +192,21 @@ class Config(Record):
             if milestones != (epochs // 2, 3 * epochs // 4):
                 differing["milestones"] = milestones
         if self.spec.processes > 1 and not options.sync_bn:
-            differing["processes"] = self.spec.processes  # each of which normalised its own part of a batch
+            differing["processes"] = self.spec.processes  # each normalised its own part of a batch
         if options.init_from:
             differing["init_from"] = str(self.origin or short_path(options.init_from))
         return tuple(sorted(differing.items()))
 
     @property
     def setting(self) -> tuple:
-        """What two runs must share to be compared: images, epochs, how many images train and validate."""
+        """What two comparable runs share: images and their size, epochs, training and validation subsets."""
         options, spec = self.options, self.spec
         images = options.quick, options.train_subset, spec.val_images, spec.image_size
         return self.data_title, self.epochs_in_all, *images, spec.fingerprint
 
     @property
     def machine(self) -> tuple[str, str, str]:
-        """Device; number format and the options that change only time and memory; version of torch."""
+        """The device, the dtype with the options that affect only time and memory, and torch's version."""
         differing, processes = config.differing(self.options, Options(), "logistics"), self.spec.processes
         costs = [(name, differing[name]) for name in ("loader", "memory", "no_compile") if name in differing]
         shared = f"{processes} processes" if processes > 1 else ""
@@ -214,23 +215,23 @@ class Config(Record):
 
 
 class Epoch(Record):
-    """A line of metrics.jsonl. Losses are mean cross-entropies; the times are of training and evaluation."""
+    """One line of metrics.jsonl. Losses are mean cross-entropies; `epoch_s` includes evaluation."""
 
     epoch: Annotated[int, Field(ge=1, le=10**6)]
     lr: Positive
     train_loss: Number
     train_acc: Percent
-    test_loss: Number | None  # None where there was no test, or the loss was not finite
+    test_loss: Number | None  # None if not evaluated or not finite
     test_acc: Percent | None
     test_top5_acc: Percent | None = None
     val_loss: Number | None = None
     val_acc: Percent | None = None
     epoch_s: Positive
-    images_per_s: Positive | None  # of training alone
+    images_per_s: Positive | None  # of training only
 
 
 class Summary(Record):
-    """summary.json: how a run ended, and what it reached."""
+    """summary.json: how a run ended, and its results."""
 
     status: Literal["done", "diverged", "failed", "interrupted"]
     why: Text | None
@@ -245,14 +246,14 @@ class Summary(Record):
     final_test_acc: Percent | None
     best_test_acc: Percent | None
     final_test_top5_acc: Percent | None = None
-    chosen_epoch: Annotated[int, Field(ge=1, le=10**6)] | None = None  # by validation images
+    chosen_epoch: Annotated[int, Field(ge=1, le=10**6)] | None = None  # with the best validation accuracy
     chosen_test_acc: Percent | None = None
     best_val_acc: Percent | None = None
     epochs_done: Epochs
     train_s: Positive
     startup_s: Positive
-    wall_s: Positive | None = None  # from start to end of each of its processes, added up
-    peak_memory_bytes: Count | None  # of training
+    wall_s: Positive | None = None  # from process start to end, summed over resumptions
+    peak_memory_bytes: Count | None  # during training
     checkpoint_bytes: Count | None
     full_bytes: Annotated[int, Field(ge=1, le=2**62)]
     frozen_sha256: Sha256
@@ -261,12 +262,12 @@ class Summary(Record):
     def _fits(self) -> Self:
         for name in ("final_test_acc", "best_test_acc", "checkpoint_bytes"):
             if self.status == "done" and getattr(self, name) is None:
-                raise ValueError(f"it says that it is done, and has no {name}")
+                raise ValueError(f"its status is done, but it has no {name}")
         return self
 
 
 class Histogram(Record):
-    """How many of `count` values lie between an edge (included) and the next."""
+    """A histogram: counts[i] of the `count` values lie between edges[i] (included) and edges[i + 1]."""
 
     count: Annotated[int, Field(ge=1, le=2**62)]
     edges: tuple[Number, ...]
@@ -282,18 +283,18 @@ class Histogram(Record):
 
 
 class Gammas(Histogram):
-    share_near_zero: Share  # of magnitude under 0.01
+    share_near_zero: Share  # magnitude below 0.01
 
 
 class Silence(Histogram):
-    """Of each channel of each ReLU, the share of (image, position) pairs at which it gives 0."""
+    """A histogram over all ReLU channels of the share of (image, position) pairs at which the output is 0."""
 
-    silent: Share  # of channels that always do
-    silent_99: Share  # of channels that do so more than 99 % of the time
+    silent: Share  # of channels that are always 0
+    silent_99: Share  # of channels that are 0 at more than 99 % of the pairs
 
 
 class Pruned(Record):
-    """Test accuracy once every gamma of a magnitude under `threshold` is set to zero."""
+    """Test accuracy with every gamma of magnitude below `threshold` set to zero."""
 
     threshold: Positive
     zeroed: Share  # of all gammas
@@ -301,7 +302,7 @@ class Pruned(Record):
 
 
 class Analysis(Record):
-    """analysis.json: what BatchNorm has learned."""
+    """analysis.json: what BatchNorm learned."""
 
     gamma: Gammas
     pruned: Annotated[tuple[Pruned, ...], Field(min_length=1)]
@@ -312,7 +313,7 @@ class Analysis(Record):
 
 
 class _Schedule(pydantic.BaseModel):
-    """What step.Schedule keeps."""
+    """The state dict of step.Schedule."""
 
     model_config = pydantic.ConfigDict(strict=True)
     factor: Positive
@@ -322,7 +323,7 @@ class _Schedule(pydantic.BaseModel):
 
 
 class Kept(pydantic.BaseModel):
-    """What last.pt holds; its tensors are not checked here, and whoever needs a missing field says so."""
+    """The contents of last.pt. Tensors and missing fields are checked where they are used, not here."""
 
     model_config = pydantic.ConfigDict(strict=True)
     rows: Annotated[list[str], Field(min_length=1)]
@@ -336,13 +337,13 @@ class Kept(pydantic.BaseModel):
 
 
 def read_epochs(folder: Path) -> Iterator[Epoch]:
-    """The epochs of metrics.jsonl, if there is one. RunError at the first line that does not fit."""
+    """Yield the epochs of metrics.jsonl, if it exists. Raises RunError at the first invalid line."""
     file = folder / "metrics.jsonl"
     return parse_epochs((read_text(file) or "").splitlines(), file)
 
 
 def parse_epochs(lines: Sequence[str], where: object) -> Iterator[Epoch]:
-    """The epochs of a run from their lines, the first on. RunError at the first line that does not fit."""
+    """Yield the epochs in `lines`, numbered from 1. Raises RunError at the first line that is invalid."""
     for number, line in enumerate(lines, start=1):
         row = Epoch.parse(line, f"{where}, line {number}")
         if row.epoch != number:
@@ -351,12 +352,12 @@ def parse_epochs(lines: Sequence[str], where: object) -> Iterator[Epoch]:
 
 
 def variant_text(variant: Pairs) -> str:
-    """`lr 0.05, milestones 2 3`"""
+    """Format a variant: `lr 0.05, milestones 2 3`."""
     return ", ".join(f"{name} {config.show(value)}" for name, value in variant)
 
 
 def short_path(init_from: str) -> str:
-    """What --init-from is called in a run's name: the run's folder, or the file without its suffix."""
+    """Return a short name for --init-from: that of the run's folder, or of the file without its suffix."""
     path = Path(init_from)
     path = path.parent if path.name == CHECKPOINT else path
     return path.stem if path.suffix in (".safetensors", ".pt", ".pth") else path.name

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and files of a run, read without trusting them."""
+"""Write files atomically, and read the files of a run without trusting them."""
 
 import fcntl
 import os
@@ -16,15 +16,18 @@ import torch
 
 import progress
 
-HALF_WRITTEN = ".half-written"  # ends the names of files beside those that they will replace
+HALF_WRITTEN = ".half-written"  # suffix of temporary files, which are then renamed
 
 
 class RunError(progress.OptionError):
-    """A run, a file of one, or a place to write that cannot be used as asked."""
+    """Raised when a run, one of its files, or an output path cannot be used as requested."""
 
 
 def read_text(file: Path) -> str | None:
-    """The text of a run's file; None where there is none. RunError for a link, a pipe or a huge file."""
+    """Return the text of a run's file, or None if it does not exist.
+
+    Raises RunError for a link, a pipe, a file over 64 MiB, or one that cannot be read as UTF-8.
+    """
     try:
         info = file.lstat()
         if not stat.S_ISREG(info.st_mode) or info.st_size > 2**26:
@@ -37,28 +40,29 @@ def read_text(file: Path) -> str | None:
 
 
 def load_tensors(file: Path) -> object:
-    """What torch.save wrote to a plain file: no code in it is run, and it unpacks to no more than its size.
+    """Load what torch.save wrote, on the CPU and without running code from the file.
 
-    Raises whatever reading rubbish does.
+    Raises ValueError if it is not a plain file, would unpack to more than its own size, or does not unpickle
+    safely. Other exceptions of torch.load propagate; a corrupt file can raise almost any.
     """
     if file.exists() and not file.is_file():
-        raise ValueError("it is no plain file")
+        raise ValueError("it is not a plain file")
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as packed:
             if sum(each.file_size for each in packed.infolist()) > file.stat().st_size:
-                raise ValueError("it unpacks to more than its size")
+                raise ValueError("it would unpack to more than its own size")
     try:
-        with warnings.catch_warnings(action="ignore"):  # of protocols that torch does not write
+        with warnings.catch_warnings(action="ignore"):  # about pickle protocols that torch does not write
             return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # torch's text is long, and says how to run the code
+    except pickle.UnpicklingError as error:  # torch's message is long, and says how to run the code
         why = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
         raise ValueError(re.split(r"\. |\n", why)[0]) from None
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Replace the file at `path` by `content`, whole or not at all, also across a power cut.
+    """Replace the file at `path` with `content` atomically, even if the power fails.
 
-    What killed processes left half-written in its folder is removed.
+    Also removes temporary files that killed processes left in its folder. Raises OSError if writing fails.
     """
     beside = None
     try:
@@ -78,20 +82,20 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 
 
 def _open_beside(path: Path) -> BinaryIO:
-    """A new hidden file beside `path`, locked for as long as it is open, for `remove_half_written` to see."""
+    """Open a new hidden file next to `path`, locked while open so that `remove_half_written` spares it."""
     while True:
         beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}{HALF_WRITTEN}")
         file = open(beside, "xb")  # noqa: SIM115, it stays open
-        with suppress(OSError):  # a disk without locks
+        with suppress(OSError):  # the file system has no locks
             fcntl.flock(file, fcntl.LOCK_EX)
-        if beside.exists():  # else another process took it for left behind before it was locked
+        if beside.exists():  # else another process removed it before it was locked
             return file
         file.close()
 
 
 def remove_half_written(folder: Path) -> None:
-    """Remove from a folder the hidden files in which processes that are gone were writing."""
+    """Remove the hidden temporary files that killed processes left in a folder."""
     for beside in folder.glob(f".*{HALF_WRITTEN}"):
-        with suppress(OSError), open(beside, "r+b") as file:  # another process is quicker, or holds the lock
+        with suppress(OSError), open(beside, "r+b") as file:  # already removed, or in use
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             beside.unlink()

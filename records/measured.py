@@ -1,4 +1,4 @@
-"""What bench.py has measured: rows, a line of JSON each, and their tables."""
+"""The measurements of bench.py: rows, stored as one JSON object per line, and tables of them."""
 
 import json
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from tabulate import tabulate
 from progress import OptionError
 from records.files import write_atomically
 
-COLUMNS = {  # keys of a row, None where there is nothing to tell: title, format and unit in the table
+COLUMNS = {  # key of a row (its value may be None): title, format and unit of the table's column
     "arch": ("arch", "", 1),
     "mode": ("mode", "", 1),
     "impl": ("impl", "", 1),
@@ -38,12 +38,12 @@ WHERE = "{device_name}, {threads} threads, torch {versions[torch]}, {date}"
 
 
 def write(rows: Sequence[dict], file: str | Path) -> None:
-    """Replace the file by these rows. Raises OSError."""
+    """Replace the file with these rows. Raises OSError if it cannot be written."""
     write_atomically(Path(file), "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def cells(rows: Sequence[dict]) -> dict[str, list[str]]:
-    """The columns in which some row has a value, by title."""
+    """Return the formatted cells of each column, by title; columns without any value are omitted."""
     columns = {}
     for key, (title, form, unit) in COLUMNS.items():
         values = [row.get(key) for row in rows]
@@ -54,7 +54,10 @@ def cells(rows: Sequence[dict]) -> dict[str, list[str]]:
 
 
 def show_markdown(paths: Sequence[str]) -> None:
-    """The rows of each file, and on what they were measured. Raises OptionError for one that has none."""
+    """Print each file's rows as a Markdown table, after a line on where and when they were measured.
+
+    Raises OptionError if a file is not one that bench.py --json wrote.
+    """
     for file in paths:
         try:
             rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
@@ -66,7 +69,7 @@ def show_markdown(paths: Sequence[str]) -> None:
 
 
 def show(rows: Sequence[dict], how: str = "") -> None:
-    """Their table on the terminal, and under it where they were measured, and `how`."""
+    """Print the rows as a table; the caption names the device and ends with `how`."""
     title, caption = f"{rows[-1]['part']}, batches of {rows[-1]['batch_size']}", WHERE.format_map(rows[-1])
     table = Table(title=title, caption=f"{caption}{how and chr(10)}{how}", box=box.SIMPLE_HEAD)
     formats = {title: form for title, form, _ in COLUMNS.values()}
@@ -75,4 +78,4 @@ def show(rows: Sequence[dict], how: str = "") -> None:
         table.add_column(title, justify="right" if formats[title] else "left", no_wrap=True)
     for texts in zip(*columns.values(), strict=True):
         table.add_row(*texts)
-    Console(width=1000).print(table)  # not cut off in a file or pipe
+    Console(width=1000).print(table)  # wide, so that nothing is cut off in a file or pipe

@@ -1,1 +1,1 @@
-"""Runs read, gathered, tabulated and drawn, and the questions that they answer."""
+"""Read, group, tabulate and draw runs for the report, and answer three questions from them."""

@@ -1,9 +1,9 @@
-"""Three questions, answered by the runs at hand: a figure, a table and plain sentences each.
+"""Answer three questions from the available runs, each with a figure, a table and plain sentences.
 
-Does training BatchNorm first, and everything after, reach more than everything from the start? Does
-retraining BatchNorm alone improve a finished network? Which settings reach the most? The sweep's grids
-`warmstart`, `retrain` and `tuning` make the runs. Differences are of the same seed's runs; one is beyond
-chance where it exceeds its confidence interval.
+Does training BatchNorm first and everything afterwards reach a higher accuracy than training everything from
+the start? Does retraining BatchNorm alone improve a finished network? Which settings reach the highest
+accuracy? The sweep's grids `warmstart`, `retrain` and `tuning` make the runs. Differences are paired by seed;
+a difference is beyond chance if it exceeds the half-width of its confidence interval.
 """
 
 import math
@@ -22,13 +22,14 @@ from reporting.figures import ACCURACY, accuracy_bars, arch_of
 from reporting.series import Mean, Series, grouped, mean_of
 from reporting.tables import Table
 
-INHERITED = ("init_from", "reset_bn", "warmup_epochs")  # by the first part, from the plain run's options
-WORDS = jinja2.Template(Path(__file__).with_name("answers.txt").read_text("utf-8")).module  # of the sentences
+INHERITED = ("init_from", "reset_bn", "warmup_epochs")  # a warm start's first part takes the plain run's
+# The macros that write the sentences.
+WORDS = jinja2.Template(Path(__file__).with_name("answers.txt").read_text("utf-8")).module
 CHANGE = ["change (points)", "interval (points)"]
 
 
 class Answer(NamedTuple):
-    """`drawn` is None where there are no runs to answer by."""
+    """The answer to one question; `drawn` is None if no runs answer it."""
 
     table: Table
     drawn: Drawn
@@ -36,14 +37,17 @@ class Answer(NamedTuple):
 
 
 class Change(NamedTuple):
-    """By how many points the test accuracy of the same seeds differs, and the interval's half width."""
+    """A paired difference in test accuracy, in percentage points, with its confidence interval."""
 
-    mean: Mean | None = None
-    interval: float | None = None  # None where n is 1
+    mean: Mean | None = None  # None if the two share no seed
+    interval: float | None = None  # half-width; None if n is less than 2
 
 
 def change(of: pd.Series, to: pd.Series, tried: int = 1) -> Change:
-    """Of accuracies by seed, at 95 % confidence for all `tried` at once (Student's t, Bonferroni's bound)."""
+    """Return the change `of - to` of accuracies by seed.
+
+    The interval has 95 % confidence for all `tried` changes at once (Student's t, Bonferroni's bound).
+    """
     mean = mean_of(of - to)
     if mean is None or mean.n == 1:
         return Change(mean)
@@ -52,10 +56,11 @@ def change(of: pd.Series, to: pd.Series, tried: int = 1) -> Change:
 
 
 def pooled(accs: pd.DataFrame) -> dict[Any, Change]:
-    """Of each column of accuracies, by seed, to the first one, at 95 % confidence for all at once.
+    """Return the change of each other column of accuracies against the first one; each row is a seed.
 
-    What chance does is estimated from all columns together, in which each seed is a block: the variance that
-    is left of them once the means of seeds and of columns are taken away (a randomised block design).
+    The intervals have 95 % confidence for all columns at once (Bonferroni). Their variance is pooled over all
+    columns, with the seeds as blocks: it is the residual variance after subtracting the means of seeds and of
+    columns (a randomised block design). Only seeds with a value in every column count.
     """
     accs, (first, *others) = accs.dropna().astype(float), accs.columns
     n, freedom = len(accs), (len(accs) - 1) * len(others)
@@ -69,7 +74,7 @@ def pooled(accs: pd.DataFrame) -> dict[Any, Change]:
 
 
 def trend(accs: pd.DataFrame) -> Change:
-    """What a doubling of the number that names a column changes: the slope in its logarithm, by seed."""
+    """Return the change per doubling of a column's number: the seeds' mean slope in its base-2 logarithm."""
     x = pd.Series([math.log2(k) for k in accs.columns], index=accs.columns)
     x -= x.mean()
     slopes = (accs.dropna().astype(float) * x).sum(axis=1) / (x**2).sum()
@@ -80,8 +85,10 @@ def trend(accs: pd.DataFrame) -> Change:
 
 
 def first_parts(series: Sequence[Series]) -> list[tuple[str, dict[int, Series]]]:
-    """A name, and by the epochs of BatchNorm alone that they begin with, 0 among them, runs that are as long
-    in all and differ in nothing else but what the name says.
+    """Return each warm-start comparison: a name, and series by how many epochs train BatchNorm alone first.
+
+    The series of 0 such epochs trains everything from the start. All series of a comparison have the same
+    number of epochs in total. They differ otherwise only in options of the first part, which the name states.
     """
     found = []
     having = [s for s in series if s.mode == "all" and s.done and len(s.epochs)]
@@ -102,26 +109,26 @@ def first_parts(series: Sequence[Series]) -> list[tuple[str, dict[int, Series]]]
 
 
 def warm_starts(series: Sequence[Series]) -> Answer:
-    """Test accuracy against the epochs of BatchNorm alone at first, of as many epochs in all."""
+    """Compare runs of equal length by how many of their first epochs train BatchNorm alone."""
     rows, panels, used, sentences = [], [], [], []
     for name, after in first_parts(series):
         epochs = sorted(after)
         accs = pd.DataFrame({k: after[k].by_seed("final_test_acc") for k in epochs})
         means, changes = {k: mean_of(accs[k]) for k in epochs}, pooled(accs)
         rows += [[name, k, means[k], *changes.get(k, Change())] for k in epochs]
-        panels.append((name, [points("everything, after them", "all", epochs, list(means.values()))]))
+        panels.append((name, [points("everything afterwards", "all", epochs, list(means.values()))]))
         used += [after[k] for k in epochs]
         doubling = trend(accs[epochs[1:]]) if len(epochs) > 3 else Change()
         sentences.append(WORDS.warmstart(name, after[0].last_epoch, changes, doubling))
     table = Table(
         "warmstart", ["architecture", "epochs of BatchNorm first", "test accuracy (%)", *CHANGE], rows
     )
-    labels = "first epochs, of BatchNorm alone", ACCURACY
+    labels = "first epochs (BatchNorm alone)", ACCURACY
     return Answer(table, lines(panels, used, labels, size=(3.4, 2.6)), " ".join(sentences))
 
 
 def most(changes: dict[Any, Change]) -> Any:
-    """The key of the largest change of those of the most seeds; None where no seed is in common."""
+    """Return the key of the largest change among those with the most seeds; None if no seeds are shared."""
     known = [key for key in changes if changes[key].mean]
     return max(known, key=lambda key: (changes[key].mean.n, changes[key].mean.mean), default=None)
 
@@ -132,7 +139,7 @@ WAYS = ("as it was", "BatchNorm, kept", "BatchNorm, redrawn", "everything")
 
 
 def way_of(s: Series) -> int | None:
-    """Which of WAYS a series went on in, if any."""
+    """Return the index in WAYS of how a series continued its parent run, or None if it is none of them."""
     ways = {("bn_only", False): 1, ("bn_only", True): 2, ("all", False): 3}
     return ways.get((s.mode, dict(s.variant).get("reset_bn", False)))
 
@@ -143,7 +150,7 @@ def rate_of(s: Series) -> float:
 
 
 def retraining(series: Sequence[Series]) -> Answer:
-    """Test accuracy before, and after BatchNorm alone, or everything, was trained some epochs more."""
+    """Compare test accuracy before and after a few more epochs of BatchNorm alone or of everything."""
     rows, panels, used, sentences, varied = [], [], [], [], ("lr", "min_lr", "reset_bn")
     having = [s for s in series if s.done and s.origin and s.origin.mode == "all" and way_of(s)]
     having = [s for s in having if len(s.by_seed("parent_test_acc")) == s.done]
@@ -171,9 +178,9 @@ def retraining(series: Sequence[Series]) -> Answer:
         used += group
         epochs = longest.origin.epochs, longest.mean("epochs_done").mean
         sentences.append(WORDS.retrain(name, before.mean, *epochs, found))
-    columns = ["architecture", "trained on", "learning rate", "before (%)", "after (%)", *CHANGE]
+    columns = ["architecture", "what trains", "learning rate", "before (%)", "after (%)", *CHANGE]
     ticks = {i: text.replace(", ", ",\n") for i, text in enumerate(WAYS)}
-    drawn = lines(panels, used, ("what was trained on", ACCURACY), ticks, size=(4.6, 2.8))
+    drawn = lines(panels, used, ("what trains in the further epochs", ACCURACY), ticks, size=(4.6, 2.8))
     return Answer(Table("retrain", columns, rows), drawn, " ".join(sentences))
 
 
@@ -181,9 +188,9 @@ def retraining(series: Sequence[Series]) -> Answer:
 
 
 def tuning(series: Sequence[Series]) -> Answer:
-    """Validation and test accuracy of each set of options that was tried on validation images.
+    """Compare validation and test accuracy of each set of options that was tried with validation images.
 
-    The seeds that all have choose. How much the chosen one gains, other seeds tell, where there are any.
+    The seeds that all sets share choose the best set. Its gain is measured on other seeds, if there are any.
     """
     rows, used, names, sentences = [], [], [], []
     having = [s for s in series if s.done and not s.origin and len(s.by_seed("best_val_acc")) == s.done]
@@ -200,7 +207,7 @@ def tuning(series: Sequence[Series]) -> Answer:
         tests = {id(s): whole.by_seed("final_test_acc") for s, whole in zip(own, group, strict=True)}
         (at_base,) = (tests[id(s)] for s, whole in zip(own, group, strict=True) if whole is base)
         for s in sorted((s for s in own if s.done), key=lambda s: -s.mean("best_val_acc").mean):
-            told = variant_text(o for o in s.variant if o not in common) or "as it comes"
+            told = variant_text(o for o in s.variant if o not in common) or "defaults"
             test, fresh = tests[id(s)], tests[id(s)].drop(choosing, errors="ignore")
             fresh = fresh if len(fresh.index.intersection(at_base.index)) else fresh[:0]
             gain = change(fresh if len(fresh) else test, at_base) if test is not at_base else Change()

@@ -1,8 +1,8 @@
-"""Lines in panels, and bars, as every figure of the report is made of; drawn with matplotlib.
+"""Draw the report's figures with matplotlib: each consists of lines in panels, or of bars.
 
-Every mode has one colour (Okabe and Ito's palette), marker and line style wherever it appears: black is
-everything, blue BatchNorm, so that what the paper compares stands out. The same numbers give the same files,
-byte for byte.
+A mode has the same colour (Okabe and Ito's palette), marker and line style in every figure. Black is
+everything and blue is BatchNorm, so that the paper's comparison stands out. The same numbers give the same
+files, byte for byte.
 """
 
 import io
@@ -23,19 +23,19 @@ from PIL import Image
 
 from reporting.series import NO_MEAN, Mean, Series
 
-warnings.filterwarnings("ignore", message="Glyph .* missing")  # of a name in another script
+warnings.filterwarnings("ignore", message="Glyph .* missing")  # for names in other scripts
 matplotlib.style.use(Path(__file__).with_name("report.mplstyle"))
 MODES = pd.read_csv(Path(__file__).with_name("modes.csv"), index_col="mode", keep_default_na=False)
 TRAIN = (0, (3, 1.5))  # dashes
-VARIANT_MARKERS = ("", "*", "H", "8")  # of lines of one mode whose other options differ
+VARIANT_MARKERS = ("", "*", "H", "8")  # for lines of one mode that differ in other options
 MAX_BARS, MAX_PANELS = 40, 12
 wrap = partial(textwrap.fill, max_lines=3, placeholder=" …")
 
-Drawn = tuple[Figure, list[Series]] | None  # a figure and the series in it; None where none has its data
+Drawn = tuple[Figure, list[Series]] | None  # a figure and its series; None if none has the data
 
 
 class Line(NamedTuple):
-    """What `lines` draws; `look` is points, train, test, steps (x are the n + 1 edges), paper or port."""
+    """A line for `lines`; `look` is points, train, test, steps (x has the n + 1 edges), paper or port."""
 
     label: str
     mode: str
@@ -46,13 +46,13 @@ class Line(NamedTuple):
     variant: int = 0
 
 
-Panel = tuple[str, list[Line]]  # its title, and what is drawn in it
-Labels = tuple[str, str]  # of the axes x and y
-Ticks = dict[float, str] | None  # of the axis x, and what stands there
+Panel = tuple[str, list[Line]]  # its title and its lines
+Labels = tuple[str, str]  # of the x and y axes
+Ticks = dict[float, str] | None  # positions on the x axis and their labels
 
 
 class Column(NamedTuple):
-    """What `bars` draws: a number per bar, its text and, on a logarithmic axis, an outlined number behind."""
+    """A column of `bars`: each bar's value and text and, on a log axis, the outlined value behind it."""
 
     label: str
     values: list[Mean | None]
@@ -61,7 +61,7 @@ class Column(NamedTuple):
 
 
 def short(number: float, _: object = None) -> str:
-    """12345 -> 12.3k, for axes."""
+    """Return a number in short form for an axis, such as 12.3k for 12345."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= size:
             return f"{number / size:.3g}{letter}"
@@ -69,31 +69,31 @@ def short(number: float, _: object = None) -> str:
 
 
 def look_of(mode: str) -> tuple[str, str, object]:
-    """Its colour, marker and line style."""
+    """Return a mode's colour, marker and line style."""
     colour, marker, dashes = MODES.loc[mode if mode in MODES.index else "other"]
     return colour, marker, (0, tuple(map(float, dashes.split()))) if dashes else "-"
 
 
 def render(figure: Figure) -> dict[str, bytes]:
-    """The figure as PDF, and as PNG and WebP (160 dpi, 256 colours: a third of the bytes); without dates."""
+    """Return the figure's files by format: pdf, and png and webp at 160 dpi with 256 colours, undated."""
     files, drawn = {name: io.BytesIO() for name in ("png", "pdf", "webp")}, io.BytesIO()
     figure.get_layout_engine().execute(figure)
-    figure.set_layout_engine(None)  # "none" would lay out again for each file
+    figure.set_layout_engine(None)  # with "none", each savefig would draw twice
     figure.savefig(files["pdf"], format="pdf", metadata={"CreationDate": None})
     figure.savefig(drawn, format="png", dpi=160)
-    image = Image.open(drawn).convert("RGB").quantize(256)
+    image = Image.open(drawn).convert("RGB").quantize(256)  # a third of the bytes
     image.save(files["webp"], "webp", lossless=True)
     image.save(files["png"], "png", optimize=True, dpi=(160, 160))
     return {name: file.getvalue() for name, file in files.items()}
 
 
 def points(label: str, mode: str, x: list[float], means: list[Mean], variant: int = 0) -> Line:
-    """Means over seeds, with their standard deviations."""
+    """Return a line of means over seeds, with their standard deviations."""
     return Line(label, mode, x, [m.mean for m in means], [m.std for m in means], "points", variant)
 
 
 def draw_line(ax: Axes, line: Line) -> object:
-    """Draw one line; what its legend shows."""
+    """Draw one line and return the artist that its legend shows."""
     colour, marker, dashes = look_of(line.mode)
     marker = VARIANT_MARKERS[line.variant % len(VARIANT_MARKERS)] or marker
     if line.look == "steps":
@@ -114,7 +114,10 @@ def draw_line(ax: Axes, line: Line) -> object:
 def lines(
     panels: list[Panel], used: list[Series], labels: Labels, ticks: Ticks = None, log=False, size=(2.75, 2.2)
 ) -> Drawn:
-    """A panel per (title, lines), three abreast on common axes, with one legend below; size in inches."""
+    """Draw up to MAX_PANELS panels, three to a row on shared axes, one legend below; None without panels.
+
+    `log` makes the x axis logarithmic. `size` is that of a panel, in inches.
+    """
     if not panels:
         return None
     figure, count, panels, handles = Figure(layout="constrained"), len(panels), panels[:MAX_PANELS], {}
@@ -127,7 +130,7 @@ def lines(
             handle = draw_line(ax, line)
             if line.label:
                 handles.setdefault(line.label, handle)
-        if i + columns >= len(panels):  # the lowest of its column
+        if i + columns >= len(panels):  # the lowest panel of its column
             ax.set_xlabel(labels[0])
             ax.tick_params(labelbottom=True)
     for ax in axes[len(panels) :]:
@@ -156,7 +159,7 @@ def lines(
 
 
 def bars(used: list[Series], names: list[str], columns: list[Column], title: str = "") -> Drawn:
-    """Horizontal bars in the colours of their modes, named at the left, with their text at their ends."""
+    """Draw up to MAX_BARS horizontal bars in their modes' colours, names at the left; None without series."""
     if not used:
         return None
     if len(used) > MAX_BARS:
@@ -171,7 +174,7 @@ def bars(used: list[Series], names: list[str], columns: list[Column], title: str
     axes = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
     for ax, (label, values, texts, outlines) in zip(axes, columns, strict=True):
         means, stds, _ = np.array([value or NO_MEAN for value in values[:MAX_BARS]], dtype=float).T
-        stds[stds == 0] = np.nan  # no bar
+        stds[stds == 0] = np.nan  # no error bar
         behind = (outlines or [0.0] * len(used))[:MAX_BARS]
         ends = np.fmax(np.fmax(means, means + stds), behind)
         top = max(ends.max(), 1e-9)

@@ -1,4 +1,4 @@
-"""The report's figures: which numbers of which series each of them shows."""
+"""The report's figures: which numbers of which series each figure shows."""
 
 import itertools
 import re
@@ -14,16 +14,16 @@ from reporting.series import Series, drawn_from_seed, grouped, mean_of
 from reporting.tables import REPORTED
 
 IMAGENET_DEPTHS = {18, 34, 50, 101, 152, 200}
-MAX_MODES = 6  # in a panel
+MAX_MODES = 6  # per panel
 INITIALISATIONS = {"conv_init", "nonzeros", "bn_init"}
-MODES_COMPARED = {"bn_only", "bn_main", "all", "random"}  # every other mode trains other parts
-LEARN_GAMMA = {"all", "bn_only", "bn", "gamma", "bn_main"}  # modes and parts; else gamma is as drawn
+MODES_COMPARED = {"bn_only", "bn_main", "all", "random"}  # all other modes train other parts
+LEARN_GAMMA = {"all", "bn_only", "bn", "gamma", "bn_main"}  # modes and parts; others keep the initial gamma
 ACCURACY = "test accuracy (%)"
 LinesOf = Callable[[Series], list[Line]]
 
 
 class Arch(NamedTuple):
-    """An architecture: its name as people write it, the depth of a CIFAR ResNet, the width of a ResNet-14."""
+    """An architecture: its usual name, the depth of a CIFAR ResNet, and the width factor of a ResNet-14."""
 
     label: str
     depth: int | None = None
@@ -31,7 +31,7 @@ class Arch(NamedTuple):
 
 
 def arch_of(name: str) -> Arch:
-    """`resnet14_w2` is ResNet-14 ×2."""
+    """Return the Arch of a name; `resnet14_w2` is ResNet-14 ×2."""
     match = re.fullmatch(r"(resnet|vgg)([0-9]{1,6})(?:_w([0-9]{1,6}))?", name)
     if not match:
         return Arch(name)
@@ -47,7 +47,7 @@ def name_of(s: Series) -> str:
 
 
 def figures_of(series: list[Series], machines: list[Series], others: bool) -> dict[str, Drawn]:
-    """A setting's figures but the answers', by name; `others`: beside what others report of CIFAR-10."""
+    """Return a setting's figures by name, except the answers'; `others` adds published CIFAR-10 results."""
     done, analysed = [s for s in series if s.done], [s for s in series if s.analyses]
     deep, begun = [s for s in done if arch_of(s.arch).depth], [s for s in series if len(s.epochs)]
     learned = [s for s in analysed if not LEARN_GAMMA.isdisjoint(s.mode.split("+"))]
@@ -65,7 +65,7 @@ def figures_of(series: list[Series], machines: list[Series], others: bool) -> di
         "stored": against(
             drawn_from_seed(done),
             lambda s: s.mean("checkpoint_bytes").mean,
-            "stored beside the seed (bytes)",
+            "stored besides the seed (bytes)",
             "",
         ),
         "cost": costs([s for s in machines if s.done]),
@@ -75,7 +75,7 @@ def figures_of(series: list[Series], machines: list[Series], others: bool) -> di
 
 
 def counted(figure: str, s: Series) -> int:
-    """How many runs are in a mean of this series in a figure."""
+    """Return how many runs a mean of this series includes in a figure."""
     if figure in ("gamma", "pruned", "relu"):
         return len(s.analyses)
     return s.curves("train_loss").shape[1] if figure in ("loss", "accuracy") else s.done
@@ -84,8 +84,10 @@ def counted(figure: str, s: Series) -> int:
 def against(
     series: list[Series], x_of: Callable[[Series], float | None], label: str, form: str, others: str = ""
 ) -> Drawn:
-    """Test accuracy against `x_of`, a line per mode and variant, with ticks of this form; beside what others
-    report, at the column `others` of REPORTED. None where there is a single place.
+    """Draw test accuracy against `x_of`, a line per mode and variant; None if there is a single x value.
+
+    `form` formats the tick labels. Published results are drawn too, at the x values that they have in the
+    column `others` of REPORTED, if it is given.
     """
     placed, modes = sorted(filter(x_of, series), key=x_of), dict.fromkeys(s.mode for s in series)
     if not all(s.variant for s in placed):  # initialisations have a figure of their own
@@ -100,13 +102,13 @@ def against(
             means = [s.mean("final_test_acc") for s in of]
             drawn.append(points(of[0].label, mode, list(map(x_of, of)), means, kept.index(variant)))
             used += of
-    reported = REPORTED[REPORTED["depth"].notna() & REPORTED["mode"].isin(modes)]  # all of them of CIFAR-10
+    reported = REPORTED[REPORTED["depth"].notna() & REPORTED["mode"].isin(modes)]  # all for CIFAR-10
     for (source, mode), of in reported.groupby(["source", "mode"], sort=False) if drawn and others else ():
         look = source.split()[-1]  # paper or port
         drawn.append(Line(f"{mode}, {look}", mode, of[others].tolist(), of["accuracy"].tolist(), None, look))
     ticks, last = {}, 0.0
     for x in sorted({x for line in drawn for x in line.x}):
-        ticks[x], last = ("", last) if x < last * 1.13 else (form.format(x), x)  # no label over its neighbour
+        ticks[x], last = ("", last) if x < last * 1.13 else (form.format(x), x)  # labels must not overlap
     panels = [("", drawn)] if len(ticks) > 1 else []
     return lines(panels, used, (label, ACCURACY), ticks if form else None, True, (6.4, 3.7))
 
@@ -114,10 +116,11 @@ def against(
 def panelled(
     series: list[Series], lines_of: LinesOf, labels: Labels, ticks: Ticks = None, more=lambda shown: ""
 ) -> Drawn:
-    """The lines of each series, in a panel per architecture and variant, split evenly where there are too
-    many modes; `more` of the series shown ends a panel's title.
+    """Draw each series' lines in a panel per architecture and variant, split evenly if it has many modes.
+
+    `more` returns text to append to a panel's title, given the series in the panel.
     """
-    ordered = sorted(series, key=lambda s: (bool(s.variant), arch_of(s.arch).depth is None))  # stable
+    ordered = sorted(series, key=lambda s: (bool(s.variant), arch_of(s.arch).depth is None))  # a stable sort
     panels = []
     for (arch, variant), members in grouped(ordered, lambda s: (s.arch, s.variant_text)).items():
         title = arch_of(arch).label + ("\n" + wrap(variant, 34) if variant else "")
@@ -128,17 +131,17 @@ def panelled(
 
 
 def curves(what: str, s: Series) -> list[Line]:
-    """`what` (loss or acc) in training and test per epoch, mean ± deviation."""
+    """Return lines of `what` (loss or acc) per epoch, in training and test: mean ± standard deviation."""
     drawn = []
     for look in ("train", "test"):
-        values = s.curves(f"{look}_{what}").dropna()  # of epochs at which every seed has a value
+        values = s.curves(f"{look}_{what}").dropna()  # keeps epochs at which every seed has a value
         label, mean, std = s.mode if look == "test" else "", values.mean(axis=1), values.std(axis=1)
         drawn.append(Line(label, s.mode, values.index.to_numpy(), mean.to_numpy(), std.to_numpy(), look))
     return drawn
 
 
 def histograms(series: list[Series], part: str, *labels: str) -> Drawn:
-    """`part` (gamma or relu) of the analyses; how much of it is next to nothing is in the titles."""
+    """Draw histograms of `part` (gamma or relu); titles give the share of tiny gammas or silent channels."""
     gamma, relu = (1, "share_near_zero", "|γ| < 0.01"), (100, "silent", "always silent")
     scale, share, told = gamma if part == "gamma" else relu
 
@@ -158,7 +161,7 @@ def histograms(series: list[Series], part: str, *labels: str) -> Drawn:
 
 
 def pruned(series: list[Series]) -> Drawn:
-    """Test accuracy after gammas under a threshold are set to zero."""
+    """Draw test accuracy after gammas under a threshold are set to zero."""
 
     def line(s: Series) -> list[Line]:
         accs = zip(*([row.test_acc for row in analysis.pruned] for analysis in s.analyses), strict=True)
@@ -172,17 +175,17 @@ def pruned(series: list[Series]) -> Drawn:
 
 
 def checkpoints(series: list[Series]) -> Drawn:
-    """The seed checkpoint's bytes, before the outlined bar of every weight's, by architecture and mode."""
-    used = [of[0] for of in grouped(series, lambda s: (s.arch, s.mode)).values()]  # whatever the options
+    """Draw the seed checkpoint's bytes over an outlined bar for all weights, by architecture and mode."""
+    used = [of[0] for of in grouped(series, lambda s: (s.arch, s.mode)).values()]  # the first variant
     sizes, full = [s.mean("checkpoint_bytes") for s in used], [s.mean("full_bytes").mean for s in used]
     each = zip((size.mean for size in sizes), full, strict=True)
     texts = [f"{short(size)} of {short(all_)}, {100 * size / all_:.3g} %" for size, all_ in each]
     names = [f"{arch_of(s.arch).label}, {s.mode}" for s in used]
-    return bars(used, names, [Column("bytes; outlined: every weight", sizes, texts, full)])
+    return bars(used, names, [Column("bytes (outlined: all weights)", sizes, texts, full)])
 
 
 def costs(series: list[Series]) -> Drawn:
-    """Training time and peak memory; a bar per architecture, mode, machine and number format."""
+    """Draw training time and peak memory, a bar per architecture, mode, variant, machine and dtype."""
     longest = max((s.mean("train_s").mean for s in series), default=0)
     unit, seconds = ("s", 1) if longest < 300 else ("min", 60) if longest < 10800 else ("h", 3600)
     columns, memory = [], ("peak memory (MiB)", "peak_memory_bytes", 2**20)
@@ -197,7 +200,7 @@ def costs(series: list[Series]) -> Drawn:
 
 
 def accuracy_bars(used: list[Series], names: list[str], **columns: str) -> Drawn:
-    """A named bar per series, of test accuracy, behind the labelled `columns` of its results."""
+    """Draw test accuracy, a named bar per series, to the right of the labelled `columns` of its results."""
     drawn = []
     for name, label in (columns | {"final_test_acc": ACCURACY}).items():
         means = [s.mean(name) for s in used]
@@ -206,14 +209,14 @@ def accuracy_bars(used: list[Series], names: list[str], **columns: str) -> Drawn
 
 
 def parts(series: list[Series]) -> Drawn:
-    """Test accuracy by what trains, of the architectures that were trained in parts."""
+    """Draw test accuracy by what trains, for the architectures that were trained in parts."""
     grids = {(s.arch, s.variant) for s in series if s.mode not in MODES_COMPARED}
     used = [s for s in series if (s.arch, s.variant) in grids]
     return accuracy_bars(used, list(map(name_of, used))) if used[1:] else None
 
 
 def initialisations(series: list[Series]) -> Drawn:
-    """Test accuracy by how convolutions and BatchNorm are drawn, where more than one way was tried."""
+    """Draw test accuracy by the initialisation of convolutions and BatchNorm, if several were tried."""
     groups = grouped(series, lambda s: (s.arch, s.mode, s.variant_but(*INITIALISATIONS)))
     used = [s for group in groups.values() if group[1:] for s in group]
     return accuracy_bars(used, [name_of(s) + ("" if s.variant else ", as published") for s in used])

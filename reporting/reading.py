@@ -1,7 +1,6 @@
-"""Runs, read from their folders or from packed lines and checked: what does not fit is told and left out.
+"""Read runs from their folders or from packed files, and check them; unusable runs are noted and left out.
 
-A packed file, `*.jsonl`, has a run in each line: what `Run.to_json` makes of one. No code from any file is
-run.
+A packed file, `*.jsonl`, has one run per line, as `Run.to_json` writes it. No code from any file is executed.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,15 +10,15 @@ from pathlib import Path
 import runs
 from records import Analysis, Config, Epoch, Record, RunError, Summary, Text, read_epochs
 
-Say = Callable[[str], None]  # tells a person something
+Say = Callable[[str], None]  # receives one-line notes
 
 
 class Run(Record):
-    """A run, read and checked."""
+    """A run that has been read and checked."""
 
-    name: Text  # of its folder, as shown
+    name: Text  # its folder, as shown
     config: Config
-    summary: Summary | None  # None for a run that has not ended
+    summary: Summary | None  # None if the run has not ended
     epochs: tuple[Epoch, ...]
     analysis: Analysis | None
 
@@ -37,7 +36,10 @@ class Run(Record):
 
 
 def read_runs(given: Sequence[str], say: Say) -> list[Run]:
-    """Every usable run in or under `given`, once; `say` is told what is left out. RunError where none is."""
+    """Return every usable run in or under `given`, each once.
+
+    `say` receives one-line notes on what is left out. Raises RunError if no run is usable.
+    """
     kept: dict[tuple, list[tuple[str, Run]]] = {}
     edges = None
     for place, read in _places(given, say):
@@ -54,21 +56,21 @@ def read_runs(given: Sequence[str], say: Say) -> list[Run]:
             mine = of.gamma.edges, of.relu.edges, [row.threshold for row in of.pruned]
             edges = edges or (None if other else mine)
             if other or mine != edges:
-                wrong = "is of another network" if other else "has other edges than the first"
-                say(f"without its analysis, {place}: it {wrong}; make it anew")
+                wrong = "belongs to another network" if other else "has other bin edges than the first"
+                say(f"left out the analysis of {place}: it {wrong}; analysis.py --overwrite redoes it")
                 run = run.model_copy(update={"analysis": None})
         key = config.setting, options.arch, options.mode, config.variant, options.seed, config.machine
-        twins = sorted([*kept.get(key, ()), (place, run)], key=lambda at: not at[1].done)  # stable
+        twins = sorted([*kept.get(key, ()), (place, run)], key=lambda at: not at[1].done)  # a stable sort
         kept[key] = twins[:1]
         for twin, _ in twins[1:]:
-            say(f"left out {twin}: {twins[0][0]} is the same run, seed and all")
+            say(f"left out {twin}: {twins[0][0]} is the same run with the same seed")
     if not kept:
         raise RunError(f"no usable run in {' '.join(given)}; name folders that train.py wrote, such as runs")
     return [run for [(_, run)] in kept.values()]
 
 
 def _places(given: Sequence[str], say: Say) -> Iterator[tuple[str, Callable[[], Run]]]:
-    """Where each run stands, and what reads it."""
+    """Yield each run's place, for messages, and a function that reads the run."""
     packed = [Path(path) for path in given if path.endswith(".jsonl") and Path(path).is_file()]
     folders = [Path(path) for path in given if Path(path) not in packed]
     for folder, name in runs.run_folders(folders, say):
@@ -89,35 +91,38 @@ def _places(given: Sequence[str], say: Say) -> Iterator[tuple[str, Callable[[], 
 
 
 def read_run(folder: Path, name: str, say: Say) -> Run:
-    """The run in a folder. RunError for what does not fit the schema; of its analysis, `say` is told that."""
+    """Return the run in a folder. Raises RunError if a file of it does not fit the schema.
+
+    If only its analysis does not fit, the run is returned without it, and `say` receives a note.
+    """
     config = Config.read(folder / "config.json")
     if config is None:
         raise RunError(f"{folder}: there is no config.json")
     try:
         analysis = Analysis.read(folder / "analysis.json")
     except RunError as error:
-        say(f"without its analysis, {error}; make it anew")
+        say(f"left out the analysis, {error}; analysis.py --overwrite redoes it")
         analysis = None
     summary, epochs = Summary.read(folder / "summary.json"), tuple(read_epochs(folder))
     return Run(name=name, config=config, summary=summary, epochs=epochs, analysis=analysis)
 
 
 def _wrong(run: Run) -> str | None:
-    """In what its files contradict each other, or what a run that is done lacks."""
+    """Return how a run's files contradict each other, or what a finished run lacks; None if it is sound."""
     config, summary, options = run.config, run.summary, run.config.options
     if config.parent and not options.init_from:
-        return "config.json has a parent run, and no option init_from"
+        return "config.json has a parent run but no option init_from"
     found = vars(options) | vars(config) | {"data": config.spec.data, "variant": dict(config.variant)}
     for name in ("data", "data_title", "arch", "mode", "seed", "variant", "frozen_sha256"):
         if summary and getattr(summary, name) != found[name]:
             return f"config.json and summary.json are of different runs: their {name} differs"
     if [row.epoch for row in run.epochs] != list(range(1, len(run.epochs) + 1)):
-        return "its epochs are not numbered from 1 on"
+        return "its epochs are not numbered consecutively from 1"
     if not run.done:
         return None
     for name in ("final_test_acc", "best_test_acc", "checkpoint_bytes"):
         if getattr(summary, name) is None:
-            return f"summary.json says that it is done, and has no {name}"
+            return f"summary.json says that it is done but has no {name}"
     done, asked = summary.epochs_done, options.epochs
     if done != asked and not (options.early_stop and done < asked):
         return f"summary.json says that it is done after {done} of {asked} epochs"

@@ -1,4 +1,4 @@
-"""Runs gathered: into settings, which are never mixed, and in each into series over seeds."""
+"""Group runs into settings, which are never mixed, and within a setting into series over seeds."""
 
 import math
 import re
@@ -13,11 +13,11 @@ import config
 from records import Analysis, Epoch, Origin, Pairs, Summary, variant_text
 from reporting.reading import Run
 
-CIFAR10 = {"CIFAR-10": "cifar10", "CIFAR-10 (not the official bytes)": "cifar10-other-bytes"}  # its folders
+CIFAR10 = {"CIFAR-10": "cifar10", "CIFAR-10 (not the official bytes)": "cifar10-other-bytes"}  # title: folder
 
 
 class Mean(NamedTuple):
-    """A mean, its sample standard deviation (NaN where n is 1), and of how many."""
+    """A mean, its sample standard deviation (NaN if n is 1), and n, the number of values."""
 
     mean: float
     std: float
@@ -31,34 +31,34 @@ NO_MEAN = Mean(math.nan, math.nan, 0)
 
 
 class Setting(NamedTuple):
-    """Runs that may be compared, in the order in which they are shown."""
+    """Runs that may be compared, in display order."""
 
     label: str  # as shown
-    folder: str  # of its files in a report
+    folder: str  # for its files, inside the report
     runs: list[Run]
 
     @property
     def known(self) -> str:
-        """The data set in `reported.csv`, where all of its training images trained, as others have it."""
+        """The data set in `reported.csv`; "" for others, subsets, and CIFAR-10 with validation images."""
         title, _, quick, subset, held_out, *_ = self.runs[0].config.setting
         cifar10 = "cifar10" if title in CIFAR10 and not held_out else ""
         return "" if quick or subset else "imagenette" if title == "Imagenette" else cifar10
 
 
 class Series(NamedTuple):
-    """Runs that differ in their seed alone: of one architecture and mode, with the same other options.
+    """Runs that differ only in their seed: one architecture, one mode and the same other options.
 
-    results: a row per run that is done, by seed, of the fields of its summary; of the seconds and images/s
-    of its median epoch; and of its parent's test accuracy. epochs: a row per epoch, counted from the first
-    one of what the runs went on from, and seed, of the columns of metrics.jsonl.
+    `results` has a row per finished run, indexed by seed: the fields of its summary, the medians of its
+    epochs' seconds and images/s, and its parent's test accuracy. `epochs` has a row per epoch and seed with
+    the columns of metrics.jsonl; its epochs are counted from the first epoch of the parent run, if any.
     """
 
     arch: str
     mode: str
-    variant: Pairs  # the options that set it apart from the published run, and their values
-    machine: tuple[str, str, str]  # device, how it computed, torch; empty texts where they do not matter
-    origin: Origin | None  # what they went on from, on the same images
-    diverged: int
+    variant: Pairs  # options that differ from the published run, with values
+    machine: tuple[str, str, str]  # device, how it computed, torch version; or three empty texts
+    origin: Origin | None  # the parent run, if it had the same images
+    diverged: int  # seeds that diverged
     results: pd.DataFrame
     epochs: pd.DataFrame
     analyses: list[Analysis]
@@ -83,32 +83,32 @@ class Series(NamedTuple):
         return tuple(option for option in self.variant if option[0] not in names)
 
     def by_seed(self, name: str) -> pd.Series:
-        """A column of results, of the seeds that have it."""
+        """Return a column of `results` for the seeds that have a value."""
         return self.results[name].dropna()
 
     def mean(self, name: str, unit: float = 1) -> Mean | None:
-        """Of a column of results, in this unit."""
+        """Return the Mean of a column of `results`, divided by `unit`; None if it has no values."""
         return mean_of(self.by_seed(name) / unit)
 
     def curves(self, name: str) -> pd.DataFrame:
-        """A column of epochs: a row per epoch, a column per seed."""
+        """Return a column of `epochs` with a row per epoch and a column per seed."""
         return self.epochs[name].unstack("seed").astype(float)
 
 
 def mean_of(values: Iterable[float]) -> Mean | None:
-    """Mean and sample standard deviation of numbers, NaN left out; None of nothing."""
+    """Return the mean and sample standard deviation of the values that are not NaN, or None without any."""
     each = [value for value in values if not math.isnan(value)]
     std = statistics.stdev(each) if len(each) > 1 else math.nan
     return Mean(statistics.fmean(each), std, len(each)) if each else None
 
 
 def drawn_from_seed(series: Iterable[Series]) -> list[Series]:
-    """Those whose frozen weights a seed gives; others need the file, or the run, that they began with."""
+    """Return the series whose frozen weights follow from the seed alone, without an --init-from."""
     return [s for s in series if "init_from" not in dict(s.variant)]
 
 
 def grouped(each: Iterable, key: Callable[..., Hashable]) -> dict[Hashable, list]:
-    """Those with the same key, in the order in which they come."""
+    """Group items by key, in the order of their first appearance."""
     groups: dict[Hashable, list] = {}
     for one in each:
         groups.setdefault(key(one), []).append(one)
@@ -116,7 +116,7 @@ def grouped(each: Iterable, key: Callable[..., Hashable]) -> dict[Hashable, list
 
 
 def setting_names(setting: tuple) -> tuple[str, str]:
-    """The label and the folder of a Config's setting: `CIFAR-10, 12 epochs` and `cifar10/12-epochs`."""
+    """Return the label and folder of a setting, such as `CIFAR-10, 12 epochs` and `cifar10/12-epochs`."""
     title, epochs, quick, subset, held_out, size, _ = setting
     usual = quick and subset == config.QUICK["train_subset"]
     parts = (
@@ -132,9 +132,9 @@ def setting_names(setting: tuple) -> tuple[str, str]:
 
 
 def by_setting(found: list[Run]) -> list[Setting]:
-    """The runs of each setting, the longest training first; no two have a label or a folder in common."""
+    """Group runs by setting, longest training first, --quick last; all labels and folders are different."""
 
-    def rank(run: Run) -> tuple:  # depths and widths as numbers, the modes most compared first
+    def rank(run: Run) -> tuple:  # depths and widths as numbers, the main modes first
         of, variant = run.config.options, run.config.variant
         arch = re.split("([0-9]{1,9})", of.arch)
         arch[1::2] = map(int, arch[1::2])
@@ -153,9 +153,9 @@ def by_setting(found: list[Run]) -> list[Setting]:
 
 
 def series_of(members: list[Run], by_machine: bool = False) -> list[Series]:
-    """The runs of one setting gathered over seeds: what is done, and how many diverged.
+    """Group the finished and diverged runs of one setting into series over seeds.
 
-    A number format other than the one in which most of them computed sets a run apart, like an option.
+    A dtype other than most runs' sets a run apart, like an option; with `by_machine`, so does the machine.
     """
     dtypes = Counter(run.config.spec.dtype for run in members)
     usual = max(sorted(dtypes), key=dtypes.get)
@@ -167,7 +167,7 @@ def series_of(members: list[Run], by_machine: bool = False) -> list[Series]:
 
     gathered = []
     for names, group in grouped((r for r in members if r.status in ("done", "diverged")), key).items():
-        # a seed counts once, on however many machines
+        # a seed counts once, even if several machines ran it
         by_seed = {run.config.options.seed: run for run in reversed(group) if run.done}
         diverged = len({run.config.options.seed for run in group}) - len(by_seed)
         done = [by_seed[seed] for seed in sorted(by_seed)]
@@ -177,7 +177,7 @@ def series_of(members: list[Run], by_machine: bool = False) -> list[Series]:
 
 
 def _frames(done: list[Run]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The results and the epochs of runs, see Series."""
+    """Return `results` and `epochs` of finished runs, see Series."""
     rows, epoch_rows = [], []
     for run in done:
         of, parent = run.config, run.config.parent if run.config.origin else None
@@ -190,4 +190,4 @@ def _frames(done: list[Run]) -> tuple[pd.DataFrame, pd.DataFrame]:
     columns = [*Epoch.model_fields, "seed"]
     epochs = pd.DataFrame(epoch_rows, columns=columns).set_index(["epoch", "seed"])
     typical = epochs[["epoch_s", "images_per_s"]].astype(float).groupby("seed").median()
-    return results.join(typical), epochs  # the first epochs may wait or compile
+    return results.join(typical), epochs  # medians, as the first epochs may wait or compile

@@ -1,4 +1,4 @@
-"""The report's tables: their rows, and as texts, CSV, Markdown and LaTeX."""
+"""The report's tables: their rows, and their text as CSV, Markdown and LaTeX."""
 
 import re
 from collections import Counter
@@ -12,7 +12,7 @@ from reporting.reading import Run
 from reporting.series import NO_MEAN, Mean, Series, Setting, drawn_from_seed
 
 REPORTED = pd.read_csv(Path(__file__).with_name("reported.csv"), comment="#")
-CELL = ["architecture", "mode", "other options"]  # how the first columns of most tables are named
+CELL = ["architecture", "mode", "other options"]  # the first columns of most tables
 MARKDOWN = str.maketrans({sign: f"\\{sign}" for sign in r"\`*_{}[]<>#|~$&"})
 LATEX = str.maketrans(
     {sign: f"\\{sign}" for sign in "{}$&#_%"}
@@ -22,22 +22,22 @@ LATEX = str.maketrans(
 
 
 class Table(NamedTuple):
-    """Rows under named columns. A cell is a text, a number, a Mean or None; `digits` come after the point."""
+    """Rows under named columns. A cell is text, a number, a Mean or None; `digits` counts decimal places."""
 
     name: str
-    columns: list[str]  # a unit stands in parentheses at the end
+    columns: list[str]  # a unit comes last, in parentheses
     rows: list[list]
     digits: int = 2
 
     @property
     def numeric(self) -> list[bool]:
-        """Which columns hold numbers, and stand at the right."""
+        """For each column, whether it holds numbers and is therefore right-aligned."""
         return [
             any(isinstance(cell, (int, float, Mean)) for cell in of) for of in zip(*self.rows, strict=True)
         ]
 
     def texts(self, escapes: dict[int, str]) -> pd.DataFrame:
-        """The cells as people read them, with these `escapes`."""
+        """Return the cells as displayed text, with `escapes` (see str.translate) applied."""
         cells = [[self._text(cell).translate(escapes) for cell in row] for row in self.rows]
         return pd.DataFrame(cells, columns=[column.translate(escapes) for column in self.columns])
 
@@ -49,8 +49,9 @@ class Table(NamedTuple):
         return cell or ""
 
     def files(self) -> dict[str, str]:
-        """By the ends of their names: the table in full precision as CSV, in which a column of means becomes
-        three; as Markdown; and as a tabular of LaTeX's package booktabs.
+        """Return the contents of the table's csv, md and tex files by suffix.
+
+        The CSV has full precision and splits a column of means into three. The LaTeX is a booktabs tabular.
         """
         full = {}
         for column, *cells in zip(self.columns, *self.rows, strict=True):
@@ -71,7 +72,10 @@ class Table(NamedTuple):
 
 
 def accuracy(series: list[Series], setting: Setting) -> Table:
-    """A row per architecture, mode and variant, beside what others report: after 160 epochs, all of it."""
+    """Return a row per architecture, mode and variant, with published accuracies beside it.
+
+    Published networks without a run here get a row of their own; for CIFAR-10, only after 160 epochs.
+    """
     _, epochs, *_ = setting.runs[0].config.setting
     others = REPORTED[REPORTED["data"] == setting.known]
     sources = others["source"].unique()
@@ -80,7 +84,7 @@ def accuracy(series: list[Series], setting: Setting) -> Table:
     some = {
         "final_test_top5_acc": "top 5 (%)",
         "best_val_acc": "best on validation (%)",
-        "chosen_test_acc": "test, at validation's best epoch (%)",
+        "chosen_test_acc": "test at the best validation epoch (%)",
     }
     some = {name: column for name, column in some.items() if any(len(s.by_seed(name)) for s in series)}
     means = {"final_test_acc": "test accuracy (%)", **some, "best_test_acc": "best epoch (%)"}
@@ -97,7 +101,7 @@ def accuracy(series: list[Series], setting: Setting) -> Table:
 
 
 def stored(series: list[Series]) -> Table:
-    """What of a network must be kept beside its seed, and how accurate it is: the smallest first."""
+    """Return what must be stored of a network besides its seed, and its accuracy, smallest first."""
     rows = []
     alone = (s for s in drawn_from_seed(series) if s.done)
     for s in sorted(alone, key=lambda s: s.mean("checkpoint_bytes").mean):
@@ -108,8 +112,8 @@ def stored(series: list[Series]) -> Table:
 
 
 def parameters(found: list[Run]) -> Table:
-    """All parameters, those of BatchNorm that train, and their share."""
-    rows = {}  # each once
+    """Return the numbers of all parameters and of trained BatchNorm parameters, and their share."""
+    rows = {}  # a dict, so that each row is there once
     for of, summary in ((run.config.options, run.summary) for run in found if run.summary):
         if of.mode in ("bn_only", "bn_main", "gamma", "beta"):
             total, trained = summary.params_total, summary.params_trained
@@ -119,7 +123,7 @@ def parameters(found: list[Run]) -> Table:
 
 
 def time(series: list[Series]) -> Table:
-    """What a run takes: a row per architecture, mode, variant and machine."""
+    """Return the time, memory and bytes of a run, a row per architecture, mode, variant and machine."""
     rows = []
     for s in (s for s in series if s.done):
         means = [s.mean(name) for name in ("train_s", "startup_s", "images_per_s", "epoch_s")]
@@ -127,7 +131,7 @@ def time(series: list[Series]) -> Table:
         sizes = [round(s.mean(name).mean) for name in ("checkpoint_bytes", "full_bytes")]
         rows.append([s.arch, s.mode, s.variant_text, s.done, *means, *sizes, *s.machine])
     columns = [*CELL, "n", "training (s)", "start-up (s)", "images/s", "epoch (s)", "peak memory (MiB)"]
-    columns += ["checkpoint (bytes)", "all weights (bytes)", "device", "computed in", "torch"]
+    columns += ["checkpoint (bytes)", "all weights (bytes)", "device", "number format", "torch"]
     return Table("time", columns, rows, digits=1)
 
 
@@ -142,7 +146,7 @@ def every_run(found: list[Run]) -> Table:
 
 
 def not_finished(found: list[Run]) -> Table:
-    killed, rows = "no summary.json: it is still running, or was killed; --resume goes on", []
+    killed, rows = "no summary.json: it is still running or was killed; --resume continues it", []
     for run in (run for run in found if not run.done):
         why = run.summary.why if run.summary else killed
         rows.append([run.name, run.status, f"{run.epochs_done} of {run.config.options.epochs}", why])

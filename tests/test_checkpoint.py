@@ -127,8 +127,8 @@ def altered(folder, out, *, spec=None, tensor=None, metadata=None):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"spec": {"seed": 4}}, "does not match: its seed gives other"),
-        ({"spec": {"conv_init": "binary"}}, "does not match: its seed gives other"),
+        ({"spec": {"seed": 4}}, "does not match: its seed gives different"),
+        ({"spec": {"conv_init": "binary"}}, "does not match: its seed gives different"),
         ({"spec": {"arch": "resnet14"}}, "does not match"),
         ({"tensor": "layer1.0.bn1.weight"}, "it was altered"),
         ({"tensor": "layer1.0.bn1.running_mean"}, "it was altered"),
@@ -213,5 +213,5 @@ def test_a_checkpoint_of_tensors_of_another_network_is_refused_before_that_is_dr
     monkeypatch.setattr(checkpoint, "create", lambda spec: pytest.fail("it was drawn"))
     for arch in ("resnet8_w2", "resnet14", "resnet14_w40"):
         file = altered(sealed, tmp_path / "altered.safetensors", spec={"arch": arch})
-        with pytest.raises(checkpoint.CheckpointError, match="missing or has a different shape"):
+        with pytest.raises(checkpoint.CheckpointError, match="missing or has another shape"):
             checkpoint.restore(file)

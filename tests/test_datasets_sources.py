@@ -285,7 +285,7 @@ def test_a_picture_that_would_be_read_as_another_or_fill_memory_is_refused(tmp_p
     else:
         dtype, value = GREY[case]
         Image.fromarray(np.full((16, 16), value, dtype)).save(file)
-    with pytest.raises(data.DataError, match=r"1\.tif is no readable image") as refused:
+    with pytest.raises(data.DataError, match=r"1\.tif is not a readable image") as refused:
         data.open_dataset(str(tmp_path), tmp_path / "data", image_size=16, say=silent)
     assert case != "PostScript" or "cannot identify" in str(refused.value)
 

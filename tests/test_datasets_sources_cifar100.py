@@ -101,7 +101,7 @@ def test_wrong_archives_and_files_are_named(tmp_path):
     with pytest.raises(data.DataError, match=r"train\.bin is missing"):
         data.open_dataset("cifar100", archive, say=silent)
     shorten(archive)
-    with pytest.raises(data.DataError, match=r"cifar-100-python\.tar\.gz is truncated or no archive"):
+    with pytest.raises(data.DataError, match=r"cifar-100-python\.tar\.gz is truncated or not an archive"):
         data.open_dataset("cifar100", archive, say=silent)
     files["train"][1][7, 1] = 100
     binary = write_binary100(tmp_path / "b", files)

@@ -101,7 +101,7 @@ def test_what_others_report_stands_beside(full):
     _, out, page = full
     row = next(row for row in rows_of(out, "accuracy") if row["architecture"] == "resnet14")
     assert (row["mode"], row["paper (%)"]) == ("all", "about 91")
-    assert "46.7" in page and "TensorFlow port" in page and "Hollow are values others report" in page
+    assert "46.7" in page and "TensorFlow port" in page and "Hollow markers are published values" in page
 
 
 def test_diverged_and_unfinished_runs_are_shown(full):
@@ -193,7 +193,7 @@ def test_a_drawing_process_that_is_killed_is_a_line(two_sections, monkeypatch, c
     monkeypatch.setattr(report, "render", lambda _: os.kill(os.getpid(), signal.SIGKILL))
     assert run(two_sections) == 1
     said = capsys.readouterr().err
-    assert "a process that draws was killed" in said and said.count("\n") == 1
+    assert "a drawing process was killed" in said and said.count("\n") == 1
 
 
 def test_a_killed_report_leaves_no_process(two_sections, monkeypatch, tmp_path):

@@ -86,9 +86,10 @@ def test_batchnorm_first_is_compared_seed_by_seed_with_a_pooled_variance(tmp_pat
     interval = 3.495 * (2 * variance / 3) ** 0.5  # Student's t of four degrees at 1 - 0.05 / 4
     assert rows[2][4] == rows[4][4] == pytest.approx(interval, rel=1e-3)
     assert answer.text == (
-        f"ResNet-14, {EPOCHS} epochs in all, against everything from the start: with BatchNorm alone "
-        f"for the first 2 of them, it ends 0.53 points above (± {interval:.2f}, n = 3: beyond chance); "
-        f"for the first 4 of them, it ends 1.03 points below (± {interval:.2f}, n = 3: beyond chance)."
+        f"ResNet-14, {EPOCHS} epochs in all, compared with training everything from the start: with "
+        "BatchNorm alone for the first 2, test accuracy is 0.53 points higher "
+        f"(± {interval:.2f}, n = 3: significant); with BatchNorm alone for the first 4, test accuracy is "
+        f"1.03 points lower (± {interval:.2f}, n = 3: significant)."
     )
 
 
@@ -144,28 +145,26 @@ def test_retraining_is_compared_with_what_each_run_went_on_from(tmp_path):
     assert changes["BatchNorm, kept", "0.1"].mean == pytest.approx(-1.1)
     assert changes["BatchNorm, redrawn", "0.01"].mean == pytest.approx(-20.0)
     assert changes["everything", "0.01"] == pytest.approx((1.0, 0.0, 3)) and len(changes) == 4
-    assert "after 4 more epochs, of BatchNorm alone, a network of 81.00 % after 32 epochs" in answer.text
+    assert "training everything for 32 epochs gives 81.00 %. After 4 more epochs of BatchNorm" in answer.text
     interval = 6.205 * 0.2 / 3**0.5  # of two that were tried
-    kept = f"0.10 points above (± {interval:.2f}, n = 3: within chance) at learning rate 0.01, "
+    kept = f"0.10 points higher (± {interval:.2f}, n = 3: not significant) at learning rate 0.01, "
     assert f"{kept}the better of 2, with gamma and beta kept" in answer.text
-    assert "20.00 points below (± 2.48, n = 3: beyond chance)" in answer.text
-    everything = "1.00 points above (± 0.00, n = 3: beyond chance) at learning rate 0.01."
-    assert answer.text.endswith(f"After as many more of everything it ends {everything}")
+    assert "20.00 points lower (± 2.48, n = 3: significant)" in answer.text
+    everything = "1.00 points higher (± 0.00, n = 3: significant) at learning rate 0.01."
+    assert answer.text.endswith(f"After as many more epochs of everything, it is {everything}")
 
 
-def test_one_seed_is_said_to_tell_nothing_of_chance(tmp_path):
+def test_one_seed_gives_no_confidence_interval(tmp_path):
     write_grids(tmp_path, seeds=[0])
-    assert "(n = 1, so nothing is known of chance)" in answered(tmp_path, answers.retraining).text
+    assert "(n = 1: no confidence interval)" in answered(tmp_path, answers.retraining).text
 
 
 def test_the_page_has_both_answers(tmp_path):
     write_grids(tmp_path / "runs")
     report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
     page = (tmp_path / "out" / "index.html").read_text()
-    assert (
-        page.count("for the first 4 of them, it ends") == 1
-        and page.count("more epochs, of BatchNorm alone") == 1
-    )
+    assert page.count("with BatchNorm alone for the first 4, test accuracy is") == 1
+    assert page.count("more epochs of BatchNorm alone, test accuracy is") == 1
     for name, rows in (("warmstart", 3), ("retrain", 4)):
         (table,) = (tmp_path / "out").rglob(f"{name}.csv")
         assert len(list(csv.DictReader(table.open()))) == rows
@@ -241,18 +240,18 @@ def test_settings_are_chosen_by_validation_and_compared_in_test(tmp_path):
             validated(tmp_path, accs, seed=seed, **options[name])
     write_run(tmp_path / "apart", arch="resnet32", analysis=False)  # without validation images
     answer = answered(tmp_path, answers.tuning)
-    assert [row[2] for row in answer.table.rows] == ["lr 1", "lr 1, schedule cosine", "as it comes"]
+    assert [row[2] for row in answer.table.rows] == ["lr 1", "lr 1, schedule cosine", "defaults"]
     *_, fresh, change, interval = answer.table.rows[0]
     assert fresh is None, "every seed chose"
     assert change == pytest.approx((2.5, 0.5**0.5, 2)) and interval == pytest.approx(12.706 * 0.5, rel=1e-3)
-    told = "2.50 points above (± 6.35, n = 2: within chance) the setting as it comes."
-    best = "of 3 settings, the best on validation images, by seeds 0, 1, is lr 1: in test, with the seeds"
-    assert f"{best} that chose it, {told}" in answer.text
+    told = "2.50 points higher (± 6.35, n = 2: not significant) than that of the defaults."
+    best = "of 3 settings, lr 1 is the best on validation images with seeds 0, 1. With the same seeds, its"
+    assert f"{best} test accuracy is {told}" in answer.text
     for seed in range(3, 6):  # of which the others have none
         validated(tmp_path, {"best_val_acc": 99.0}, seed=seed, lr=2.0)
     answer = answered(tmp_path, answers.tuning)
-    assert [row[2] for row in answer.table.rows] == ["lr 1", "lr 1, schedule cosine", "as it comes"]
-    assert f"{best} that chose it, {told}" in answer.text
+    assert [row[2] for row in answer.table.rows] == ["lr 1", "lr 1, schedule cosine", "defaults"]
+    assert f"{best} test accuracy is {told}" in answer.text
 
 
 def test_what_the_chosen_setting_gains_other_seeds_tell(tmp_path):
@@ -263,23 +262,22 @@ def test_what_the_chosen_setting_gains_other_seeds_tell(tmp_path):
             accs = {"best_val_acc": validation - 9 * seed, "final_test_acc": test}
             validated(tmp_path, accs, seed=seed, **({"lr": lr} if lr != 0.1 else {}))
     answer = answered(tmp_path, answers.tuning)
-    assert [row[2] for row in answer.table.rows] == ["lr 1", "lr 3", "as it comes"], "ranked by seed 0 alone"
+    assert [row[2] for row in answer.table.rows] == ["lr 1", "lr 3", "defaults"], "ranked by seed 0 alone"
     best, other, usual = (row[3:] for row in answer.table.rows)
     assert [cell.n for cell in best[:2]] == [1, 1] and best[2].n == usual[2].n == 2
     assert best[0].mean == 42.06 and best[1].mean == 41.26
     assert (round(best[3].mean, 3), best[3].n) == (3.185, 2) and best[4] == pytest.approx(0.1906, abs=1e-3)
     assert other[2] is None and other[3].n == 1 and other[4] is None
-    told = "in test, with other seeds than chose it, 3.19 points above (± 0.19, n = 2: beyond chance)"
-    assert f"by seed 0, is lr 1: {told} the setting as it comes." in answer.text.replace(
-        "3.18 points", "3.19 points"
-    )
+    told = "3.19 points higher (± 0.19, n = 2: significant) than that of the defaults."
+    text = answer.text.replace("3.18", "3.19")
+    assert f"with seed 0. With other seeds, its test accuracy is {told}" in text
 
 
 def test_settings_are_told_by_what_not_all_have(tmp_path):
     for more in ({}, {"lr": 1.0}):
         validated(tmp_path, {"best_val_acc": 50.0}, milestones=[], label_smoothing=0.1, **more)
     rows = answered(tmp_path, answers.tuning).table.rows
-    assert {row[2] for row in rows} == {"as it comes", "lr 1"}
+    assert {row[2] for row in rows} == {"defaults", "lr 1"}
 
 
 def validated(root, accs: dict, **options) -> None:

@@ -27,7 +27,7 @@ def test_the_same_run_twice_is_named_and_counts_once(tmp_path):
     kept = write_run(tmp_path / "a")
     twin = write_run(tmp_path / "b")
     assert len(read(tmp_path, kept)) == 1  # the folder twice, its twin once
-    assert told == [f"left out {twin}: {kept} is the same run, seed and all"]
+    assert told == [f"left out {twin}: {kept} is the same run with the same seed"]
 
 
 def test_of_the_same_run_the_one_that_is_done_is_kept(tmp_path):
@@ -35,7 +35,7 @@ def test_of_the_same_run_the_one_that_is_done_is_kept(tmp_path):
     done = write_run(tmp_path / "b")
     [run] = read(tmp_path)
     assert run.done and told == [
-        f"left out {tmp_path / 'a' / done.name}: {done} is the same run, seed and all"
+        f"left out {tmp_path / 'a' / done.name}: {done} is the same run with the same seed"
     ]
 
 
@@ -68,7 +68,7 @@ def test_an_analysis_that_is_not_the_runs_costs_it_no_more_than_that(tmp_path, v
     change("analysis.json", **values)(write_run(tmp_path))
     [run] = read(tmp_path)
     assert run.analysis is None and run.done
-    assert len(told) == 1 and told[0].startswith("without its analysis, ")
+    assert len(told) == 1 and told[0].startswith("left out the analysis")
 
 
 def test_analyses_with_other_edges_are_not_averaged(tmp_path):
@@ -76,7 +76,7 @@ def test_analyses_with_other_edges_are_not_averaged(tmp_path):
     change("analysis.json", gamma__edges=[3.0 * i for i in range(61)])(write_run(tmp_path, seed=1))
     kept = {run.config.options.seed: run.analysis for run in read(tmp_path)}
     assert kept[0] == records.Analysis.read(first / "analysis.json") and kept[1] is None
-    assert len(told) == 1 and "other edges than the first" in told[0]
+    assert len(told) == 1 and "other bin edges than the first" in told[0]
 
 
 def write(name: str, content: bytes):

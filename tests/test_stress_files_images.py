@@ -207,7 +207,7 @@ def test_a_picture_that_is_damaged_or_too_large_is_refused_by_name(work, case):
     suffix, make = REFUSED[case]
     (work / "train" / "dog" / f"9{suffix}").write_bytes(make())
     said = refused(data, [work, "--data-dir", work.parent / "data", "--image-size", SIDE], work)
-    assert f"train/dog/9{suffix} is no readable image" in said and not (work / "canary").exists()
+    assert f"train/dog/9{suffix} is not a readable image" in said and not (work / "canary").exists()
 
 
 def bind(path: Path) -> None:
@@ -235,7 +235,7 @@ def test_what_is_no_file_of_a_picture_is_ignored_and_a_line_says_so(work, case, 
     before = listing(work)
     outcome = attempt(data, [work, "--data-dir", work.parent / "data"], work)
     assert outcome.status == 0 and len(outcome.lines) == 2, outcome
-    assert "ignored 1 hidden files or files that are no images" in outcome.lines[0]
+    assert "ignored 1 files that are hidden or not images" in outcome.lines[0]
     assert_harmless(outcome)
     assert listing(work) == before
 
