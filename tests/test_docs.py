@@ -1,0 +1,63 @@
+"""What the documentation says of options, files and commands is what the code has."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import config
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "results").glob("*.md")])
+IN_WORDS = ("dtype", "loader", "nonzeros")  # their defaults depend on the machine or the network
+on_every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def options_of(page: str) -> list[tuple[str, str]]:
+    """Return the options in a page's tables of options, with their defaults as text."""
+    tables = re.findall(
+        r"^\| option \| default \|.*\n((?:\|.*\n)+)", (ROOT / "docs" / page).read_text(), re.M
+    )
+    cells = [line.strip("|").split("|") for table in tables for line in table.splitlines()[1:]]
+    return [(name.strip("` -").replace("-", "_"), default.strip("` ")) for name, default, _ in cells]
+
+
+def test_every_option_is_in_a_table_with_its_default():
+    listed = options_of("training.md") + options_of("data.md")
+    assert sorted(name for name, _ in listed) == sorted(config.FIELDS)
+    for name, text in listed:
+        default = config.FIELDS[name].default
+        if name in IN_WORDS:
+            assert text, name
+        elif default in (None, False):
+            assert text == "", name
+        else:
+            assert config.show(float(text) if isinstance(default, float) else text) == config.show(default), (
+                name
+            )
+
+
+@on_every_page
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
+        name, _, section = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        if section:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            anchors = [re.sub(r"[^\w\s-]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert section in anchors, link
+
+
+@on_every_page
+def test_train_takes_the_commands(page):
+    parser = config.make_parser("")
+    for command in re.findall(r"(?:python|=\d) train\.py (--(?!help)[^`\n;]*)", page.read_text()):
+        arguments = re.sub(r"\$\w+", "1", command)
+        parser.parse_args(shlex.split(arguments, comments=True))
+
+
+def test_the_readme_has_at_most_900_words():
+    assert len((ROOT / "README.md").read_text().split()) <= 900
