@@ -16,9 +16,8 @@ on_every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page
 
 def options_of(page: str) -> list[tuple[str, str]]:
     """Return the options in a page's tables of options, with their defaults as text."""
-    tables = re.findall(
-        r"^\| option \| default \|.*\n((?:\|.*\n)+)", (ROOT / "docs" / page).read_text(), re.M
-    )
+    text = (ROOT / "docs" / page).read_text()
+    tables = re.findall(r"^\| option \| default \|.*\n((?:\|.*\n)+)", text, re.MULTILINE)
     cells = [line.strip("|").split("|") for table in tables for line in table.splitlines()[1:]]
     return [(name.strip("` -").replace("-", "_"), default.strip("` ")) for name, default, _ in cells]
 
@@ -30,12 +29,11 @@ def test_every_option_is_in_a_table_with_its_default():
         default = config.FIELDS[name].default
         if name in IN_WORDS:
             assert text, name
-        elif default in (None, False):
+        elif default is None or default is False:
             assert text == "", name
         else:
-            assert config.show(float(text) if isinstance(default, float) else text) == config.show(default), (
-                name
-            )
+            written = float(text) if isinstance(default, float) else text
+            assert config.show(written) == config.show(default), name
 
 
 @on_every_page
