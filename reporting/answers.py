@@ -135,7 +135,7 @@ def most(changes: dict[Any, Change]) -> Any:
 
 # ---- everything first, BatchNorm after ----
 
-WAYS = ("as it was", "BatchNorm, kept", "BatchNorm, redrawn", "everything")
+WAYS = ("before", "BatchNorm, kept", "BatchNorm, redrawn", "everything")
 
 
 def way_of(s: Series) -> int | None:
