@@ -1,11 +1,11 @@
-"""What BatchNorm has learned: its gammas, the accuracy without the small ones, which ReLUs are silent.
+"""Analyse what BatchNorm has learned: its gammas, the accuracy without small ones, and silent ReLU channels.
 
     python analysis.py runs                             # every finished run in a folder
-    python analysis.py runs/RUN runs/RUN --overwrite    # these, also where it was done before
-    python analysis.py copied_runs --data-dir data      # of other machines: where the images lie on this one
+    python analysis.py runs/RUN runs/RUN --overwrite    # these runs, even if they have an analysis
+    python analysis.py copied_runs --data-dir data      # runs of another machine, with the images in data
 
-Writes RUN/analysis.json: what section 5 of Frankle et al. 2020 looks at, for every run in the same bins.
-Exit status 0: done, 1: some could not be analysed, 2: unusable options, or no run found.
+Writes RUN/analysis.json: the quantities of section 5 of Frankle et al. 2020, in the same bins for every run.
+Exit status 0: done, 1: some runs could not be analysed, 2: unusable options, or no run found.
 """
 
 import progress  # isort: split
@@ -44,26 +44,26 @@ def batchnorms(model: nn.Module) -> list[nn.BatchNorm2d]:
 
 
 def gammas(model: nn.Module) -> np.ndarray:
-    """Every BatchNorm's gamma, one after the other: float64 [N], which holds them and 0.01 as they are."""
+    """Return all BatchNorms' gammas, concatenated: float64 [N], so that thresholds such as 0.01 are exact."""
     return torch.cat([bn.weight.detach().double().cpu() for bn in batchnorms(model)]).numpy()
 
 
 def histogram(values: np.ndarray, edges: list[float]) -> dict[str, object]:
-    """How many lie between an edge (included) and the next; what is outside counts in the outermost bins."""
+    """Count the values from each edge up to the next; values outside count in the outermost bins."""
     counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
     return {"count": len(values), "edges": tuple(edges), "counts": tuple(counts.tolist())}
 
 
 @torch.no_grad()
 def prune(model: nn.Module, evaluate: Callable[[], evaluation.Scores]) -> list[records.Pruned]:
-    """For each of THRESHOLDS, the test accuracy (percent) with every gamma of a smaller magnitude set to 0.
+    """Return the test accuracy (percent) for each of THRESHOLDS, with gammas of smaller magnitude set to 0.
 
-    Beta and BatchNorm's statistics stay. `evaluate` gives the scores of `model`, whose gammas are changed in
-    place, where a captured evaluation reads them, and are afterwards what they were.
+    Beta and BatchNorm's statistics stay. `evaluate` returns the scores of `model`. Gammas are changed in
+    place, where a captured evaluation reads them, and restored at the end.
     """
     size, norms = np.abs(gammas(model)), batchnorms(model)
     learned = [bn.weight.clone() for bn in norms]
-    rows, accuracies = [], {}  # by how many gammas are zeroed: as many again are the same network
+    rows, accuracies = [], {}  # accuracies by the number of gammas zeroed, which identifies the network
     try:
         for threshold in THRESHOLDS:
             zeroed = int((size < threshold).sum())
@@ -80,10 +80,10 @@ def prune(model: nn.Module, evaluate: Callable[[], evaluation.Scores]) -> list[r
 
 
 class CountZeros(TorchFunctionMode):
-    """While it is entered, every call of F.relu appends int64 [2, C] to `counts`, on the device.
+    """A context manager in which every call of F.relu appends an int64 tensor [2, C] to `counts`.
 
-    They are how often each channel is exactly 0, and of how many (image, position) pairs. Nothing waits for
-    the device.
+    Row 0 is how often each channel is exactly 0, and row 1 the number of (image, position) pairs. The tensors
+    stay on the device, and nothing waits for it.
     """
 
     def __init__(self):
@@ -99,11 +99,11 @@ class CountZeros(TorchFunctionMode):
 
 
 def relu_zeros(model: nn.Module, loader, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """How often each channel of each ReLU is 0 over `loader`'s images, and of how many times: int64 [N] both.
+    """Return how often each ReLU channel is exactly 0 over all images, and out of how many: int64 [N] both.
 
-    N are the channels of all ReLUs, inside blocks and at their ends, in the order of the forward pass.
-    PyTorch's own modules compute it, in `dtype`, because our kernels never give most ReLUs' outputs; they do
-    so in evaluation where gradients are enabled, of which `model` is left with none.
+    N is the number of channels of all ReLUs, inside blocks and at their ends, in the order of the forward
+    pass. PyTorch's own modules compute them, in `dtype`, because our kernels do not expose most ReLU outputs;
+    enabling gradients in eval mode selects these modules. `model` is left in eval mode, entirely frozen.
     """
     model.eval().requires_grad_(False)
     total = 0
@@ -116,7 +116,10 @@ def relu_zeros(model: nn.Module, loader, dtype: torch.dtype) -> tuple[np.ndarray
 
 
 def analyse(model: nn.Module, loader, spec: records.NetworkSpec) -> records.Analysis:
-    """The analysis of `model`, which is on the device of the test images' `loader`. CheckpointError."""
+    """Return the analysis of `model` on `loader`, the test images on the same device.
+
+    It leaves every parameter frozen. Raises CheckpointError if a gamma is not finite.
+    """
     gamma, dtype = gammas(model), devices.DTYPES[spec.dtype]
     if not np.isfinite(gamma).all():
         raise checkpoint.CheckpointError("its gammas are not all finite; train it again")
@@ -137,10 +140,10 @@ def analyse(model: nn.Module, loader, spec: records.NetworkSpec) -> records.Anal
 
 
 def look_at(run: runs.Run, options: argparse.Namespace, device: torch.device, opened: dict) -> str:
-    """Write a run's analysis.json, if it is to be; what came of it, in a line.
+    """Write a finished run's analysis.json, if missing or to be overwritten; return the outcome in one line.
 
-    The run's own files are only read. Its images, and their loader, are kept in `opened` for other runs.
-    Raises DataError where the images are not at hand, and what `checkpoint.restore` and `analyse` do.
+    The run's other files are only read. `opened` keeps its data set and loader for other runs. Raises
+    DataError if the images are not available, and whatever `checkpoint.restore` and `analyse` raise.
     """
     if (status := run.status) != "done":
         return f"skipped, {status or 'not finished'}"
@@ -164,7 +167,7 @@ def look_at(run: runs.Run, options: argparse.Namespace, device: torch.device, op
     found = analyse(model, opened[batches], spec)
     run.write("analysis.json", found.to_json())
     before = run.summary.final_test_acc
-    if found.test_acc != before:  # as on another device, where the last digits may differ
+    if found.test_acc != before:  # another device may change the last digits
         note(f"{run.path}: {found.test_acc} % on this {device.type}, {before} % in the run")
     near_zero, silent = 100 * found.gamma.share_near_zero, 100 * found.relu.silent
     shares = f"{near_zero:.1f} % of gammas under 0.01, {silent:.1f} % of channels silent"
@@ -206,7 +209,7 @@ def main(argv: list[str] | None = None) -> int:
                 note(f"{path}: {why}")
                 failed = 1
             bars.advance(bar)
-            gc.collect()  # an evaluation and its captured graph hold each other, and memory of the GPU
+            gc.collect()  # an evaluation and its captured graph are a cycle that holds GPU memory
     return failed
 
 

@@ -1,10 +1,12 @@
-"""A data set by name, and batches of it on the device.
+"""Open a data set by name, and load batches of it onto the device.
 
-python data.py cifar10 [--data-dir data]     # downloads and prepares it, for jobs that have no network
+    python data.py cifar10 [--data-dir data]     # download and prepare it ahead, for jobs without network
 
-dataset = open_dataset("cifar10", "data")
-train = make_loader(dataset, "train", batch_size=128, device="cuda", dtype=torch.bfloat16, rng=rng)
-for images, labels in train.epoch(0): ...
+From Python:
+
+    dataset = open_dataset("cifar10", "data")
+    train = make_loader(dataset, "train", batch_size=128, device="cuda", dtype=torch.bfloat16, rng=rng)
+    for images, labels in train.epoch(0): ...
 """
 
 import progress  # isort: split
@@ -33,14 +35,14 @@ from kernels.device import user_cache
 def open_dataset(
     name: str, data_dir: str | Path, *, image_size: int | None = None, download: bool = True, say: Say = print
 ) -> Dataset:
-    """Find, check and, the first time, prepare a data set; `say` receives notes of one line.
+    """Find, check and, the first time, prepare a data set; `say` receives one-line notes.
 
     `name` is one of sources.SETS, or a folder with train/<class>/* and test/<class>/* or val/<class>/*.
-    `data_dir` is where the named sets are looked for (it may also be an archive) and where prepared files are
-    kept, in its folder beton; where it cannot be written to, the user's cache takes its place. Later starts
-    recognise a source by the names, sizes and times of its files, and map the prepared pixels without FFCV.
-    `image_size` is in pixels; by default that of the named set, and for a folder the size of its images if
-    they are squares of one size, else 128. Raises DataError.
+    Named sets are looked for in `data_dir` (it may also be an archive), and downloaded there if `download`.
+    Prepared files are kept in its folder beton. If `data_dir` is not writable, new files go to the user's
+    cache. Later starts recognise a source by the names, sizes and times of its files, and map the prepared
+    pixels without FFCV. `image_size` is in pixels; the default is that of the named set, and for a folder the
+    size of its images if all are squares of one size, else 128. Raises DataError if it cannot be opened.
     """
     data_dir = sources.expanded(data_dir)
     home = store = data_dir.parent if data_dir.is_file() else data_dir
@@ -62,10 +64,10 @@ def open_dataset(
                     downloading.fetch(name, places, say)
                     found = sources.locate(name, places, image_size, say)
                 dataset = prepare.load(folder, found) or prepare.prepare(folder, found, say)
-    except OSError as error:  # no permission, say, or a disk that fails
+    except OSError as error:  # such as no permission, or a failing disk
         mend = "mend that or give another --data-dir"
         raise DataError(f"--data {name}: {sources.brief(error)}; {mend}") from error
-    if name in sources.SETS and dataset.title != sources.SETS[name].title:  # whose bytes are not verified
+    if name in sources.SETS and dataset.title != sources.SETS[name].title:  # its bytes are not verified
         say(f"{found.path}: {dataset.title}")
     return dataset
 
@@ -73,11 +75,11 @@ def open_dataset(
 def share_out(
     labels: np.ndarray, rng: augment.Stream, validation: int | None = None, training: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted positions, int64, of the images to train on and of those to validate on, which are other ones.
+    """Return two sorted, disjoint sets of positions, int64: images to train on, and images to validate on.
 
-    `labels` are the training split's. `validation` images (None: none) are drawn first, and do not depend on
-    `training`; of the others, `training` are drawn (None: all). Of either there are as many of every class.
-    `rng(stream, 0)` gives the generators. Raises DataError as `class_subset` does.
+    `labels` are those of the training split. `validation` images (None: none) are drawn first, so they do not
+    depend on `training`; `training` images (None: all) are drawn from the rest. Each draw takes the same
+    number from every class. `rng(stream, 0)` returns the generators. Raises DataError as `class_subset` does.
     """
     every, held_out = np.arange(len(labels)), np.empty(0, np.int64)
     if validation:
@@ -89,7 +91,7 @@ def share_out(
 
 
 def tenth(labels: np.ndarray) -> int:
-    """As many images as a tenth of the smallest class, and at least one, of every class."""
+    """Return the size of a validation set with a tenth of the smallest class (or one image) of each class."""
     sizes = np.unique(labels, return_counts=True)[1]
     return len(sizes) * max(1, int(sizes.min()) // 10)
 
@@ -97,10 +99,11 @@ def tenth(labels: np.ndarray) -> int:
 def class_subset(
     labels: np.ndarray, count: int, rng: np.random.RandomState, validates: bool = False, set_apart: int = 0
 ) -> np.ndarray:
-    """Sorted positions, int64 [count], of images chosen at random, the same number of every class.
+    """Return sorted positions, int64 [count], of images drawn at random, the same number from every class.
 
-    DataError if `count` is no multiple of the number of classes, or more than there are; where they are to
-    validate on (`validates`), one of each class must be left. `set_apart` are left out of `labels` already.
+    Raises DataError unless `count` is a positive multiple of the number of classes and every class has enough
+    images: one more if `validates`, so that one is left to train on. `set_apart`, the number of validation
+    images that `labels` no longer includes, is only for the message.
     """
     classes, sizes = np.unique(labels, return_counts=True)
     (each, rest), most = divmod(count, len(classes)), sizes.min() - validates
@@ -116,22 +119,23 @@ def class_subset(
 
 @dataclass(eq=False)
 class Loader:
-    """What both loaders share: which image comes when, how it is changed, and what a batch looks like.
+    """Base class of both loaders: the order of images, their augmentation, and the format of a batch.
 
-    "train" is shuffled, augmented, and its last partial batch dropped; "test", and "validation" (training
-    images, of which `subset` says which) come in file order, as they are, every image once.
+    The split "train" is shuffled and augmented, and its last partial batch is dropped. "test" and
+    "validation" (those training images that `subset` lists) come in file order, unaugmented, every image
+    once. Raises DataError for a batch size below 1, or above the number of images to train on.
     """
 
     dataset: Dataset
     split: str  # "train", "validation" or "test"
-    batch_size: int  # of all processes; once made, this one's part
+    batch_size: int  # of all processes; after __post_init__, of this one
     device: torch.device | str
     dtype: torch.dtype
-    rng: augment.Stream | None = None  # for order and augmentation, by epoch
+    rng: augment.Stream | None = None  # returns the generators of order and augmentation
     augmented: str = "none"  # a name in augment.py
     subset: np.ndarray | None = None  # positions in the split
     compiled: bool = False  # on a GPU, resident images are augmented and normalised by torch.compile
-    share: tuple[int, int] = (0, 1)  # (r, n): train on the r-th of n equal parts of every batch of (0, 1)
+    share: tuple[int, int] = (0, 1)  # (r, n): train on part r, from 0, of n equal parts of every batch
 
     def __post_init__(self) -> None:
         dataset, self.train = self.dataset, self.split == "train"
@@ -152,10 +156,10 @@ class Loader:
         return whole if self.train else whole + (rest > 0)
 
     def drawn(self, epoch: int) -> tuple[np.ndarray, torch.Tensor]:
-        """Positions in the split, int64 [n], in the epoch's order; and augmentation's draws for them [n, k].
+        """Return an epoch's positions in the split, int64 [n], in order, and their augmentation draws [n, k].
 
-        All are drawn at once, so they depend on the seed and the epoch alone; of each batch, a process then
-        takes its own part.
+        The draws of all processes are made at once, so they depend on the seed and the epoch alone. Each
+        process then takes its own part of every batch.
         """
         order, draws = self.positions, np.empty((self.num_images, 0), np.float32)
         if self.parts:
@@ -167,35 +171,35 @@ class Loader:
         return order[mine], torch.from_numpy(draws[: len(order)][mine])
 
     def transform(self, images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-        """Images uint8 [n, H, W, 3] augmented, normalised, and as `dtype` [n, 3, H, W], channels_last."""
+        """Augment and normalise uint8 images [n, H, W, 3]; return `dtype` [n, 3, H, W], channels_last."""
         if self.parts:
             images = augment.augment(images, draws, self.parts)
-        # In place, because fresh memory costs more than arithmetic. The permuted view is channels_last.
+        # In place, because new memory costs more than the arithmetic. The permuted view is channels_last.
         images = images.float().sub_(self.mean).div_(self.std)
         return images.to(self.dtype).permute(0, 3, 1, 2)
 
 
 class _ResidentLoader(Loader):
-    """All images lie on the device as uint8; in an epoch, a batch is a few kernels and nothing else."""
+    """A loader that keeps all images on the device as uint8, so that a batch costs only a few kernels."""
 
     resident = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.images, self.labels = self.source.on(self.device)
-        self.ahead = None  # epoch, and what is drawn for it
+        self.ahead = None  # the next epoch, and the future of its draws
         shape = len(self), self.batch_size
         self.order = torch.zeros(shape, dtype=torch.int64, device=self.device)
         self.draws = torch.zeros(*shape, augment.DRAWS if self.parts else 0, device=self.device)
         cropped = self.parts <= {"crop", "flip"}
         self.passes = kernels.passes_for(self.device.type, self.compiled and cropped)
-        if self.compiled and self.device.type == "cuda":  # one kernel in the place of a dozen
+        if self.compiled and self.device.type == "cuda":  # one kernel instead of a dozen
             self.transform = torch.compile(self.transform, dynamic=False)
 
     def start(self, epoch: int) -> None:
-        """Put the order and the draws of an epoch where `batch` finds them: always in the same memory.
+        """Write an epoch's order and draws to where `batch` reads them, always the same memory.
 
-        Those of the next epoch are drawn meanwhile. Without training there is but one epoch.
+        A thread draws the next epoch's meanwhile. Splits other than "train" are the same in every epoch.
         """
         if not self.train and self.ahead:
             return
@@ -203,43 +207,43 @@ class _ResidentLoader(Loader):
             self.ahead = epoch, self.drawing(epoch)
         order, draws = self.ahead[1].result()
         self.ahead = epoch + 1, self.drawing(epoch + 1) if self.train else None
-        # A last batch that is not full ends in zeros: image 0 stands in.
+        # A partial last batch ends in zeros, so that image 0 fills it up.
         self.order.view(-1)[: len(order)] = torch.from_numpy(order)
         self.draws.flatten(0, 1)[: len(order)] = draws
 
     def drawing(self, epoch: int) -> Future:
-        """What `drawn` returns, by a thread that ends; a pool's, interrupted as it begins, never does."""
+        """Return a future of `drawn`, run in a new thread: a pool's, interrupted as it begins, never ends."""
         future = Future()
 
         def draw() -> None:
             try:
                 future.set_result(self.drawn(epoch))
-            except BaseException as error:  # raised where the result is asked for
+            except BaseException as error:  # raised again by future.result()
                 future.set_exception(error)
 
         Thread(target=draw).start()
         return future
 
     def batch(self, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The batch of the epoch started last at `position`, int64 [1]; nothing waits for the device."""
+        """Return batch `position`, int64 [1], of the epoch last started; do not wait for the device."""
         given = self.images, self.labels, self.order, self.draws, position, self.mean, self.std, self.dtype
         made = self.passes.batch(*given, augment.PAD)
         if made is not None:
             return made
         index, draws = (drawn.index_select(0, position)[0] for drawn in (self.order, self.draws))
-        # Not index_select, which shares out every image among the threads, and waits for them each time.
+        # Not index_select, which splits every single image among the threads and waits for them.
         return self.transform(self.images[index], draws), self.labels[index]
 
     def epoch(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         self.start(epoch)
         for position in range(len(self)):
             images, labels = self.batch(torch.full((1,), position, device=self.device))  # a copy would wait
-            left = self.num_images - position * self.batch_size  # fewer than a batch only in the last one
+            left = self.num_images - position * self.batch_size  # less than a batch only in the last one
             yield images[:left], labels[:left]
 
 
 class _FfcvLoader(Loader):
-    """FFCV streams the images from the file, in our order; the batches are the resident ones, bit for bit."""
+    """A loader that streams the images from a file with FFCV; its batches equal resident ones bit for bit."""
 
     resident = False
 
@@ -256,9 +260,9 @@ class _FfcvLoader(Loader):
         self.loader = ffcv.loader.Loader(
             str(self.source.beton),
             self.batch_size,
-            # FFCV sets torch's number of threads to that of its workers, so that must stay what it is.
+            # FFCV sets torch's number of threads to its number of workers, so keep torch's number.
             num_workers=min(torch.get_num_threads(), config.NUMBA_NUM_THREADS),
-            os_cache=True,  # the file is mapped, whatever FFCV_DEFAULT_CACHE_PROCESS says (see _new_beton)
+            os_cache=True,  # map the file, even if FFCV_DEFAULT_CACHE_PROCESS says otherwise (see _new_beton)
             drop_last=False,
         )
         self.copying = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -272,10 +276,10 @@ class _FfcvLoader(Loader):
                 yield self.transform(self.copied(images), next(draws)), self.copied(labels).view(-1)
 
     def copied(self, buffer: torch.Tensor) -> torch.Tensor:
-        """A finished copy on the device: FFCV fills the buffer anew once the next batch is asked for."""
+        """Return a completed copy on the device, because FFCV reuses the buffer for the next batch."""
         if self.copying is None:
             return buffer.to(self.device, copy=True)
-        with torch.cuda.stream(self.copying):  # its own stream: waiting for it does not wait for training
+        with torch.cuda.stream(self.copying):  # waiting for this stream does not wait for training
             copy = buffer.to(self.device, non_blocking=True)
         self.copying.synchronize()
         copy.record_stream(torch.cuda.current_stream(self.device))
@@ -283,10 +287,11 @@ class _FfcvLoader(Loader):
 
 
 def make_loader(dataset: Dataset, split: str, *, kind: str | None = None, **options) -> Loader:
-    """A loader whose `epoch(e)` yields `len(loader)` batches; `options` are the fields of Loader.
+    """Return a loader whose `epoch(e)` yields `len(loader)` batches; `options` are the fields of Loader.
 
-    `kind`: "resident", "ffcv", or None for resident if both splits take at most half of the device's free
-    memory. Raises DataError: too few images for a batch, or no FFCV.
+    `kind` is "resident", "ffcv", or None: resident if both splits take at most half of the device's free
+    memory or there is no FFCV file, else ffcv. Raises DataError if there are too few images for a batch, or
+    if the loader needs FFCV and cannot import it.
     """
     if kind is None:
         size = dataset.train.images.nbytes + dataset.test.images.nbytes

@@ -1,9 +1,9 @@
-"""Accuracy and loss of a network on a split; as a command, on test images.
+"""Measure the loss and accuracy of a network on one split; as a command, on the test images.
 
     python evaluation.py runs/RUN                          # the test accuracy of a finished run
-    python evaluation.py full.safetensors --data cifar10   # of a file that checkpoint.py rebuilt
+    python evaluation.py full.safetensors --data cifar10   # that of a file from checkpoint.py rebuild
 
-It is computed as the run did, on the run's images or on those that --data names.
+It computes as the run did, on the run's images or on those that --data names.
 """
 
 import progress  # isort: split
@@ -31,25 +31,28 @@ note = functools.partial(progress.note, "evaluation.py")
 
 
 class Scores(NamedTuple):
-    """Of a network on a split."""
+    """Loss and accuracy of a network on one split."""
 
     loss: float  # mean cross-entropy
     acc: float  # percent
-    top5_acc: float | None  # how often the class is among the five likeliest; None for ten classes or fewer
+    top5_acc: float | None  # percent with the class among the five likeliest; None for ten classes or fewer
 
 
 class Evaluation:
-    """Call it: the Scores of `model` over every image of `loader`, each counted once."""
+    """A callable that returns the Scores of `model` over all images of `loader`, each counted once.
+
+    It sets eval mode, and waits for the device. `compiles` says whether the next call compiles (on a GPU).
+    """
 
     def __init__(self, model: nn.Module, loader, dtype: torch.dtype = torch.float32, compiled: bool = True):
         self.model, self.loader, self.dtype = model, loader, dtype
         self.device = next(model.parameters()).device
         self.has_top5 = model.fc.out_features > 10
-        self.captured, self.compiles = None, self.device.type == "cuda"  # the first call does
+        self.captured, self.compiles = None, self.device.type == "cuda"  # only the first call
         if compiled and self.device.type == "cuda" and loader.resident:
             self.captured = Captured(self._next_batch)
         self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        self.loss_sum, self.correct, self.among_five = self.sums  # views of it
+        self.loss_sum, self.correct, self.among_five = self.sums  # views of `sums`
         self.position = torch.zeros(1, dtype=torch.int64, device=self.device)
 
     @torch.no_grad()
@@ -71,14 +74,14 @@ class Evaluation:
         )
 
     def _next_batch(self) -> None:
-        """The batch at `position`, which lies on the device."""
+        """Evaluate the batch at `position`, a tensor on the device."""
         self._batch(*self.loader.batch(self.position))
 
     def _batch(self, images: torch.Tensor, labels: torch.Tensor) -> None:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             logits = self.model(images).float()
         left = self.loader.num_images - self.position * self.loader.batch_size
-        counted = torch.arange(len(labels), device=self.device) < left  # the last batch may be filled up
+        counted = torch.arange(len(labels), device=self.device) < left  # the last batch may be padded
         losses = F.cross_entropy(logits, labels, reduction="none")
         self.loss_sum += torch.where(counted, losses, 0).double().sum()
         self.correct += (counted & (logits.argmax(1) == labels)).sum()
@@ -89,22 +92,25 @@ class Evaluation:
 
 
 def evaluation_batch_size(batch_size: int, image_size: int, device: torch.device) -> int:
-    """Images to evaluate at once: a GPU is not filled by a training batch of small ones."""
+    """Return `batch_size`, or at least 1000 for small images on a GPU, which fewer would not fill."""
     return max(batch_size, 1000) if device.type == "cuda" and image_size <= 64 else batch_size
 
 
 def image_place(path: str | Path, spec: records.NetworkSpec, data_dir: str | None) -> tuple[str, str]:
-    """Name and folder of the images that a run, or a file, was trained on."""
+    """Return the name and folder of the images on which a run, or the network in a file, was trained.
+
+    The folder is `data_dir` if given, else the run's own, or "data" for a file.
+    """
     config = runs.Run(Path(path)).config if Path(path).is_dir() else None
     name = config.options.data if config else spec.data
     return name, data_dir or (config.options.data_dir if config else "data")
 
 
 def test_loader(dataset: data.Dataset, spec: records.NetworkSpec, device: torch.device):
-    """The test images in batches, normalised as in the run that `spec` is of."""
+    """Return a loader of the test images, normalised and typed as in the run that `spec` describes."""
     dataset = dataclasses.replace(dataset, mean=spec.mean, std=spec.std)
     settings = {"device": device, "dtype": DTYPES[spec.dtype], "compiled": spec.compiled}
-    images = max(len(dataset.train.labels), len(dataset.test.labels))  # a run has no larger batches
+    images = max(len(dataset.train.labels), len(dataset.test.labels))  # no run has larger batches
     batch_size = evaluation_batch_size(min(spec.batch_size, images), spec.image_size, device)
     return data.make_loader(dataset, "test", batch_size=batch_size, **settings)
 
@@ -115,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", help="a data set or folder; default: the run's")
     parser.add_argument("--data-dir", help="where the data set lies; default: where the run found it")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to evaluate")
-    parser.add_argument("--init-from", help="where the file of the run's --init-from lies now")
+    parser.add_argument("--init-from", help="current path of the weights that the run's --init-from named")
     options = parser.parse_args(argv)
     device = devices.choose(options.device)
     model, spec = checkpoint.restore(options.run, options.init_from)

@@ -1,8 +1,8 @@
-"""What trains: the modes, the choice of random features, and how many parameters that makes.
+"""Decide which parameters train (modes and random features), and count them.
 
-    python freeze.py table [--arch resnet32 vgg16 ...]    # parameters: in total, and what each part trains
+    python freeze.py table [--arch resnet32 vgg16 ...]    # parameters in total, and trained by each part
 
-A mode is `all`, `none`, `random` (K weights of every filter), or a sum of PARTS with +; `bn_only` is `bn`
+A mode is `all`, `none`, `random` (K weights of every filter), or some of PARTS joined by +; `bn_only` is `bn`
 alone.
 """
 
@@ -20,8 +20,8 @@ from torch import nn
 
 import models
 
-# The parts of a mode: whether each trains a parameter, given its module, what it is called there, and whether
-# the module lies in a block's shortcut.
+# The parts of a mode. Each function returns whether the part trains a parameter, given its module, its name
+# in that module, and whether the module belongs to a block's shortcut.
 PARTS: dict[str, Callable[[nn.Module, str, bool], bool]] = {
     "bn": lambda module, name, in_shortcut: isinstance(module, nn.BatchNorm2d),
     "gamma": lambda module, name, in_shortcut: isinstance(module, nn.BatchNorm2d) and name == "weight",
@@ -31,12 +31,12 @@ PARTS: dict[str, Callable[[nn.Module, str, bool], bool]] = {
     "output": lambda module, name, in_shortcut: isinstance(module, nn.Linear),
     "conv": lambda module, name, in_shortcut: isinstance(module, nn.Conv2d),
 }
-CONTAINED = {"bn": ("gamma", "beta", "bn_main"), "conv": ("shortcut",)}  # a part, and others within it
+CONTAINED = {"bn": ("gamma", "beta", "bn_main"), "conv": ("shortcut",)}  # a part: the parts within it
 TABLE_ARCHS = [f"resnet{depth}" for depth in (14, 20, 32, 44, 56, 110, 218, 434, 866)]
 TABLE_ARCHS += [f"resnet14_w{width}" for width in (2, 4, 8, 16, 32)]
 TABLE_ARCHS += [f"vgg{depth}" for depth in models.VGG_LAYERS]
 TABLE_ARCHS += [f"resnet{depth}" for depth in models.BASIC_LAYERS | models.BOTTLENECK_LAYERS]
-SHARES = ("bn", "bn_main")  # of all parameters, in the table
+SHARES = ("bn", "bn_main")  # parts whose percentage of all parameters the table shows
 
 
 class ModeError(progress.OptionError):
@@ -44,8 +44,10 @@ class ModeError(progress.OptionError):
 
 
 def canonical_mode(mode: str) -> str:
-    """One spelling per mode: parts in a fixed order, each once; `bn` for `gamma+beta`, and `bn_only` for that
-    alone. ModeError.
+    """Return the canonical spelling of a mode: its parts in a fixed order, each once.
+
+    A part within another one is dropped, `gamma+beta` becomes `bn`, and `bn` alone becomes `bn_only`. Raises
+    ModeError for an unknown part.
     """
     if mode in ("all", "none", "random"):
         return mode
@@ -59,7 +61,7 @@ def canonical_mode(mode: str) -> str:
 
 
 def parameter_parts(model: nn.Module) -> dict[str, set[str]]:
-    """The parts that each parameter of `model` belongs to, by its name."""
+    """Return, by parameter name, the parts to which each parameter of `model` belongs."""
     parts = {}
     for name, module in model.named_modules():
         in_shortcut = ".downsample." in f"{name}."
@@ -72,7 +74,8 @@ def parameter_parts(model: nn.Module) -> dict[str, set[str]]:
 def choose_random_features(model: nn.Module, per_channel: int, seed: int) -> None:
     """Set apart `per_channel` weights, at random places, in every filter of every convolution of `model`.
 
-    Two are as many as BatchNorm has: Frankle et al. 2020's control. ModeError where a filter has fewer.
+    Two per filter are as many as BatchNorm trains; this is the control experiment of Frankle et al. 2020.
+    Raises ModeError if `per_channel` is below 1, or above the number of weights in some filter.
     """
     for name, module in model.named_modules():
         if isinstance(module, models.Conv2d):
@@ -85,9 +88,9 @@ def choose_random_features(model: nn.Module, per_channel: int, seed: int) -> Non
 
 
 def freeze(model: nn.Module, mode: str, per_channel: int = 2, seed: int = 0) -> None:
-    """Leave `requires_grad` on what `mode` trains, and only there. Call it once, on initialised weights.
+    """Set `requires_grad` on exactly what `mode` trains. Call this once, on initialised weights.
 
-    ModeError where the network has no parameters in a part of the mode.
+    Raises ModeError for an unusable `mode` or `per_channel`, or if a part of the mode has no parameters here.
     """
     mode = canonical_mode(mode)
     model.requires_grad_(mode == "all")
@@ -103,24 +106,24 @@ def freeze(model: nn.Module, mode: str, per_channel: int = 2, seed: int = 0) -> 
 
 
 def empty(arch: str, num_classes: int = 10, shortcut: str = "projection") -> nn.Module:
-    """A network whose tensors hold whatever was in memory, for those who will set all of them. ModelError."""
-    with torch.device("meta"):  # torch draws nothing that would be replaced
+    """Return a network on the CPU with uninitialised tensors, for the caller to set. Raises ModelError."""
+    with torch.device("meta"):  # so that torch draws no weights
         model = models.build(arch, num_classes, shortcut)
     return model.to_empty(device="cpu")
 
 
 def count(model: nn.Module) -> tuple[int, int]:
-    """Parameters of `model`: total, trained. Weights set apart count as trained, and once in the total."""
+    """Return the total and trained parameters of `model`; weights set apart count once, and as trained."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for name, p in model.named_parameters() if not name.endswith(".values"))
     return total, trained
 
 
-# ---- the tensors that train, and those that do not ----
+# ---- trained and frozen tensors ----
 
 
 def sha256(tensors: dict[str, torch.Tensor]) -> str:
-    """SHA-256 over names, shapes, dtypes and bytes of tensors, in the order of the names."""
+    """Return the SHA-256 (hex) of the names, shapes, dtypes and bytes of tensors, in the order of names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
@@ -129,19 +132,19 @@ def sha256(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def frozen_sha256(model: nn.Module) -> str:
-    """SHA-256 of what training must not touch: frozen parameters, and the places of weights set apart."""
+    """Return the SHA-256 of what must not change: frozen parameters, and the places of weights set apart."""
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     frozen |= {name: b for name, b in model.named_buffers() if name.endswith(".places")}
     return sha256(frozen)
 
 
 def full_sha256(model: nn.Module) -> str:
-    """SHA-256 of every weight and BatchNorm statistic."""
+    """Return the SHA-256 of `full_state`: every weight and BatchNorm statistic."""
     return sha256(full_state(model))
 
 
 def full_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every weight and BatchNorm statistic as the network applies it, by torchvision's names; on the CPU."""
+    """Return every weight (as applied) and BatchNorm statistic, by torchvision's names, on the CPU."""
     state = {name: t for name, t in model.state_dict().items() if not name.endswith(".values")}
     for name, module in model.named_modules():
         if isinstance(module, models.Conv2d):
@@ -150,23 +153,23 @@ def full_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def full_bytes(model: nn.Module) -> int:
-    """The size in bytes of every weight and BatchNorm statistic, which a full checkpoint would hold."""
+    """Return the bytes of a full checkpoint's tensors: every weight and BatchNorm statistic."""
     return sum(t.nbytes for name, t in model.state_dict().items() if not name.endswith(".values"))
 
 
 def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What training changes, by name: the trained tensors and BatchNorm's running statistics."""
+    """Return what training changes, by name: the trained tensors and BatchNorm's running statistics."""
     state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     return state | {n: b for n, b in model.named_buffers() if n.endswith(("running_mean", "running_var"))}
 
 
 def trained_vector(model: nn.Module) -> torch.Tensor:
-    """`trained_state` in one vector, because thousands of tensors take 0.3 s to save."""
+    """Return `trained_state` as one vector, because thousands of tensors take 0.3 s to save."""
     return torch.cat([tensor.reshape(-1) for tensor in trained_state(model).values()])
 
 
 def load_trained_vector(model: nn.Module, vector: torch.Tensor) -> None:
-    """Undo `trained_vector`. ValueError where it is not one of this network in this mode."""
+    """Load what `trained_vector` returned. Raises ValueError if it does not fit this network and mode."""
     own = list(trained_state(model).values())
     sizes = [tensor.numel() for tensor in own]
     if (vector.shape, vector.dtype, vector.layout) != ((sum(sizes),), own[0].dtype, own[0].layout):
@@ -179,7 +182,11 @@ def load_trained_vector(model: nn.Module, vector: torch.Tensor) -> None:
 
 
 def table(archs: list[str], num_classes: int = 10) -> Iterator[list[str]]:
-    """Rows of text: arch, shortcut, total, then what each part, and two random weights a filter, train."""
+    """Yield the rows of the table as text, the headings first, then a row for each architecture and shortcut.
+
+    The columns are arch, shortcut and total, then how many parameters each part trains, with percentages for
+    SHARES, then how many two random weights per filter make.
+    """
     heads = [[part, f"{part}/total"] if part in SHARES else [part] for part in PARTS]
     yield ["arch", "shortcut", "total", *itertools.chain(*heads), "random (2)"]
     for arch in archs:

@@ -1,8 +1,10 @@
-"""Trained networks of results/, through torch.hub: every weight is drawn again from its seed, and verified.
+"""Load the trained networks of results/ through torch.hub.
 
-torch.hub.list("OWNER/REPOSITORY")     # on GitHub; torch.hub.help says more of one
-model = torch.hub.load("OWNER/REPOSITORY", "resnet32_bn_only", seed=0)
-model = torch.hub.load(".", "resnet32_bn_only", source="local")    # in a folder
+    torch.hub.list("OWNER/REPOSITORY")     # the networks; torch.hub.help describes one of them
+    model = torch.hub.load("OWNER/REPOSITORY", "resnet32_bn_only", seed=0)
+    model = torch.hub.load(".", "resnet32_bn_only", source="local")    # from a local folder
+
+Frozen weights are drawn again from their seed, and all weights are verified.
 """
 
 import contextlib
@@ -20,7 +22,7 @@ _SETTING = ("data_title", "image_size", "epochs", "quick", "train_subset", "val_
 
 @contextlib.contextmanager
 def _own_modules():
-    """Import ours by their names; what else has one of them, such as another `datasets`, gets it back."""
+    """Hide other modules with the name of one of ours (say `datasets`) while the block imports ours."""
     files = {file.stem: file for file in _HERE.glob("*.py")}
     files |= {file.parent.name: file for file in _HERE.glob("*/__init__.py")}
     found = {name: getattr(sys.modules[name], "__file__", None) for name in files.keys() & sys.modules.keys()}
@@ -39,7 +41,7 @@ def _own_modules():
 
 
 def _entry(name: str, runs: dict[int, dict]):
-    """The function that loads one of these networks, given by their seed as _entries describes them."""
+    """Return the function that loads one of these networks; `runs` maps seeds to what _entries has read."""
     first = next(iter(runs.values()))
 
     def load(seed: int = min(runs)) -> torch.nn.Module:
@@ -68,9 +70,9 @@ def _entry(name: str, runs: dict[int, dict]):
 
 
 def _entries() -> dict:
-    """A function for every architecture and mode that was trained with the published options, by its name.
+    """Return, by name, a load function for each architecture and mode trained with the published options.
 
-    The run found first says on which images and for how long, and those that differ in this are left out.
+    The first run found sets the images and the number of epochs; runs that differ in these are left out.
     """
     found = {}
     for file in sorted(_HERE.glob("results/**/model.safetensors")):

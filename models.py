@@ -1,12 +1,12 @@
-"""Architectures by name, and their initial weights, which a seed determines to the last bit.
+"""Build networks by name and draw their initial weights, which a seed determines bit for bit.
 
     resnetD       CIFAR ResNet of depth D = 6n+2 (He et al. 2015): 14, 20, 32, 44, 56, 110, 218, 434, 866 ...
     resnetD_wK    the same, K times as wide
     vgg11|13|16|19                VGG with BatchNorm and a single linear layer, as in the paper
     resnet18|34|50|101|152|200    the ImageNet family (7x7 stem), with torchvision's layout and names
 
-All networks take images of any size from 32x32 up, and smaller ones where `check_batches` lets them pass.
-They end in a global average pool and a linear layer `fc`.
+Every network accepts images of 32x32 pixels or more, and smaller ones that pass `check_batches`. It ends in
+global average pooling and a linear layer `fc`.
 """
 
 import functools
@@ -22,21 +22,21 @@ from torch.nn import functional as F
 
 import kernels
 
-MOST_PARAMETERS = 10**9  # 4 GB of weights
+MOST_PARAMETERS = 10**9  # 4 GB in float32
 SHORTCUTS = ("projection", "projection_all", "pad")
-BASIC_LAYERS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}  # of the ImageNet family
+BASIC_LAYERS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}  # blocks per stage of the ImageNet family
 BOTTLENECK_LAYERS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3), 200: (3, 24, 36, 3)}
 VGG_LAYERS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
 
 
 class ModelError(ValueError):
-    """An architecture or initialisation that cannot be used; the message says what would do."""
+    """An architecture or initialisation that cannot be used; the message says what can."""
 
     exit_status = 2
 
 
 class Conv2d(nn.Conv2d):
-    """A convolution without bias, some of whose weights may be set apart to train while others are frozen."""
+    """A convolution without bias. Some of its weights can be set apart to train while the rest are frozen."""
 
     def __init__(self, c_in: int, c_out: int, kernel_size: int, stride: int = 1):
         super().__init__(c_in, c_out, kernel_size, stride, padding=kernel_size // 2, bias=False)
@@ -44,17 +44,17 @@ class Conv2d(nn.Conv2d):
         self.register_parameter("values", None)
 
     def set_apart(self, places: torch.Tensor) -> None:
-        """Give the weights at `places` a small trainable tensor of their own, `values`.
+        """Copy the weights at `places` into a small trainable tensor of their own, `values`.
 
         `places` is int64 `[C_out, K]`: K different positions in each flattened filter. `weight` itself is
-        never written to again. So the frozen weights stay bitwise frozen under momentum and weight decay,
-        and weight decay acts on the chosen weights alone, as it does in a masked network.
+        never written again, so the frozen weights stay the same, bit for bit, under momentum and weight
+        decay. Weight decay acts on the chosen weights only, as it would in a masked network.
         """
         self.places = places.to(self.weight.device)
         self.values = nn.Parameter(self.weight.detach().flatten(1).gather(1, self.places))
 
     def effective_weight(self) -> torch.Tensor:
-        """The weight `[C_out, C_in, k, k]` that the convolution applies."""
+        """Return the weight `[C_out, C_in, k, k]` that the convolution applies, `values` included."""
         if self.places is None:
             return self.weight
         weight = self.weight.flatten(1).scatter(1, self.places, self.values).view(self.weight.shape)
@@ -65,7 +65,7 @@ class Conv2d(nn.Conv2d):
 
 
 class Pad(nn.Module):
-    """The shortcut without parameters: every stride-th pixel, with channels of zeros appended."""
+    """A shortcut without parameters: it takes every stride-th pixel and appends channels of zeros."""
 
     def __init__(self, extra_channels: int, stride: int):
         super().__init__()
@@ -76,7 +76,7 @@ class Pad(nn.Module):
 
 
 class Projection(nn.Sequential):
-    """1x1 convolution and BatchNorm; a Sequential, for torchvision's names `downsample.0` and `.1`."""
+    """A 1x1 convolution and BatchNorm. A Sequential gives torchvision's names, `downsample.0` and `.1`."""
 
     execution = kernels.Execution()
 
@@ -88,17 +88,17 @@ class Projection(nn.Sequential):
 
 
 def basic_block(c_in: int, width: int, stride: int) -> list[Conv2d]:
-    """Two 3x3 convolutions."""
+    """Return the two 3x3 convolutions of a basic block."""
     return [Conv2d(c_in, width, 3, stride), Conv2d(width, width, 3)]
 
 
 def bottleneck(c_in: int, width: int, stride: int) -> list[Conv2d]:
-    """1x1, 3x3 and 1x1 convolutions, the last with four times as many channels."""
+    """Return the 1x1, 3x3 and 1x1 convolutions of a bottleneck block; the last has 4 * `width` channels."""
     return [Conv2d(c_in, width, 1), Conv2d(width, width, 3, stride), Conv2d(width, 4 * width, 1)]
 
 
 class Block(nn.Module):
-    """Convolutions conv1, conv2 ... with BatchNorm bn1, bn2 ..., and a shortcut around them, `downsample`."""
+    """A residual block: conv1, bn1 (BatchNorm), conv2, bn2 ..., and a shortcut around them, `downsample`."""
 
     execution = kernels.Execution()
 
@@ -116,25 +116,28 @@ class Block(nn.Module):
 
 
 class Network(nn.Module):
-    """`features` `[N, C, h, w]`, which a subclass defines, then a global average pool and the layer `fc`."""
+    """Base class: a subclass's `features` `[N, C, h, w]`, then global average pooling and the layer `fc`."""
 
     def head(self, features: torch.Tensor) -> torch.Tensor:
-        """Logits `[N, num_classes]` of features `[N, C, h, w]`."""
+        """Return the logits `[N, num_classes]` of features `[N, C, h, w]`."""
         return self.fc(features.mean((2, 3)))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits `[N, num_classes]` of images `[N, 3, H, W]`."""
+        """Return the logits `[N, num_classes]` of images `[N, 3, H, W]`."""
         return self.head(self.features(images))
 
 
 class ResNet(Network):
-    """Stages of `layers[i]` residual blocks; each after the first halves the image and doubles `width`."""
+    """A ResNet whose stage i has `layers[i]` residual blocks, for CIFAR (3 stages) or ImageNet (4 stages).
+
+    Every stage after the first halves the image and doubles `width`.
+    """
 
     execution = kernels.Execution()
 
     def __init__(self, block: Callable, layers: tuple, width: int, shortcut: str, num_classes: int):
         super().__init__()
-        self.stages, channels, of_imagenet = len(layers), width, len(layers) == 4  # CIFAR's have three
+        self.stages, channels, of_imagenet = len(layers), width, len(layers) == 4
         self.conv1 = Conv2d(3, width, 7, 2) if of_imagenet else Conv2d(3, width, 3)
         self.bn1 = nn.BatchNorm2d(width)
         self.maxpool = nn.MaxPool2d(3, 2, 1) if of_imagenet else nn.Identity()
@@ -160,7 +163,7 @@ class ResNet(Network):
 
 
 class VGGLayer(nn.Module):
-    """A 3x3 convolution with BatchNorm and ReLU, and with `pool` a max pool that halves the image."""
+    """A 3x3 convolution, BatchNorm and ReLU; with `pool`, a max pool then halves the image."""
 
     execution = kernels.Execution()
 
@@ -174,7 +177,7 @@ class VGGLayer(nn.Module):
 
 
 class VGG(Network):
-    """Five stages of 3x3 convolutions, stage i of `layers[i]`; each but the last halves its output."""
+    """A VGG whose stage i of five has `layers[i]` 3x3 convolutions; all but the last end in a max pool."""
 
     def __init__(self, layers: tuple[int, ...], num_classes: int):
         super().__init__()
@@ -190,12 +193,12 @@ class VGG(Network):
 
 
 def build(arch: str, num_classes: int = 10, shortcut: str = "projection") -> Network:
-    """The network named `arch`, its weights not yet drawn (see `initialise`).
+    """Return the network named `arch`, whose weights are not drawn yet (see `initialise`).
 
-    `shortcut` says how a residual block whose output has another shape fits its input to it: "projection"
-    (1x1 convolution and BatchNorm), "projection_all" (also in the first block of stage 1), or "pad" (without
-    parameters; He et al.'s option A). Raises ModelError for a name that has none of the forms above, or of a
-    network with more than about MOST_PARAMETERS, before anything is made.
+    `shortcut` says how a residual block adapts its input to an output of another shape: "projection" (1x1
+    convolution and BatchNorm), "projection_all" (also in the first block of stage 1), or "pad" (without
+    parameters; He et al.'s option A). Raises ModelError if either name is unknown, and also, before anything
+    is allocated, if the network would have over 10,000 layers or about MOST_PARAMETERS parameters.
     """
     if shortcut not in SHORTCUTS:
         raise ModelError(f"--shortcut {shortcut} is not known; choose from {', '.join(SHORTCUTS)}")
@@ -211,7 +214,7 @@ def build(arch: str, num_classes: int = 10, shortcut: str = "projection") -> Net
             _check_size(arch, 2048 * num_classes)
             return ResNet(block, layers[depth], 64, shortcut, num_classes)
         if depth not in layers and depth >= 8 and depth % 6 == 2:
-            # Of a stage c channels wide, (depth - 2) / 3 convolutions of 9 c**2; the widths are 16, 32 and 64
+            # A stage with c channels has (depth - 2) / 3 convolutions of 9 c**2; c is `width` * 16, 32 or 64.
             _check_size(arch, 3 * (depth - 2) * (16 * width) ** 2 * (1 + 4 + 16) + 64 * width * num_classes)
             return ResNet(basic_block, ((depth - 2) // 6,) * 3, 16 * width, shortcut, num_classes)
     raise ModelError(
@@ -227,7 +230,7 @@ def _check_size(arch: str, parameters: int) -> None:
 
 
 def check_batches(arch: str, shortcut: str, batch_size: int, image_size: int) -> None:
-    """Raise ModelError if the images are too small to be halved, or the batch too small to be normalised."""
+    """Raise ModelError if images (in pixels) are too small to halve, or a batch is too small to normalise."""
     if batch_size > 1 and image_size >= 32:
         return
     with torch.device("meta"):
@@ -242,9 +245,9 @@ def check_batches(arch: str, shortcut: str, batch_size: int, image_size: int) ->
 
 
 def stream(seed: int, name: str, index: int = 0) -> np.random.RandomState:
-    """The random stream of a run for this `name` and, say, epoch `index`; no two of them share draws.
+    """Return the random generator of a `seed`, `name` and `index` (an epoch, say); no two share draws.
 
-    `seed` is 0 to 2**64 - 1. It is a RandomState, because NumPy guarantees its sequence for good (NEP 19).
+    `seed` is from 0 to 2**64 - 1. NumPy guarantees that RandomState's sequences never change (NEP 19).
     """
     name_words = np.frombuffer(hashlib.sha256(name.encode()).digest(), "<u4")
     return np.random.RandomState([seed & 0xFFFFFFFF, seed >> 32, index, *name_words])
@@ -258,17 +261,16 @@ def initialise(
     bn_init: str = "uniform",
     nonzeros: int | None = None,
 ) -> None:
-    """Draw every parameter of `model` from `seed`, each tensor from a stream of its own; reset statistics.
+    """Draw every parameter of `model` from `seed`, each from its own stream; reset the running statistics.
 
-    `conv_init` is the distribution of convolutions, with fan-in and ReLU's gain: kaiming_normal and
-    kaiming_uniform (He et al. 2015), orthogonal (Saxe et al. 2014, gain 1), binary (plus or minus the
-    standard deviation of He et al.), or sparse (kaiming_normal of `nonzeros` weights of each filter, by
-    default a tenth of them, while the others are 0); None leaves all but BatchNorm as it is. The output layer
-    is kaiming_normal with bias 0 in any case; in open_lth, the code of Frankle et al., its weight follows the
-    convolutions and its bias is PyTorch's own draw. `bn_init` is how gamma and beta begin: uniform is U[0, 1]
-    and 0, ones is 1 and 0, one_one is 1 and 1, signed_uniform is U[-1, 1] and 0, he_normal is Keras's (a
-    normal truncated at two deviations, variance 2/C) and 0. Raises ModelError for a name that is none of
-    these.
+    `conv_init` is the distribution of convolution weights, scaled by fan-in and ReLU's gain: kaiming_normal
+    and kaiming_uniform (He et al. 2015), orthogonal (Saxe et al. 2014, gain 1), binary (plus or minus He et
+    al.'s standard deviation), or sparse (kaiming_normal for `nonzeros` weights of each filter, by default a
+    tenth, and 0 for the others). None leaves everything but BatchNorm unchanged. Otherwise the output layer
+    is always kaiming_normal with bias 0; in open_lth, the code of Frankle et al., its weight follows the
+    convolutions and its bias is PyTorch's default draw. `bn_init` sets gamma and beta: uniform is U[0, 1] and
+    0, ones is 1 and 0, one_one is 1 and 1, signed_uniform is U[-1, 1] and 0, he_normal is Keras's (a normal
+    truncated at two standard deviations, variance 2/C) and 0. Raises ModelError for an unknown name.
     """
     for init, known in ((conv_init or "kaiming_normal", CONV_INITS), (bn_init, BN_INITS)):
         if init not in known:
@@ -289,14 +291,14 @@ def initialise(
 
 
 def _uniform(rng: np.random.RandomState, shape: tuple | int, bound: float) -> np.ndarray:
-    return rng.random_sample(shape) * (2 * bound) - bound  # NumPy's own may round otherwise on some machines
+    return rng.random_sample(shape) * (2 * bound) - bound  # rng.uniform may round differently elsewhere
 
 
 def _sparse(rng: np.random.RandomState, shape: tuple[int, int], nonzeros: int | None = None) -> np.ndarray:
-    """A normal draw of which each filter keeps `nonzeros` weights at random places.
+    """Return a normal draw in which each filter keeps `nonzeros` weights at random places; the rest are 0.
 
-    Their variance is 2 / nonzeros instead of 2 / fan-in, which leaves the output's as it was. A filter that
-    has no more weights than that keeps all; without `nonzeros` it keeps a tenth, rounded up.
+    Their variance is 2 / nonzeros instead of 2 / fan-in, so the variance of the output does not change. A
+    filter with fewer weights keeps them all; without `nonzeros`, it keeps a tenth, rounded up.
     """
     kept = min(shape[1], nonzeros or -(-shape[1] // 10))
     weight = rng.standard_normal(shape) * math.sqrt(2 / kept)
@@ -306,10 +308,10 @@ def _sparse(rng: np.random.RandomState, shape: tuple[int, int], nonzeros: int | 
 
 
 def _orthogonal(rng: np.random.RandomState, shape: tuple[int, int]) -> np.ndarray:
-    """A matrix whose rows (or columns, if fewer) are orthonormal, uniform over all such matrices.
+    """Return a matrix whose rows (or columns, if fewer) are orthonormal, uniform over all such matrices.
 
-    It is Gram-Schmidt on a normal draw; not LAPACK's, whose last bits depend on the machine. Products and
-    sums here are single IEEE operations in a fixed order, so that every machine gets the same bits.
+    It applies Gram-Schmidt to a normal draw. LAPACK's last bits would depend on the machine. Here, products
+    and sums are single IEEE operations in a fixed order, so every machine gets the same bits.
     """
     q = rng.standard_normal((min(shape), max(shape)))
     for i in range(len(q)):
@@ -320,12 +322,12 @@ def _orthogonal(rng: np.random.RandomState, shape: tuple[int, int]) -> np.ndarra
 
 
 def _fixed_order_sum(x: np.ndarray) -> np.ndarray:
-    """The sum over the last axis, halving it each time: an order that no machine's vector width changes."""
+    """Return the sum over the last axis by halving, in an order that no machine's vector width changes."""
     while x.shape[-1] > 1:
         half = x.shape[-1] // 2
         odd = x[..., 2 * half :]
         x = x[..., :half] + x[..., half : 2 * half]
-        x[..., : odd.shape[-1]] += odd  # of one element or none
+        x[..., : odd.shape[-1]] += odd  # `odd` has one element or none
     return x[..., 0]
 
 
@@ -333,10 +335,10 @@ def _keras_he_normal(rng: np.random.RandomState, channels: int) -> np.ndarray:
     draw = rng.standard_normal(channels)
     while (outside := np.abs(draw) > 2).any():
         draw[outside] = rng.standard_normal(int(outside.sum()))
-    return draw * (math.sqrt(2 / channels) / 0.87962566103423978)  # the deviation left after truncation
+    return draw * (math.sqrt(2 / channels) / 0.87962566103423978)  # its deviation once truncated
 
 
-CONV_INITS = {  # of [C_out, fan-in] weights
+CONV_INITS = {  # each draws weights [C_out, fan-in]
     "kaiming_normal": lambda rng, shape: rng.standard_normal(shape) * math.sqrt(2 / shape[1]),
     "kaiming_uniform": lambda rng, shape: _uniform(rng, shape, math.sqrt(6 / shape[1])),
     "orthogonal": _orthogonal,

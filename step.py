@@ -1,8 +1,8 @@
-"""One optimisation step: forward, loss, backward, update; and the learning rate's schedule.
+"""One optimisation step (forward, loss, backward, update), and the learning-rate schedule.
 
-Metrics stay on the device until they are asked for, so that nothing here waits for the GPU. There, the whole
-step, fetching its batch included, becomes a CUDA graph after a few steps, and the host only replays it; a
-step that is shared among processes does not.
+Metrics stay on the device until they are read, so a step never waits for the GPU. On a GPU, the whole step is
+captured as a CUDA graph after a few steps, and the host then only replays it. The graph also makes a resident
+loader's batch. A step that several processes share is not captured.
 """
 
 import inspect
@@ -20,13 +20,13 @@ from kernels.distributed import ALONE, Group
 
 
 class Schedule:
-    """The learning rate of every step, and whether there is to be another epoch, as `options` say.
+    """The learning rate of each step, and whether to stop early, as set by `options`.
 
-    "step": it is multiplied by `gamma` after each of the `milestones` (in epochs). "cosine": it falls along
-    half a cosine to `min_lr`. "plateau": it is multiplied by `gamma`, down to `min_lr`, whenever the
-    validation accuracy has not risen for `patience` epochs (He et al. 2015, section 3.4). "constant": it
-    stays. In the first `warmup_epochs` it rises linearly (Goyal et al. 2017). `stopped` becomes True once the
-    validation accuracy has not risen for `early_stop` epochs.
+    "step" multiplies the rate by `gamma` after each of the `milestones` (in epochs). "cosine" lowers it along
+    half a cosine to `min_lr`. "plateau" multiplies it by `gamma`, but not below `min_lr`, whenever the
+    validation accuracy has not risen for `patience` epochs (He et al. 2015, section 3.4). "constant" keeps
+    it. In the first `warmup_epochs`, the rate rises linearly (Goyal et al. 2017). `stopped` becomes True when
+    the validation accuracy has not risen for `early_stop` epochs.
     """
 
     def __init__(self, steps_per_epoch: int, options: Options):
@@ -35,7 +35,7 @@ class Schedule:
         self.factor, self.best_acc, self.since_best, self.since_cut = 1.0, -math.inf, 0, 0
 
     def lr(self, step: int) -> float:
-        """The learning rate of step `step`, counted from 0 over the whole run."""
+        """Return the learning rate of step `step`, counted from 0 over the whole run."""
         kind, base, least = self.options.schedule, self.options.lr, self.options.min_lr
         if step < self.warmup_steps:
             return base * (step + 1) / self.warmup_steps
@@ -49,7 +49,7 @@ class Schedule:
         return max(base * self.factor, least) if kind == "plateau" else base
 
     def epoch_ended(self, validation_acc: float) -> None:
-        """Note an epoch's validation accuracy (percent), which decides on plateaus and on stopping."""
+        """Record an epoch's validation accuracy (percent), which drives plateaus and early stopping."""
         if validation_acc > self.best_acc:
             self.best_acc, self.since_best, self.since_cut = validation_acc, 0, 0
             return
@@ -70,7 +70,7 @@ class Schedule:
 
 
 def flatten(parameters: Sequence[nn.Parameter]) -> nn.Parameter:
-    """One vector of all `parameters`, which become views of it: one tensor is updated, and not hundreds."""
+    """Make `parameters` views of one vector and return it: the optimiser updates one tensor, not hundreds."""
     flat = nn.Parameter(torch.cat([in_memory_order(p.detach()) for p in parameters]))
     for p, part in zip(parameters, flat.detach().split([p.numel() for p in parameters]), strict=True):
         channel = min(1, p.dim() - 1)  # the dimension that channels_last puts last
@@ -79,21 +79,21 @@ def flatten(parameters: Sequence[nn.Parameter]) -> nn.Parameter:
 
 
 def in_memory_order(tensor: torch.Tensor) -> torch.Tensor:
-    """The elements of a vector, matrix or channels_last tensor."""
+    """Return the elements of a vector, matrix or channels_last tensor as a vector, in memory order."""
     return tensor.movedim(min(1, tensor.dim() - 1), -1).reshape(-1)
 
 
 class Step:
-    """One step of the optimiser that `options` say, on the trainable parameters of `model` alone.
+    """One step of the optimiser named in `options`, on the trainable parameters of `model` only.
 
-    These become views of one vector. `model` is configured already (kernels.configure). `dtype` is that of
-    activations. `compiled` captures the step on a GPU.
+    They become views of one vector. `model` must be configured already (kernels.configure). `dtype` is that
+    of the activations. With `compiled`, a GPU runs compiled kernels and a captured CUDA graph.
 
-    `group`: the processes that train the model together, each on its part of a batch. Gradients are averaged,
-    and metrics are those of the whole batch. BatchNorm normalises with the statistics of the part, as under
-    torch's DistributedDataParallel; its running statistics are averaged after every epoch, which is as good
-    as after every step because they move linearly. With `options.sync_bn` the model is configured to
-    normalise over the whole batch.
+    The processes of `group` train the model together, each on its own part of every batch. Gradients are
+    averaged, and metrics describe the whole batch. BatchNorm normalises with the statistics of the part, as
+    under torch's DistributedDataParallel. Its running statistics are averaged after every epoch; as their
+    updates are linear, averaging after every step would give the same. With `options.sync_bn`, the model must
+    be configured to normalise over the whole batch.
     """
 
     def __init__(
@@ -113,30 +113,30 @@ class Step:
             keep_freed_memory()
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.lr = torch.zeros((), device=self.device)
-        if self.trained:  # else, in mode `none`, only BatchNorm's running statistics follow the data
+        if self.trained:  # else (mode `none`) only BatchNorm's running statistics change
             self.flat = flatten(self.trained)
             self.optimizer = self._make_optimizer(self.flat)
-        # fp16 gradients underflow without it; with other dtypes it does nothing
+        # fp16 gradients underflow unless the loss is scaled; other dtypes need no scaling.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         zero = {"dtype": torch.int64, "device": self.device}
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.correct, self.first_bad_step = torch.zeros((), **zero), torch.zeros((), **zero)
-        self.position = torch.zeros(1, **zero)  # of the step in its epoch
+        self.position = torch.zeros(1, **zero)  # index of the step in its epoch
         self.loss, self.record = self._loss, _record
-        if compiled and self.device.type == "cuda":  # instead of two dozen launches of a few numbers each
-            torch._dynamo.config.recompile_limit = 64  # seeds side by side may each compile their own
+        if compiled and self.device.type == "cuda":  # replaces two dozen tiny launches
+            torch._dynamo.config.recompile_limit = 64  # each run side by side may compile its own
             self.loss, self.record = (torch.compile(f, dynamic=False) for f in (self._loss, _record))
-        # Where no weight of the head trains, its gradient needs no graph of autograd's
+        # A frozen head's gradient needs no autograd graph, so `passes` may compute it directly.
         alone = compiled and dtype != torch.float16 and not group.connected
         frozen_head = not any(p.requires_grad for p in model.fc.parameters())
         self.passes = passes_for(self.device.type, alone and frozen_head)
-        self.loader = None  # of the epoch, whose batches `replay` trains on
+        self.loader = None  # the epoch's loader, whose batches `replay` trains on
         self.captures = compiled and self.device.type == "cuda" and not group.connected
         self.warm_up_steps = EAGER_CALLS + 1 if self.captures else 1
         self.start_epoch()
 
     def _make_optimizer(self, flat: nn.Parameter) -> torch.optim.Optimizer:
-        """The one of torch.optim whose lower-case name the options say, with those of them that it takes."""
+        """Return the torch.optim optimiser named by `options.optimizer`, with the options that it accepts."""
         options = self.options
         names = {name.lower(): name for name in torch.optim.__all__}
         maker = getattr(torch.optim, names[options.optimizer])
@@ -149,7 +149,7 @@ class Step:
         }
         taken = inspect.signature(maker).parameters.keys() & given.keys()
         optimizer = maker([flat], **{name: given[name] for name in taken})
-        if maker is torch.optim.SGD and options.momentum:  # unwritten where fp16's first step is skipped
+        if maker is torch.optim.SGD and options.momentum:  # fp16 may skip the step that would make it
             optimizer.state[flat]["momentum_buffer"] = torch.zeros_like(flat.detach())
         return optimizer
 
@@ -161,9 +161,9 @@ class Step:
         self.first_bad_step.fill_(-1)
 
     def epoch(self, loader, epoch: int, lrs: Sequence[float]) -> Iterator[None]:
-        """Train on every batch of `loader`'s epoch `epoch` (from 0), each at its learning rate in `lrs`.
+        """Train on every batch of epoch `epoch` (from 0) of `loader`, yielding after each step.
 
-        Yields after each step.
+        `lrs` are the learning rates, one per batch.
         """
         self.start_epoch()
         if self.loader is not loader:
@@ -185,25 +185,25 @@ class Step:
             self.group.average_all([b for name, b in buffers if "running_" in name])
 
     def _next_step(self) -> None:
-        """A step whose batch and learning rate lie on the device, where `position` says."""
+        """Do the step at `position` of the epoch; its batch and learning rate are already on the device."""
         batch = self.loader.batch(self.position) if self.loader.resident else self.batch
         self._step(*batch, self.lrs)
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor, lr: float) -> None:
-        """One step at learning rate `lr` on images `[N, 3, H, W]`, labels `[N]` int64, this process's."""
+        """Do one step at rate `lr` on this process's images `[N, 3, H, W]` and int64 labels `[N]`."""
         self.lr.fill_(lr)
         self._step(images, labels)
         self.seen += len(labels) * self.group.count
 
     def _step(self, images: torch.Tensor, labels: torch.Tensor, lrs: torch.Tensor | None = None) -> None:
-        """A step at learning rate `lr`, or at that of `lrs` at `position`."""
+        """Do one step at the learning rate `lrs[position]`, or at `self.lr` if `lrs` is None."""
         casts = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
         with torch.set_grad_enabled(bool(self.trained)), casts:
             features = self.model.features(images)
         metrics = self.loss_sum, self.correct, self.first_bad_step, self.position
         given = features.detach(), self.model.fc, labels, self.label_smoothing, metrics, lrs, self.lr
         d_features = self.passes.head(*given)
-        if d_features is not None:  # all is done but the update
+        if d_features is not None:  # what remains is the backward pass through the features, and the update
             if self.trained:
                 gradients = torch.autograd.grad(features, self.trained, d_features)
                 self.flat.grad = torch.cat([in_memory_order(g) for g in gradients])
@@ -215,9 +215,9 @@ class Step:
             loss, correct = self.loss(features, labels)
         gradients = torch.autograd.grad(self.scaler.scale(loss), self.trained) if self.trained else ()
         gradient, loss, count = [in_memory_order(g) for g in gradients], loss.detach(), self.group.count
-        if self.group.connected:  # one message brings the whole batch's gradient, loss and number correct
+        if self.group.connected:  # one all-reduce for gradient, loss and number correct
             shared = self.group.sum(torch.cat([*gradient, torch.stack([loss, correct.float()])]))
-            loss, correct = shared[-2] / count, shared[-1].long()  # float32 counts to 16 million
+            loss, correct = shared[-2] / count, shared[-1].long()  # float32 counts exactly to 16 million
             gradient = [shared[:-2] / count]
         if self.trained:
             self.flat.grad = torch.cat(gradient)
@@ -226,19 +226,19 @@ class Step:
         self.record(loss, correct, len(labels) * count, metrics)
 
     def _loss(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean cross-entropy, and how many are right."""
+        """Return the mean cross-entropy and the number of correct predictions."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             logits = self.model.head(features).float()
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         return loss, (logits.detach().argmax(1) == labels).sum()
 
     def diverged_at(self) -> int | None:
-        """The first step of this epoch, from 0, whose loss was not finite. Waits for the device."""
+        """Return the epoch's first step, from 0, with a non-finite loss, else None. Waits for the device."""
         step = int(self.first_bad_step)
         return None if step < 0 else step
 
     def metrics(self) -> tuple[float, float]:
-        """Mean loss and accuracy (percent) of the epoch so far. Waits for the device."""
+        """Return the mean loss and accuracy (percent) of the epoch so far. Waits for the device."""
         return float(self.loss_sum) / max(1, self.seen), 100 * int(self.correct) / max(1, self.seen)
 
     def state_dict(self) -> dict:
@@ -246,14 +246,14 @@ class Step:
         return {"optimizer": optimizer, "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from `state`. Where that is of no such step, an exception of any kind says so."""
+        """Restore `state`. Raises an exception, of any type, if it is not the state of such a step."""
         if self.trained:
-            settings = self.optimizer.param_groups[0]  # this device's, and the lr that each step sets
+            settings = self.optimizer.param_groups[0]  # with this device's flags and lr tensor
             unstepped, stepped = self.optimizer.state[self.flat], self._state_after_a_step()
             self.optimizer.load_state_dict(state["optimizer"])
             self.optimizer.param_groups[0].update(settings)
             found = self.optimizer.state[self.flat]
-            if found.keys() != stepped.keys() and found.keys() != unstepped.keys():  # fp16 may skip all steps
+            if found.keys() != stepped.keys() and found.keys() != unstepped.keys():  # fp16 can skip all steps
                 raise ValueError(f"its optimizer has {sorted(found)}, not {sorted(stepped)}")
             for name, tensor in found.items():
                 if (tensor.shape, tensor.dtype) != (stepped[name].shape, stepped[name].dtype):
@@ -265,7 +265,7 @@ class Step:
             self.scaler.load_state_dict(own | {"scale": scale, "_growth_tracker": tracker})
 
     def _state_after_a_step(self) -> dict[str, torch.Tensor]:
-        """What the optimiser keeps of the trained vector; the values are of no use."""
+        """Return the optimiser's state after one step, for its keys, shapes and dtypes; ignore the values."""
         trial = nn.Parameter(torch.zeros_like(self.flat))
         trial.grad = torch.zeros_like(trial)
         optimizer = self._make_optimizer(trial)
@@ -273,9 +273,9 @@ class Step:
         return optimizer.state[trial]
 
 
-@torch.no_grad()  # never compiled on a CPU: torch 2.13 drops the sum of a float64 without dimensions there
+@torch.no_grad()  # never compiled on a CPU, where torch 2.13 loses the sum of a 0-d float64
 def _record(loss: torch.Tensor, correct: torch.Tensor, count: int, metrics: tuple[torch.Tensor, ...]) -> None:
-    """Add a step of `count` images to the epoch's metrics, all of them on the device, and count the step."""
+    """Add a step of `count` images to the epoch's metrics, in place and on the device, and count the step."""
     loss_sum, correct_sum, first_bad_step, position = metrics
     bad = ~torch.isfinite(loss) & (first_bad_step < 0)
     first_bad_step.copy_(torch.where(bad, position[0], first_bad_step))

@@ -1,19 +1,19 @@
-"""Train a convolutional network of which only a part trains: by default BatchNorm's gamma and beta alone.
+"""Train only part of a convolutional network: by default, nothing but BatchNorm's gamma and beta.
 
     python train.py --arch resnet32 --mode bn_only              # the paper's schedule: 160 epochs of CIFAR-10
-    python train.py --arch resnet32 --mode bn_only --quick      # the same idea in a few minutes on a CPU
+    python train.py --arch resnet32 --mode bn_only --quick      # a much shorter run: a few minutes on a CPU
     python train.py --arch resnet56 --mode random --seed 1      # as many random convolution weights instead
-    python train.py --arch resnet110 --mode bn+output --resume  # go on where the run stopped
-    python train.py --arch resnet32 --seed 0 1 2 3              # four runs side by side, a folder for each
+    python train.py --arch resnet110 --mode bn+output --resume  # continue where the run stopped
+    python train.py --arch resnet32 --seed 0 1 2 3              # four runs side by side, one folder each
     torchrun --standalone --nproc_per_node=2 train.py --arch resnet110  # one run shared by two processes
 
-Every default is the published one: Frankle, Schwab, Morcos, "Training BatchNorm and Only BatchNorm" (2020).
-A run leaves a folder in --out; exit status 0: done, 1: the run failed, 2: unusable options or data.
+Every default is the published value: Frankle, Schwab, Morcos, "Training BatchNorm and Only BatchNorm" (2020).
+A run writes a folder in --out. Exit status 0: done, 1: the run failed, 2: unusable options or data.
 """
 
 import time
 
-STARTED = time.perf_counter()  # before the imports: start-up is what a user waits for
+STARTED = time.perf_counter()  # before the imports, so that start-up time includes them
 
 import progress  # isort: split
 
@@ -52,47 +52,48 @@ class RunFailed(Exception):
 
 
 class Interrupted(RunFailed):
-    """It was ended by Ctrl-C, or by a cluster's SIGTERM."""
+    """The run was stopped by Ctrl-C, or by SIGTERM, as a cluster sends it."""
 
 
-# ---- the story of a run ----
+# ---- one run, from start to finish ----
 
 
 def train(
     options: Options, dataset: data.Dataset, bars: progress.Bars, group: Group
 ) -> Generator[None, None, runs.Run]:
-    """One run, from the draw of the network to its summary; yields when it is ready, then after each step.
+    """Train one network from its initial weights to its summary; yield once when ready, then after each step.
 
-    The processes of `group` go through it together. Returns the run; raises RunFailed where it ends early.
+    All processes of `group` run it together. The generator returns the run. Unusable options, data or folders
+    raise before the first yield; after it, RunFailed is raised if training ends early.
     """
-    # The network at its seed's weights, of which only what the mode trains has gradients
+    # Build the network from its seed (or from --init-from), and freeze all that the mode does not train.
     device, split = devices.choose(options.device), share_out(options, dataset)
     spec = network_spec(options, dataset, device, split, group)
     parent = runs.read_parent(spec.init_from) if spec.init_from else None
     model = checkpoint.create(spec, note)
     frozen = freeze.frozen_sha256(model)
-    brought = freeze.full_sha256(model) if spec.init_from else None  # by --init-from
+    brought = freeze.full_sha256(model) if spec.init_from else None  # the weights loaded
     model.to(device, memory_format=torch.channels_last)
     synced = group if options.sync_bn and group.connected else None
     kernels.configure(model, options.memory, spec.compiled, synced)
 
-    # Its batches, the step that trains on them, and what tests it
+    # Set up the batches, the training step and the evaluations.
     training = Training(options, dataset, split, spec, parent, model, group)
 
     path = Path(options.out, runs.run_name(options, dataset.name))
     with runs.open_run(path, options.resume, options.overwrite, writes=group.leads) as run:
-        group.wait()  # until the folder is open, or refused
+        group.wait()  # until rank 0 has opened the folder, or failed to
         hashes = {"frozen_sha256": frozen, "initial_sha256": brought}
         run.refuse_another(options, spec, hashes)
         if run.status == "done":
             run.tidy()
             return run
         if training.resume(run):
-            parent = run.config.parent  # as it was then
+            parent = run.config.parent  # as recorded when the run began
             note(f"continuing {run.path} after epoch {len(run.rows)}")
         elif options.resume:
             note(f"no epoch of {run.path} is there to resume from: starting it")
-        yield  # nothing is written before every run is known to be in order
+        yield  # no run begins before all runs side by side are known to be usable
 
         passes = kernels.passes_for(device.type, spec.compiled and options.memory != "stock").name
         came_to = {"options": options, "spec": spec, "parent": parent, "data_title": dataset.title}
@@ -117,7 +118,7 @@ def train(
             status, why = "done", stopped if training.schedule.stopped else None
         except (Exception, KeyboardInterrupt) as error:
             status, why = how_it_ended(error, options, run)
-        finally:  # what came of it, also where an unforeseen error is passing through
+        finally:  # write the summary even while an unexpected error propagates
             summary = training.summary(status, why, run, len(sealed))
             with contextlib.suppress(OSError if status != "done" else ()):
                 run.finish(summary)
@@ -128,10 +129,10 @@ def train(
 
 
 class Training:
-    """What works on a run's batches, whose order and augmentation come from seed and epoch alone.
+    """The training state of one run: its loaders, step, schedule, evaluations and timers.
 
-    `split` is what `share_out` returns; `model` is on its device. What lasts from epoch to epoch is here, and
-    `state_dict` is what last.pt keeps of it.
+    The order and augmentation of batches depend only on the seed and the epoch. `split` is what `share_out`
+    returns, and `model` is already on its device. last.pt stores `state_dict`.
     """
 
     def __init__(
@@ -165,10 +166,10 @@ class Training:
         self.step = Step(model, options, dtype=dtype, compiled=spec.compiled, group=group)
         self.schedule = Schedule(len(self.loader), options)
         self.options, self.model, self.group = options, model, group
-        # The shuffles and crops of parent runs are not drawn again
+        # Count epochs on from the parent runs, so that their shuffles and crops are not drawn again.
         self.epochs_before = parent.epochs_done_in_all if parent else 0
-        self.startup_s, self.train_s, self.wall_s = 0.0, 0.0, 0.0  # of the processes before this one
-        self.starting, self.peak_memory_bytes = True, None  # of this one
+        self.startup_s, self.train_s, self.wall_s = 0.0, 0.0, 0.0  # so far; wall_s excludes this process
+        self.starting, self.peak_memory_bytes = True, None  # of this process only
         self.lap_began, self.untimed_images = STARTED, 0
 
         if options.schedule == "step" and min(options.milestones, default=0) >= options.epochs:
@@ -179,12 +180,13 @@ class Training:
             note(f"{parent.run} trained on images that validate here; better start from a run of {better}")
 
     def epoch(self, epoch: int, display: progress.Display) -> Generator[None, None, records.Epoch]:
-        """One pass over the training images, yielding after each step, and its evaluation: its metrics.
+        """Train for one epoch, yielding after each step, then evaluate. The generator returns the metrics.
 
-        Raises FloatingPointError, naming epoch and step, at a loss that is not finite.
+        Raises FloatingPointError if a training loss (it names epoch and step) or the validation loss (it
+        names the epoch) is not finite.
         """
         display.start_epoch(epoch)
-        if not self.starting:  # else the first lap is start-up
+        if not self.starting:  # otherwise the current lap still counts as start-up
             self.lap_s()
         first_step = (epoch - 1) * len(self.loader)
         lrs = [self.schedule.lr(first_step + i) for i in range(len(self.loader))]
@@ -194,9 +196,9 @@ class Training:
             progress.end_if_interrupted()
             self.group.stop_together()
             yield
-        train_loss, train_acc = self.step.metrics()  # which waits for the device, and so stops the clock
+        train_loss, train_acc = self.step.metrics()  # waits for the device, so the lap is complete
         peaks = self.peak_memory_bytes or 0, devices.peak_memory_bytes(self.step.device)
-        self.peak_memory_bytes = max(peaks)  # of training alone: evaluation takes larger batches
+        self.peak_memory_bytes = max(peaks)  # training only: evaluation uses larger batches
         images, self.untimed_images = self.step.seen - self.untimed_images, 0
         self.epoch_s = self.lap_s()
         images_per_s = images / self.epoch_s if images else None
@@ -220,22 +222,22 @@ class Training:
         return records.Epoch(epoch=epoch, lr=float(f"{lrs[0]:.6g}"), **row, **tested, epoch_s=self.epoch_s)
 
     def look(self, epoch: int, steps: int) -> None:
-        """After each of an epoch's steps: whether start-up is over, and whether the loss is still finite."""
+        """After step number `steps` of an epoch, check the loss, and end start-up if it is over."""
         device, count = self.step.device, len(self.loader)
         if self.starting and steps == min(devices.EAGER_CALLS, count):
-            devices.reset_peak_memory(device)  # of trials; the graph's is counted as it is captured, next
+            devices.reset_peak_memory(device)  # forget kernel trials; the graph is captured next, and counts
         started = self.starting and steps == min(self.step.warm_up_steps, count)
-        if device.type == "cpu" or started or steps == count:  # on a GPU this waits for it
+        if device.type == "cpu" or started or steps == count:  # seldom on a GPU: the check waits for it
             bad = self.step.diverged_at()
             if bad is not None:
                 what = f"the loss is not finite at epoch {epoch}, step {bad + 1}"
                 raise FloatingPointError(f"{what}; try a lower --lr")
-        if started:  # the first steps, which compile, are done: the epoch's time counts from here
+        if started:  # the first steps compile; the epoch's own time starts after them
             self.startup_s += self.lap_s()
             self.starting, self.untimed_images = False, self.step.seen
 
     def scores(self, evaluation: Evaluation) -> Scores:
-        """An evaluation, which counts as start-up where it compiles."""
+        """Return an evaluation's scores. Its time counts as start-up if it compiles, else as the epoch's."""
         compiles, scores = evaluation.compiles, evaluation()
         if compiles:
             self.startup_s += self.lap_s()
@@ -244,7 +246,7 @@ class Training:
         return scores
 
     def lap_s(self) -> float:
-        """Seconds since it was last asked for, or since the process began."""
+        """Return the seconds since the previous call, or since the process began."""
         began, self.lap_began = self.lap_began, time.perf_counter()
         return self.lap_began - began
 
@@ -258,7 +260,10 @@ class Training:
         }
 
     def resume(self, run: runs.Run) -> bool:
-        """Put everything where the run's last epoch left it; False where there is none. Raises RunError."""
+        """Restore the state after the run's last epoch; return False if there is none.
+
+        Raises RunError if last.pt is unusable, or if the processes of the group find different epochs.
+        """
         state = run.load_last()
         if int(self.group.sum(torch.tensor(len(run.rows)))) != len(run.rows) * self.group.count:
             raise records.RunError(f"{run.path}: not every process finds the same epochs there; share --out")
@@ -271,14 +276,17 @@ class Training:
             self.epochs_before = int(state["epochs_before"])
             names = "startup_s", "train_s", "wall_s"
             self.startup_s, self.train_s, self.wall_s = (float(state[name]) for name in names)
-        except Exception as error:  # rubbish fails in many ways
+        except Exception as error:  # a corrupt file can fail in many ways
             raise run.unusable(error) from None
         run.write_metrics()
         return True
 
     def summary(self, status: str, why: str | None, run: runs.Run, checkpoint_bytes: int) -> records.Summary:
-        """summary.json: the accuracy after the last epoch; the best on test images, which is no result; and
-        where there are validation images, what they chose."""
+        """Return the contents of summary.json.
+
+        `final_test_acc`, after the last epoch, is the result. `best_test_acc` is not: test images chose it.
+        With validation images, the best validation accuracy gives `chosen_epoch` and `chosen_test_acc`.
+        """
         rows, of, done = run.rows, run.described, status == "done"
         total, trained = freeze.count(self.model)
         ended = {"status": status, "why": why, "params_total": total, "params_trained": trained}
@@ -287,7 +295,7 @@ class Training:
         if done and rows[-1].test_top5_acc is not None:
             reached["final_test_top5_acc"] = rows[-1].test_top5_acc
         if rows and rows[0].val_acc is not None:
-            best = max(rows, key=lambda row: row.val_acc)  # the first, of equals: it has been tested
+            best = max(rows, key=lambda row: row.val_acc)  # on a tie the first, which was tested
             reached |= {"chosen_epoch": best.epoch, "chosen_test_acc": best.test_acc}
             reached["best_val_acc"] = best.val_acc
         return records.Summary(
@@ -305,11 +313,15 @@ class Training:
         )
 
 
-# ---- what the story is made of ----
+# ---- helpers of a run ----
 
 
 def share_out(options: Options, dataset: data.Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of the images to train on, and of those to validate on. DataError where there are too few."""
+    """Return the positions of the images to train on and of those to validate on, as data.share_out does.
+
+    Without --val-split, the plateau schedule and --early-stop hold out a tenth (data.tenth). Raises DataError
+    if the classes have too few images for that.
+    """
     labels, val_split = dataset.train.labels, options.val_split
     if val_split is None and (options.schedule == "plateau" or options.early_stop):
         val_split = data.tenth(labels)
@@ -320,7 +332,7 @@ def share_out(options: Options, dataset: data.Dataset) -> tuple[np.ndarray, np.n
 def network_spec(
     options: Options, dataset: data.Dataset, device: torch.device, split: tuple, group: Group
 ) -> records.NetworkSpec:
-    """What rebuilds the network. ModelError where it cannot train on such batches."""
+    """Return the spec that rebuilds the network. Raises ModelError if it cannot train on such batches."""
     batch_size = options.batch_size // group.count
     models.check_batches(options.arch, options.shortcut, batch_size, dataset.image_size)
     return records.NetworkSpec(
@@ -339,7 +351,7 @@ def network_spec(
 
 
 def how_it_ended(error: BaseException, options: Options, run: runs.Run) -> tuple[str, str]:
-    """The status of a run that `error` ended, and why; an error that is none of a user's passes on."""
+    """Return the status of a run that `error` ended, and the reason. Re-raises an unexpected `error`."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", f"interrupted; --resume goes on after epoch {len(run.rows)}"
     if isinstance(error, FloatingPointError):
@@ -363,9 +375,10 @@ def how_it_ended(error: BaseException, options: Options, run: runs.Run) -> tuple
 
 
 def train_side_by_side(each: list[Options], dataset: data.Dataset, group: Group) -> None:
-    """All runs, a step of each in turn; on a GPU each on a stream of its own, so that they fill it together.
+    """Train all runs, one step of each in turn, and show the results of those that finish.
 
-    One that fails does not stop the others. Raises, at the end, the RunFailed of the first that did.
+    On a GPU, each run has its own stream, so that together they fill it. A run that fails does not stop the
+    others; at the end, the error of the first one that failed is raised.
     """
     bars, on_gpu = progress.Bars(len(each)), devices.choose(each[0].device).type == "cuda"
     trainings = [train(options, dataset, bars, group) for options in each]
@@ -379,7 +392,7 @@ def train_side_by_side(each: list[Options], dataset: data.Dataset, group: Group)
             return True
         except StopIteration as end:
             done.append(end.value)
-        except (RunFailed, OSError) as error:  # this, where not even summary.json can be written
+        except (RunFailed, OSError) as error:  # OSError: summary.json could not be written
             failed.append(error)
             if isinstance(error, Interrupted) and not interrupted:
                 raise KeyboardInterrupt from None
@@ -388,12 +401,12 @@ def train_side_by_side(each: list[Options], dataset: data.Dataset, group: Group)
     with bars:
         try:
             turns = [turn for turn in turns if goes_on(*turn)]
-            bars.runs = len(turns)  # without those that were done before
+            bars.runs = len(turns)  # runs that were already done do not count
             while turns:
                 turns = [turn for turn in turns if goes_on(*turn)]
         except KeyboardInterrupt:
             for turn in turns:
-                with contextlib.suppress(KeyboardInterrupt):  # of one that had not begun
+                with contextlib.suppress(KeyboardInterrupt):  # from a run that had not begun
                     goes_on(*turn, interrupted=True)
             if not failed:
                 raise
@@ -406,7 +419,10 @@ def train_side_by_side(each: list[Options], dataset: data.Dataset, group: Group)
 
 
 def open_data(each: list[Options], given: set[str]) -> tuple[list[Options], data.Dataset]:
-    """The data set; with --quick and no --data, the synthetic one where CIFAR-10 cannot be had."""
+    """Return the options and their data set. Raises DataError if it is not available.
+
+    With --quick and without --data, both fall back to synthetic images instead.
+    """
     options, size = each[0], each[0].image_size
     try:
         return each, data.open_dataset(options.data, options.data_dir, image_size=size, say=note)
@@ -414,13 +430,13 @@ def open_data(each: list[Options], given: set[str]) -> tuple[list[Options], data
         if not options.quick or "data" in given:
             raise
         note(f"--quick takes synthetic images, for want of {options.data}: {str(error).splitlines()[0]}")
-    size = size if "image_size" in given else None  # not a preset's
+    size = size if "image_size" in given else None  # drop a preset's size
     each = [dataclasses.replace(options, data="synthetic", image_size=size) for options in each]
     return each, data.open_dataset("synthetic", options.data_dir, image_size=size, say=note)
 
 
 def check_group(each: list[Options], group: Group) -> None:
-    """OptionError for the first value that the processes of `group` could not share."""
+    """Raise OptionError for the first option with which the processes of `group` cannot train together."""
     options, count = each[0], group.count
     if count == 1:
         return
@@ -443,7 +459,7 @@ def main(argv: list[str] | None = None) -> None:
     with distributed.joined() as group:
         each, given = config.parse_options(argv, __doc__, note)
         check_group(each, group)
-        for options in each:  # what must be there before any download
+        for options in each:  # fail before any download if one of these is missing
             runs.parent_path(options)
             _ = options.log and progress.import_tracker(options.log)
         train_side_by_side(*open_data(each, given), group)
