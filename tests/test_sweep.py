@@ -365,7 +365,7 @@ def test_a_terminal_shows_what_runs(small, monkeypatch):
         ({"SLURM_ARRAY_TASK_ID": "9" * 5000}, [], "give --array=0-26"),
         ({"SLURM_ARRAY_TASK_ID": "x"}, [], "there is no cell x in the grid"),
         ({}, ["--seed", "1"], "--seed: a sweep takes SEEDS"),
-        ({}, ["--overwrite"], "--overwrite: a sweep goes on"),
+        ({}, ["--overwrite"], "--overwrite: a sweep resumes"),
         ({}, ["--lr", "fast"], "--lr"),
         ({}, ["--data", "nowhere"], "--data nowhere: no such folder"),
     ],
