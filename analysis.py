@@ -148,18 +148,18 @@ def look_at(run: runs.Run, options: argparse.Namespace, device: torch.device, op
     if (status := run.status) != "done":
         return f"skipped, {status or 'not finished'}"
     if (run.path / "analysis.json").exists() and not options.overwrite:
-        return "has analysis.json; --overwrite makes it again"
+        return "already has analysis.json; --overwrite recomputes it"
     model, spec = checkpoint.restore(run.path)
     name, folder = evaluation.image_place(run.path, spec, options.data_dir)
     if name not in sources.SETS and not Path(name).is_dir():
-        raise data.DataError(f"there is no folder {name}, its images; start this where the run was started")
+        raise data.DataError(f"{name}, its image folder, is not here; start this where the run was started")
     place = name, folder, spec.image_size
     if place not in opened:
         opened[place] = data.open_dataset(name, folder, image_size=spec.image_size, download=False, say=note)
     dataset = opened[place]
     if (dataset.fingerprint, dataset.classes) != (spec.fingerprint, spec.classes):
         what = f"are not the run's ({dataset.fingerprint}, not {spec.fingerprint})"
-        raise data.DataError(f"these images of {name} {what}; give the --data-dir of those")
+        raise data.DataError(f"these images of {name} {what}; give the --data-dir that has the run's")
     batches = place, spec.mean, spec.std, spec.batch_size, spec.dtype, spec.compiled
     if batches not in opened:  # on a GPU, each loader compiles its own code
         opened[batches] = evaluation.test_loader(dataset, spec, device)
@@ -177,7 +177,7 @@ def look_at(run: runs.Run, options: argparse.Namespace, device: torch.device, op
 def main(argv: list[str] | None = None) -> int:
     parser = progress.Parser("analysis.py", __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUNS", help="run folders, or folders that hold them")
-    parser.add_argument("--data-dir", help="where the data sets lie; default: where each run found its own")
+    parser.add_argument("--data-dir", help="folder of the data sets; default: each run's own")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to compute")
     parser.add_argument("--overwrite", action="store_true", help="also runs that have an analysis.json")
     options = parser.parse_args(argv)
@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
         folders = [folder for folder, _ in runs.run_folders([top], note)] if top.is_dir() else []
         found |= {folder.resolve(): folder for folder in folders}
         if not folders:
-            note(f"{top}: neither a run's folder nor one that holds any; name what train.py --out made")
+            note(f"{top}: neither a run's folder nor one that holds any; give what train.py --out made")
             failed = 1
     if not found:
         return 2

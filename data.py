@@ -109,10 +109,10 @@ def class_subset(
     (each, rest), most = divmod(count, len(classes)), sizes.min() - validates
     if rest or not 1 <= each <= most:
         option = "--val-split" if validates else "--train-subset"
-        others = f" ({set_apart} are set apart to validate on)" if set_apart else ""
-        mend = f"give a multiple of {len(classes)} (classes), up to {most * len(classes)}{others}"
+        others = f" ({set_apart} are set aside for validation)" if set_apart else ""
+        mend = f"give a multiple of the {len(classes)} classes, up to {most * len(classes)}{others}"
         if most < 1:
-            mend = "a class has too few images; give it more, or leave it out"
+            mend = "a class has too few images; add some, or remove the class"
         raise DataError(f"{option} {count}: {mend}")
     return np.sort(np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:each] for c in classes]))
 
@@ -309,7 +309,7 @@ def _free_bytes(device: torch.device) -> int:
 def main(argv: list[str] | None = None) -> int:
     parser = progress.Parser("data.py", __doc__)
     parser.add_argument("name", help=f"{', '.join(sources.SETS)}, or a folder")
-    parser.add_argument("--data-dir", default="data", help="where archives are looked for and kept [data]")
+    parser.add_argument("--data-dir", default="data", help="folder in which archives are kept [data]")
     parser.add_argument("--image-size", type=int, help="pixels a side")
     options = parser.parse_args(argv)
     say = functools.partial(progress.note, "data.py")

@@ -117,9 +117,9 @@ def test_loader(dataset: data.Dataset, spec: records.NetworkSpec, device: torch.
 
 def main(argv: list[str] | None = None) -> None:
     parser = progress.Parser("evaluation.py", __doc__)
-    parser.add_argument("run", help="a run folder, its model.safetensors, or what checkpoint.py rebuilt")
+    parser.add_argument("run", help="a run folder, its model.safetensors, or a rebuilt network")
     parser.add_argument("--data", help="a data set or folder; default: the run's")
-    parser.add_argument("--data-dir", help="where the data set lies; default: where the run found it")
+    parser.add_argument("--data-dir", help="folder of the data set; default: the run's")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to evaluate")
     parser.add_argument("--init-from", help="current path of the weights that the run's --init-from named")
     options = parser.parse_args(argv)
@@ -138,8 +138,8 @@ def main(argv: list[str] | None = None) -> None:
     loader = test_loader(dataset, spec, device)
     scores = Evaluation(model, loader, DTYPES[spec.dtype], spec.compiled)()
     if not math.isfinite(scores.loss):
-        what = f"its loss on {dataset.title} is {scores.loss}, so its accuracy says nothing; train it again"
-        raise checkpoint.CheckpointError(f"{options.run}: this network is not finite: {what}")
+        what = f"its loss on {dataset.title} is {scores.loss}, so its accuracy means nothing; train it again"
+        raise checkpoint.CheckpointError(f"{options.run}: {what}")
     images = f"{loader.num_images:,} images of {dataset.title}"
     top5 = "" if scores.top5_acc is None else f", top 5 {scores.top5_acc:.2f} %"
     print(f"{scores.acc:.2f} % test accuracy{top5}, loss {scores.loss:.4f}, {images}")

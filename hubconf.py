@@ -61,10 +61,10 @@ def _entry(name: str, runs: dict[int, dict]):
     load.__doc__ = f"""{first["arch"]}, trained with --mode {first["mode"]} for {first["epochs"]} epochs.
 
     On {first["data_title"]}, it reached a test accuracy of {reached}.
-    Returns the network in eval mode, on the CPU: images [N, 3, H, W] to logits [N, classes]. The images are
-    pixels from 0 to 1, normalised with its attributes `mean` and `std`, a value per channel, as torchvision's
-    Normalize takes them; its attribute `classes` has the names. Raises ValueError for any other seed, and
-    where a weight is not bit for bit the trained one.
+    Returns the network in eval mode, on the CPU. It maps images [N, 3, H, W] to logits [N, classes]. Scale
+    pixels to 0..1, then normalise them with its attributes `mean` and `std`, one value per channel, as for
+    torchvision's Normalize; `classes` lists the class names. Raises ValueError for any other seed, or if a
+    weight is not bit for bit the trained one.
     """
     return load
 

@@ -257,11 +257,11 @@ class Step:
                 raise ValueError(f"its optimizer has {sorted(found)}, not {sorted(stepped)}")
             for name, tensor in found.items():
                 if (tensor.shape, tensor.dtype) != (stepped[name].shape, stepped[name].dtype):
-                    raise ValueError(f"{name} of its optimizer has another shape or dtype")
+                    raise ValueError(f"{name} of its optimizer has the wrong shape or dtype")
         if own := self.scaler.state_dict():
             scale, tracker = float(state["scaler"]["scale"]), int(state["scaler"]["_growth_tracker"])
             if not 0 < scale < torch.finfo().max or not 0 <= tracker <= own["growth_interval"]:
-                raise ValueError("its loss scale is none")
+                raise ValueError("its loss scale is not one")
             self.scaler.load_state_dict(own | {"scale": scale, "_growth_tracker": tracker})
 
     def _state_after_a_step(self) -> dict[str, torch.Tensor]:

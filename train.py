@@ -92,7 +92,7 @@ def train(
             parent = run.config.parent  # as recorded when the run began
             note(f"continuing {run.path} after epoch {len(run.rows)}")
         elif options.resume:
-            note(f"no epoch of {run.path} is there to resume from: starting it")
+            note(f"{run.path} has no epoch to resume from; starting at the beginning")
         yield  # no run begins before all runs side by side are known to be usable
 
         passes = kernels.passes_for(device.type, spec.compiled and options.memory != "stock").name
@@ -100,7 +100,7 @@ def train(
         own = runs.environment(device, bars.runs)
         run.begin(records.Config(**came_to, **hashes, passes=passes, **own))
         display = progress.Display(bars, run, len(training.loader))
-        status, why, sealed = "failed", "an unforeseen error", b""
+        status, why, sealed = "failed", "an unexpected error", b""
         try:
             for epoch in range(len(run.rows) + 1, options.epochs + 1):
                 if training.schedule.stopped:
@@ -173,11 +173,11 @@ class Training:
         self.lap_began, self.untimed_images = STARTED, 0
 
         if options.schedule == "step" and min(options.milestones, default=0) >= options.epochs:
-            note(f"all of --milestones lie past the last epoch: the learning rate stays {options.lr:g}")
+            note(f"all of --milestones are past the last epoch: the learning rate stays at {options.lr:g}")
         same_images = parent is not None and parent.fingerprint == spec.fingerprint and spec.val_images
         if same_images and (parent.seed, parent.val_images) != (spec.seed, spec.val_images):
             better = f"--seed {spec.seed} --val-split {spec.val_images}"
-            note(f"{parent.run} trained on images that validate here; better start from a run of {better}")
+            note(f"{parent.run} trained on images that are for validation here; start from one with {better}")
 
     def epoch(self, epoch: int, display: progress.Display) -> Generator[None, None, records.Epoch]:
         """Train for one epoch, yielding after each step, then evaluate. The generator returns the metrics.
@@ -266,7 +266,7 @@ class Training:
         """
         state = run.load_last()
         if int(self.group.sum(torch.tensor(len(run.rows)))) != len(run.rows) * self.group.count:
-            raise records.RunError(f"{run.path}: not every process finds the same epochs there; share --out")
+            raise records.RunError(f"{run.path}: the processes find different epochs there; share --out")
         if state is None:
             return False
         try:
@@ -353,13 +353,13 @@ def network_spec(
 def how_it_ended(error: BaseException, options: Options, run: runs.Run) -> tuple[str, str]:
     """Return the status of a run that `error` ended, and the reason. Re-raises an unexpected `error`."""
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted", f"interrupted; --resume goes on after epoch {len(run.rows)}"
+        return "interrupted", f"interrupted; --resume continues after epoch {len(run.rows)}"
     if isinstance(error, FloatingPointError):
         return "diverged", str(error)
     if isinstance(error, ConnectionError):
         return "failed", str(error)
     if isinstance(error, OSError):
-        mend = f"mend that, and --resume goes on after epoch {len(run.rows)}"
+        mend = f"mend that, and --resume continues after epoch {len(run.rows)}"
         return "failed", f"a file cannot be written: {error}; {mend}"
     if progress.out_of_memory(error):
         memory = devices.memory_bytes(devices.choose(options.device)) // 10**6
@@ -429,7 +429,7 @@ def open_data(each: list[Options], given: set[str]) -> tuple[list[Options], data
     except data.DataError as error:
         if not options.quick or "data" in given:
             raise
-        note(f"--quick takes synthetic images, for want of {options.data}: {str(error).splitlines()[0]}")
+        note(f"--quick uses synthetic images, as there is no {options.data}: {str(error).splitlines()[0]}")
     size = size if "image_size" in given else None  # drop a preset's size
     each = [dataclasses.replace(options, data="synthetic", image_size=size) for options in each]
     return each, data.open_dataset("synthetic", options.data_dir, image_size=size, say=note)
@@ -447,11 +447,11 @@ def check_group(each: list[Options], group: Group) -> None:
         what = f"--batch-size {options.batch_size}: must be a multiple of {count}"
         raise OptionError(f"{what}, the number of processes")
     if options.sync_bn and options.memory == "stock":
-        what = "--sync-bn with --memory stock: autograd's BatchNorm knows its own process's batch only"
+        what = "--sync-bn with --memory stock: PyTorch's BatchNorm sees only its own process's batch"
         raise OptionError(f"{what}; give lean or recompute")
     gpus, wants_gpus = torch.cuda.device_count(), devices.choose(options.device).type == "cuda"
     if wants_gpus and group.count_here > gpus:
-        what = f"--device {options.device}: {group.count_here} processes need as many GPUs, here are {gpus}"
+        what = f"--device {options.device}: {group.count_here} processes need as many GPUs, not {gpus}"
         raise OptionError(f"{what}; start fewer, or give --device cpu")
 
 

@@ -135,7 +135,7 @@ def test_images_to_validate_on_are_set_apart_whatever_is_trained_on():
     alone, none = data.share_out(labels, stream(1), None, 40)
     np.testing.assert_array_equal(alone, data.class_subset(labels, 40, stream(1)("subset", 0)))
     assert len(none) == 0 and data.tenth(labels) == 4 * 3
-    with pytest.raises(data.DataError, match=r"up to 100 \(20 are set apart to validate on\)"):
+    with pytest.raises(data.DataError, match=r"up to 100 \(20 are set aside for validation\)"):
         data.share_out(labels, stream(1), 20, 104)
     with pytest.raises(data.DataError, match="--val-split 4: a class has too few images"):
         data.share_out(np.arange(4), stream(1), data.tenth(np.arange(4)))

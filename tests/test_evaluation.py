@@ -87,7 +87,7 @@ def test_a_network_whose_loss_is_not_finite_has_no_accuracy(small, capsys, monke
     capsys.readouterr()
     assert exit_status([str(only_run())], evaluation) == 2
     said = capsys.readouterr()
-    assert "this network is not finite" in said.err and said.err.count("\n") == 1 and not said.out
+    assert "so its accuracy means nothing" in said.err and said.err.count("\n") == 1 and not said.out
 
 
 def test_a_batch_is_no_larger_than_there_are_images(tiny_folder):

@@ -43,7 +43,7 @@ def test_a_script_that_returns_ends_with_what_it_returned_or_0(capsys):
         (OSError(28, "No space left on device", "runs/a"), 1, "No space left on device: 'runs/a'"),
         (ConnectionError("another process has ended"), 1, "another process has ended"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), 1, "out of memory"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "out of memory; use a machine with more"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "out of memory; use a machine"),
         (RuntimeError("could not create a primitive"), 1, "out of memory"),
         (MemoryError(), 1, "out of memory"),
         (RuntimeError("In process 0:\n</a>: No space left on device (28)"), 1, "</a>: No space left"),

@@ -182,7 +182,7 @@ def test_told_to_end_a_run_keeps_its_epochs_and_ends_with_status_1(small_runs, n
     assert time.monotonic() - began < 10
     assert {summary(folder)["status"] for folder in out.iterdir()} == {"interrupted"}
     said = small_runs.log.read_text()
-    assert "--resume goes on after epoch" in said and "Traceback" not in said
+    assert "--resume continues after epoch" in said and "Traceback" not in said
 
 
 def ends_slowly() -> None:

@@ -221,7 +221,7 @@ def test_a_killed_run_resumes_to_the_same_bits(done, tmp_path, tiny_folder):
         time.sleep(0.02)
     running.send_signal(signal.SIGTERM)
     _, said = running.communicate(timeout=60)
-    assert running.returncode == 1 and said.count("interrupted; --resume goes on after epoch") == 1
+    assert running.returncode == 1 and said.count("interrupted; --resume continues after epoch") == 1
     folder = only_run(tmp_path / "runs")
     assert summary(folder)["status"] == "interrupted" and 0 < len(metrics(folder)) < 12
 

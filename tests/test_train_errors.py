@@ -45,7 +45,7 @@ def test_asking_for_cuda_without_a_gpu_is_refused(small, capsys):
 
 def test_milestones_past_the_end_are_pointed_out(small, capsys):
     assert exit_status([*small, "--milestones", "80", "120"]) == 0
-    assert "the learning rate stays 0.1" in capsys.readouterr().err
+    assert "the learning rate stays at 0.1" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_at_once(small, capsys):
@@ -70,7 +70,7 @@ def test_a_disk_that_fills_up_ends_the_run_in_a_line(small, monkeypatch, capsys)
     monkeypatch.setattr(runs.Run, "end_epoch", full_disk)
     assert exit_status(small) == 1
     said = capsys.readouterr().err
-    assert "No space left on device; mend that, and --resume goes on after epoch 0\n" in said
+    assert "No space left on device; mend that, and --resume continues after epoch 0\n" in said
     assert summary(only_run())["status"] == "failed"
 
 

@@ -74,5 +74,5 @@ def test_images_that_the_parent_run_trained_on_are_said_to_validate(small, capsy
         for seed in ("0", "1"):
             more = ["--seed", seed, "--val-split", "16", "--out", f"then{split}"]
             assert exit_status([*small, "--init-from", parent, *more]) == 0
-            said = "trained on images that validate here" in capsys.readouterr().err
+            said = "trained on images that are for validation here" in capsys.readouterr().err
             assert said == ((split, seed) != ("16", "0"))
