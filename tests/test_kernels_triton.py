@@ -10,7 +10,6 @@ from torch import nn
 import data
 import kernels
 import models
-import step
 from kernels import cuda
 from kernels.choices import CONFIGS, Choices, Config
 from kernels.cuda import WIDEST, CudaPasses
@@ -272,29 +271,6 @@ def test_a_block_and_all_its_gradients(memory, c_out, stride, train_weights):
 
     expected = results_of(TorchPasses(), torch.float64, "cpu")
     assert_close(results_of(fused(), torch.float32, DEVICE), expected, 2e-5)
-
-
-@pytest.mark.parametrize("stride, training", [(1, True), (2, True), (1, False)])
-def test_a_weight_that_trains_is_never_used_as_it_was_before_an_update(stride, training):
-    """The optimiser updates a vector of which weights are views, which their version does not show."""
-    torch.manual_seed(0)
-    conv = nn.Conv2d(16, 16, 3, stride, 1, bias=False).to(DEVICE, memory_format=torch.channels_last)
-    units, passes, vector = (
-        [(conv, layer_of(16))],
-        fused(Config(32, 4, 1, patch=2)),
-        step.flatten([conv.weight]),
-    )
-    block = kernels.train_block if training else kernels.infer_block
-    x, dy = image(2, 16, 8, 8).requires_grad_(training), image(2, 16, 8 // stride, 8 // stride)
-    for _ in range(2):
-        found = []
-        for each in (passes, TorchPasses()):
-            with torch.set_grad_enabled(training):
-                y = block(each, x, units, None, relu=False)
-            found.append([y.detach(), *(torch.autograd.grad(y, x, dy) if training else [])])
-        assert_close(*found, 2e-5)
-        with torch.no_grad():
-            vector.add_(torch.randn_like(vector))
 
 
 @pytest.mark.parametrize(
