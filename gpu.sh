@@ -12,19 +12,19 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-ABOUT="tests    the tests of kernels that say most: bf16, captured graphs, sums, batch and head
-short    three epochs of ResNet-32 with empty caches and with full ones; time per kernel; the kernels chosen
-speed    images/s beside what people otherwise use, batches of 128, bn_only and all
+ABOUT="tests    the most telling tests of the kernels: bf16, whole steps, captured graphs, sums, batch and head
+short    three epochs of ResNet-32 with empty and with full caches; time per kernel; the chosen kernels
+speed    images/s next to the usual alternatives, batches of 128, bn_only and all
 large    images/s in batches of 1,024
 full     ResNet-32, bn_only, 160 epochs
-seeds    eight seeds of it side by side
+seeds    the same, eight seeds side by side
 deep     ResNet-866, three epochs
-memory   bytes kept for backward; the loaders
-startup  seconds to the first step, with empty caches and with full ones
+memory   bytes kept for the backward pass; images/s of the loaders
+startup  seconds to the first step, with empty and with full caches
 rest     all other tests that use a GPU
-grid     the grid of results/, as far as time allows; call it again"
+grid     the grid of results/, as far as time allows; call it again to continue"
 SLICES=$(awk '{print $1}' <<<"$ABOUT")
-MOST="captured or bfloat16-8 or passes_are_tritons or head_gives or batch_of_resident or many_programs"
+MOST="captured or two_steps_and or bfloat16-8 or passes_are_tritons or head_gives or batch_of_resident or many_programs"
 
 RESULTS=${RESULTS:-results/gpu} CACHE=${CACHE:-.gpu-cache}
 DATA=${DATA:-cifar10} DATA_DIR=${DATA_DIR:-data}
@@ -105,10 +105,10 @@ fi
   say "$python lacks packages; pip install -r requirements.txt" >&2
   exit 2
 }
-name="a CPU, in small"
+name="a CPU, at a small scale"
 if [[ $device == cuda ]]; then
   name=$("$python" -c 'import torch; print(torch.cuda.get_device_name(), "torch", torch.__version__)' 2>/dev/null) || {
-    say "torch finds no CUDA GPU here; --dry-run runs the same in small on a CPU" >&2
+    say "torch finds no CUDA GPU here; --dry-run runs the same at a small scale on a CPU" >&2
     exit 2
   }
 fi

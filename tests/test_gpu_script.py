@@ -32,10 +32,9 @@ def test_the_list_says_what_every_slice_does_and_what_was_done(tmp_path):
 
 def test_the_first_tests_are_there():
     named = re.search(r'MOST="(.*)"', (ROOT / "gpu.sh").read_text())[1].split(" or ")
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "tests/test_kernels_triton.py"]
-    listed = subprocess.run(
-        [*command, "tests/test_kernels_cuda.py"], cwd=ROOT, capture_output=True, text=True
-    )
+    files = [f"tests/test_{name}.py" for name in ("kernels_triton", "kernels_cuda", "step_triton")]
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *files]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert len(named) > 3 and [name for name in named if name not in listed.stdout] == []
 
 
