@@ -370,8 +370,12 @@ def empty_image(like: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _key(name: str, x_shape: Sequence[int], weight: Tensor, conv: Conv, **optional) -> str:
-    """Return the key of a choice: what it depends on, with the batch size rounded up to a power of two."""
+    """Return the key of a choice: what it depends on, with the batch size rounded up to a power of two.
+
+    Whether the weight trains is part of it, because it is then expanded in every step.
+    """
     (c_out, c_in, k, _), (n, _, h, w) = weight.shape, x_shape
+    optional["trains"] = True if weight.requires_grad else None
     flags = "".join(f" {flag}" for flag, value in optional.items() if value is not None)
     batch = 1 << (n - 1).bit_length()
     return f"{name} {c_in}->{c_out} {h}x{w} k{k} s{conv.stride[0]} n{batch} {DTYPES[weight.dtype]}{flags}"

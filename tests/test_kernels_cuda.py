@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from test_kernels_triton import DEVICE, assert_close, bn_of, copied, image, wide
+from test_kernels_triton import DEVICE, assert_close, bn_of, copied, image, layer_of, wide
+from torch import nn
 
 import kernels
 from kernels import choices, cuda
@@ -104,6 +105,19 @@ def test_trying_moves_the_running_statistics_once(timed, tmp_path, monkeypatch):
     TorchPasses().convolve(*wide((x, None, weight)), conv, expected)
     CudaPasses(Choices(tmp_path / "kernels.json")).convolve(x, None, weight, conv, bn)
     assert_close([bn.running_mean, bn.running_var], [expected.running_mean, expected.running_var], 2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_weight_that_trains_has_choices_of_its_own(dtype):
+    """Its expansion for patches takes time in every step; that of a frozen weight is kept."""
+    keys = {False: [], True: []}
+    for trains, made in keys.items():
+        passes = CudaPasses(lambda key, attempt, made=made: made.append(key))
+        conv = nn.Conv2d(16, 16, 3, padding=1, bias=False).requires_grad_(trains)
+        conv.to(DEVICE, memory_format=torch.channels_last)
+        x = image(2, 16, 4, 4, dtype=dtype).requires_grad_()
+        kernels.train_block(passes, x, [(conv, layer_of(16))], None, relu=True).sum().backward()
+    assert [len(made) for made in keys.values()] == [2, 2] and not {*keys[True]} & {*keys[False]}
 
 
 def test_without_triton_or_a_gpu_the_passes_are_pytorchs_and_a_warning_says_so(monkeypatch):
