@@ -81,7 +81,8 @@ class Forecast(CudaPasses):
                     attempt(config)
                 except NotImplementedError:  # this config does not suit this convolution
                     continue
-                seconds[config] = sum(launch.seconds for launch in self.launches)
+                times = [(launch.seconds, launch.issue_s) for launch in self.launches]
+                seconds[config] = tuple(map(sum, zip(*times, strict=True)))  # fewer instructions break ties
             self.launches, self.best[key] = before, min(seconds, key=seconds.get)
         return self.best[key]
 
