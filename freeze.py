@@ -81,7 +81,8 @@ def choose_random_features(model: nn.Module, per_channel: int, seed: int) -> Non
         if isinstance(module, models.Conv2d):
             size = module.weight[0].numel()
             if not 1 <= per_channel <= size:
-                raise ModeError(f"--per-channel {per_channel}: a filter of {name} has {size} weights")
+                what = f"must be from 1 to {size}, the weights of a filter of {name}"
+                raise ModeError(f"--per-channel {per_channel}: {what}")
             rng = models.stream(seed, f"random/{name}")
             places = [rng.choice(size, per_channel, replace=False) for _ in range(len(module.weight))]
             module.set_apart(torch.from_numpy(np.stack(places).astype(np.int64)))

@@ -261,7 +261,7 @@ class Step:
         if own := self.scaler.state_dict():
             scale, tracker = float(state["scaler"]["scale"]), int(state["scaler"]["_growth_tracker"])
             if not 0 < scale < torch.finfo().max or not 0 <= tracker <= own["growth_interval"]:
-                raise ValueError("its loss scale is not one")
+                raise ValueError("its loss scale is invalid")
             self.scaler.load_state_dict(own | {"scale": scale, "_growth_tracker": tracker})
 
     def _state_after_a_step(self) -> dict[str, torch.Tensor]:

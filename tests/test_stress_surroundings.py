@@ -144,7 +144,8 @@ def test_a_limit_on_the_size_of_files_is_told(world, tmp_path, name):
 def test_a_limit_on_the_size_of_files_is_told_by_the_loader_of_others(world, tmp_path):
     script, argv = world.commands(tmp_path)["stock"]
     limit = functools.partial(at_most, resource.RLIMIT_FSIZE, 300)
-    told_well(script, fresh(script, argv, limit, **world.environment), (1,), "too large.*free some space")
+    outcome = fresh(script, argv, limit, **world.environment)
+    told_well(script, outcome, (1,), "File too large.*free some space")
 
 
 @pytest.mark.parametrize("more", [[], ["--mode", "all"], ["--memory", "stock", "--no-compile"]])
