@@ -260,6 +260,7 @@ def test_importing_ffcv_leaves_torch_its_threads(tmp_path, monkeypatch):
         sys.modules.pop("ffcv")
 
 
+@pytest.mark.usefixtures("heeds_ctrl_c")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_while_ffcv_is_imported_is_a_line_and_the_next_start_prepares(
     cifar10, tmp_path, monkeypatch, capfd, number
