@@ -1,4 +1,4 @@
-"""What the tests of several modules need: a tiny image folder, and the real images where they are at hand."""
+"""Fixtures for the tests of several modules, and hooks that skip GPU tests and count stress tests."""
 
 import os
 import signal
@@ -12,13 +12,16 @@ from PIL import Image
 
 from datasets import prepare, sources
 
-if not torch.cuda.is_available():  # before anything imports Triton: without a GPU its kernels run in Python
+if not torch.cuda.is_available():  # set before Triton is imported, so that it interprets its kernels
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m is looked at
+@pytest.hookimpl(tryfirst=True)  # before pytest applies -m
 def pytest_collection_modifyitems(items):
-    """Skip what is marked `gpu` where there is none; where there is one, mark so all that computes on it."""
+    """Mark the tests of modules whose DEVICE is "cuda" as `gpu`, and skip such tests if there is no GPU.
+
+    The argument of a test's mark `tried` becomes its property "case", for `pytest_terminal_summary`.
+    """
     for item in items:
         if getattr(item.module, "DEVICE", "cpu") == "cuda":
             item.add_marker(pytest.mark.gpu)
@@ -29,15 +32,15 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Print what the stress tests tried, and what was lost.
+    """Print what the stress tests tried, and how many of them failed.
 
-    Tests marked `tried` are counted, by what they try. Others say it by `record_property("tried", line)`,
-    which is shown where they pass.
+    Tests marked `tried` are counted by the argument of the mark. Other tests call
+    `record_property("tried", line)`; the line is printed unless the test fails.
     """
     told = [each for of_a_kind in terminalreporter.stats.values() for each in of_a_kind]
     reports = [
         each for each in told if isinstance(each, pytest.TestReport)
-    ]  # not what was deselected, or a warning
+    ]  # no deselected tests, no warnings
     failed = {report.nodeid for report in reports if report.failed}
     cases, lines = {}, set()
     for report in reports:
@@ -55,13 +58,13 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(scope="session")
 def ffcv():
-    """Imported once, and not in every fork."""
+    """Import FFCV, if it is installed, before tests fork processes, so that no fork has to import it."""
     prepare.import_ffcv()
 
 
 @pytest.fixture
 def heeds_ctrl_c():
-    """Handle SIGINT as at a terminal, also where the tests run in the background of a script."""
+    """Make SIGINT raise KeyboardInterrupt, even if a script runs the tests in the background."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -69,7 +72,10 @@ def heeds_ctrl_c():
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> Path:
-    """Four classes of 16x16 images that differ in colour and grain; 24 to train on and 5 to test in each."""
+    """Return an image folder of four classes that differ in the spacing and brightness of vertical stripes.
+
+    Each class has 24 training images and 5 test images of 16x16 pixels.
+    """
     root, rng = tmp_path_factory.mktemp("data") / "tiny", np.random.RandomState(0)
     for split, count in (("train", 24), ("test", 5)):
         for label, name in enumerate(("ash", "elm", "oak", "yew")):
@@ -84,7 +90,7 @@ def tiny_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def cifar10_folder() -> Path:
-    """A folder that holds CIFAR-10 in any layout."""
+    """Return the folder named by CIFAR10_FOLDER, which has CIFAR-10 in any layout, or skip the test."""
     if "CIFAR10_FOLDER" not in os.environ:
         pytest.skip("needs real images: set CIFAR10_FOLDER to a folder that holds CIFAR-10")
     return Path(os.environ["CIFAR10_FOLDER"])
@@ -92,7 +98,7 @@ def cifar10_folder() -> Path:
 
 @pytest.fixture
 def small_and_offline(monkeypatch, tmp_path):
-    """Tiny official files, no site but those a test makes, and no cache but the test's own."""
+    """Make the official data sets tiny and their sites unreachable, and give the test an empty cache."""
     change_set(monkeypatch, "cifar10", counts={"train": 5 * ROWS, "test": ROWS})
     change_set(monkeypatch, "cifar100", counts=ROWS_100)
     for name, known in sources.SETS.items():
@@ -104,8 +110,8 @@ def small_and_offline(monkeypatch, tmp_path):
 
 @pytest.fixture
 def small(tiny_folder, tmp_path, monkeypatch) -> list[str]:
-    """Options of a run of a few seconds, in a folder of its own."""
-    from small_runs import small_options  # here, because few tests need all that it imports
+    """Return train.py's options for a run of a few seconds, and change to a temporary folder."""
+    from small_runs import small_options  # imported here, because few tests need it
 
     monkeypatch.chdir(tmp_path)
     return small_options(tiny_folder)

@@ -1,7 +1,7 @@
-"""Our scripts in processes forked from one that has imported them, and killed there: for the tests of kills.
+"""Run our scripts in processes forked from one that has imported them, for the tests that kill scripts.
 
-A fork costs milliseconds where a start costs seconds, and it computes as a start does: the process that is
-forked imports, but never computes.
+A fork takes milliseconds, whereas starting a script takes seconds. Both give the same results, because the
+process that is forked only imports modules and never computes.
 """
 
 import importlib
@@ -21,6 +21,7 @@ import pytest
 import progress
 
 CONTEXT = multiprocessing.get_context("forkserver")
+# The fork server skips modules that are not installed.
 IMPORTED = [
     "pytest",
     "torch._dynamo",
@@ -28,15 +29,15 @@ IMPORTED = [
     "report",
     "sweep",
     "ffcv",
-]  # what is not installed is left out
+]
 CHANGES = {"os.mkdir", "os.rmdir", "os.rename", "os.remove", "os.truncate", "os.fsync", "fcntl.flock"}
 
 
 def serve() -> None:
-    """Start the process that is forked, unless it runs, and wait until it has imported all."""
+    """Start the fork server, unless it runs already, and wait until it has imported all modules."""
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
-        environment.setenv("NUMBA_THREADING_LAYER", "omp")  # with TBB, a process that forked may never end
+        environment.setenv("NUMBA_THREADING_LAYER", "omp")  # with TBB, a forked process may hang
         environment.setenv("OMP_NUM_THREADS", "1")
         CONTEXT.set_forkserver_preload(IMPORTED)
         forkserver.ensure_running()
@@ -52,10 +53,10 @@ def start(
     kill_at: tuple[int, Path] | None = None,
     first: Callable[[], None] | None = None,
 ) -> BaseProcess:
-    """A process of `python SCRIPT.py OPTIONS`, begun; what it says is added to the file `log`.
+    """Start `python SCRIPT.py OPTIONS` in a fork, and return the process once it appends its output to `log`.
 
-    `kill_at`, a number n and a folder: SIGKILL ends it before its n-th change in or under that folder.
-    `first` is a function of a module that it calls before the script's own.
+    If `kill_at` is given, a number n and a folder, SIGKILL ends the process just before its n-th change in or
+    under the folder. The process calls `first`, a function defined in a module, before the script's main.
     """
     ready = log.with_suffix(f".{time.monotonic_ns()}")
     process = CONTEXT.Process(target=_run, args=(script, options, log, ready, kill_at, first))
@@ -67,7 +68,10 @@ def start(
 
 
 def end(process: BaseProcess, seconds: float = 120) -> int:
-    """The exit status of a process, or less than 0 where a signal ended it; it has so many seconds."""
+    """Wait for a process, and return its exit status, which is negative if a signal ended it.
+
+    If it still runs after `seconds`, kill it and fail the test.
+    """
     process.join(seconds)
     if process.exitcode is None:
         process.kill()
@@ -76,7 +80,7 @@ def end(process: BaseProcess, seconds: float = 120) -> int:
 
 
 def _run(script: str, options: list[str], log: Path, ready: Path, kill_at, first) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as progress.py does for a script that imports it
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as progress.py does for our scripts
     said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(said, stream.fileno())
@@ -92,8 +96,8 @@ def _run(script: str, options: list[str], log: Path, ready: Path, kill_at, first
 def kill_at_change(number: int, folder: Path) -> None:
     """Let SIGKILL end this process just before its `number`-th change of a file or folder under `folder`.
 
-    What counts is every file that is opened to be written, locked, synchronised, renamed, removed or cut, and
-    every folder that is made or removed.
+    A change is to open a file for writing; to lock, synchronise, rename, remove or truncate a file; or to
+    make or remove a folder.
     """
     changes, fsync = itertools.count(1), os.fsync
 
@@ -104,7 +108,7 @@ def kill_at_change(number: int, folder: Path) -> None:
             if Path(path).is_relative_to(folder) and next(changes) == number:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    def audited(fd: int) -> None:  # of this one, Python tells its audit hooks nothing
+    def audited(fd: int) -> None:  # Python itself raises no audit event for fsync
         sys.audit("os.fsync", fd)
         fsync(fd)
 

@@ -1,4 +1,4 @@
-"""What hostile files are tried on, scripts in forks that are watched; and pickles that would run code."""
+"""Run scripts on hostile files in forked processes with limits, and make pickles that would run code."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ import struct
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -18,14 +18,14 @@ import torch
 
 import progress
 
-MOST_SECONDS, MOST_GROWTH = 60, 600 * 2**20  # of a process that meets a hostile file
+MOST_SECONDS, MOST_GROWTH = 60, 600 * 2**20  # limits for a script that reads a hostile file
 
 
 class Outcome(NamedTuple):
-    status: int  # the exit status; below 0 the signal that ended the process
-    said: str  # on stderr
-    printed: str  # on stdout
-    growth: int  # bytes of memory in use at most, beyond those before
+    status: int  # the exit status, or minus the number of the signal that ended the process
+    said: str  # stderr
+    printed: str  # stdout
+    growth: int  # peak memory in bytes, minus what was in use at the start
 
     @property
     def lines(self) -> list[str]:
@@ -33,9 +33,10 @@ class Outcome(NamedTuple):
 
 
 def attempt(script: ModuleType, argv: Sequence[object], folder: Path) -> Outcome:
-    """What one of our scripts makes of these arguments, in a fork of this process whose cwd is `folder`.
+    """Run `script` with the arguments `argv` in a fork of this process, in the folder `folder`.
 
-    It has 4 GiB of address space beyond what it begins with, so that no claim of a file harms the machine.
+    The fork gets 4 GiB of address space beyond what it starts with, so that no file can exhaust the machine's
+    memory. The fork is killed after MOST_SECONDS. Its output goes to files beside `folder`.
     """
     said, printed, began = (folder.parent / name for name in (".said", ".printed", ".began"))
     sys.stdout.flush()
@@ -60,17 +61,17 @@ def attempt(script: ModuleType, argv: Sequence[object], folder: Path) -> Outcome
 
 
 def _bytes_in_use() -> list[int]:
-    """Of this process: of its address space, and of memory."""
+    """Return the sizes of this process's address space and resident memory, in bytes."""
     return [resource.getpagesize() * int(n) for n in Path("/proc/self/statm").read_text().split()[:2]]
 
 
 def _settle(folder: Path, *outputs: Path) -> None:
-    """Make this process, a fork of pytest, one as a shell starts it."""
+    """Make this fork of pytest resemble a process started by a shell, and limit its memory and time."""
     for number, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
     os.chdir(folder)
-    torch.set_num_threads(1)  # those of the process that was forked are not here
+    torch.set_num_threads(1)  # a fork does not have its parent's other threads
     resource.setrlimit(resource.RLIMIT_AS, (_bytes_in_use()[0] + 2**32, resource.RLIM_INFINITY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -81,7 +82,10 @@ def _settle(folder: Path, *outputs: Path) -> None:
 
 
 def listing(folder: Path) -> dict[str, tuple]:
-    """Every entry below a folder, and what changes where it is written to; but for locks and our outputs."""
+    """Return each entry below `folder`, by path: its type and, if not a folder, size and modification time.
+
+    Locks, the files of `attempt` and the folder beton itself are left out: refused scripts may make them.
+    """
     entries = {}
     for path in folder.rglob("*"):
         info = path.lstat()
@@ -93,7 +97,10 @@ def listing(folder: Path) -> dict[str, tuple]:
 
 
 def refused(script: ModuleType, argv: Sequence[object], folder: Path, statuses: Sequence[int] = (2,)) -> str:
-    """What a script says as it refuses, in a line or two, with that exit status, having done nothing."""
+    """Assert that a script refuses `argv` in one or two lines, with one of `statuses`; return these lines.
+
+    The script must write nothing into the parent of `folder`, and stay within the limits on memory and lines.
+    """
     before = listing(folder.parent)
     outcome = attempt(script, argv, folder)
     assert outcome.status in statuses, outcome
@@ -112,13 +119,13 @@ def assert_harmless(outcome: Outcome) -> None:
 
 
 def text(value: str) -> bytes:
-    """An opcode that pushes a text."""
+    """Return an opcode that pushes a text."""
     raw = value.encode("utf-8", "surrogatepass")
     return b"X" + struct.pack("<I", len(raw)) + raw
 
 
 def name(module: str, name: str) -> bytes:
-    """An opcode that pushes what has this name."""
+    """Return an opcode that pushes the object of this name."""
     return f"c{module}\n{name}\n".encode()
 
 
@@ -131,7 +138,7 @@ def call(function: bytes, *arguments: bytes) -> bytes:
 
 
 def payloads(canary: Path) -> dict[str, bytes]:
-    """Pickles, without PROTO and STOP, that would make the file `canary` if they were believed."""
+    """Return pickles, without PROTO and STOP, that ask to run code. Most of it would make `canary`."""
     touch, python = text(f"touch {canary}"), text(f"open({str(canary)!r}, 'w')")
     system, where = name("posix", "system"), text(str(canary))
     builtin = call(name("builtins", "__import__"), text("os"))
@@ -182,6 +189,3 @@ def payloads(canary: Path) -> dict[str, bytes]:
         "a codec": call(name("_codecs", "encode"), touch, text("rot13")),
         "a codec that packs": call(name("_codecs", "encode"), touch, text("zlib")),
     }
-
-
-Maker = Callable[[Path, Path], object]  # writes a hostile file into a folder, which would make the second

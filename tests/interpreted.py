@@ -1,8 +1,8 @@
-"""Triton's interpreter, made exact in bfloat16.
+"""Correct Triton's interpreter for bfloat16.
 
-It holds bfloat16 as the 16 bits of each number. A product of matrices takes these for integers, and a
-conversion from float32 cuts off what it should round. Both are exact here; everything else that the kernels
-do with bfloat16 is to move it.
+The interpreter represents a bfloat16 by its 16 bits. Its matrix product treats these bits as an integer, and
+its conversion from float32 truncates instead of rounding. This module replaces both operations. Our kernels
+do nothing else with bfloat16 than load and store it.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ _multiply, _convert = interpreter.InterpreterBuilder.create_dot, interpreter.Int
 
 
 def _widened(value: TensorHandle) -> TensorHandle:
-    """In float32, where it is in bfloat16."""
+    """Return a bfloat16 value in float32, and any other value unchanged."""
     if value.dtype.scalar != tl.bfloat16:
         return value
     return TensorHandle((value.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
@@ -33,7 +33,7 @@ def _converted(builder, value: TensorHandle, to: tl.dtype, *rounding) -> TensorH
 
 
 def mend_bfloat16() -> None:
-    """Give the interpreter these two, for all that it runs from now on."""
+    """Replace the interpreter's matrix product and conversions, for every kernel that it runs from now on."""
     builder = interpreter.InterpreterBuilder
     builder.create_dot = lambda self, a, b, *more: _multiply(self, _widened(a), _widened(b), *more)
     builder.cast_impl = builder.create_fp_to_fp = _converted

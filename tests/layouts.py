@@ -1,4 +1,4 @@
-"""Official data sets in miniature, in every layout, for the tests of datasets/ and data.py."""
+"""Tiny data sets in every official layout, for the tests of datasets/ and data.py."""
 
 import multiprocessing
 import pickle
@@ -12,7 +12,7 @@ from PIL import Image
 from datasets import sources
 
 ROWS = 20  # images in each of the six tiny CIFAR-10 files
-ROWS_100 = {"train": 300, "test": 100}  # in the two tiny CIFAR-100 files
+ROWS_100 = {"train": 300, "test": 100}  # images in the two tiny CIFAR-100 files
 OFFICIAL_CIFAR10 = sources.SETS["cifar10"]
 CIFAR10_CLASSES = list(OFFICIAL_CIFAR10.classes)
 OFFICIAL_CIFAR100 = sources.SETS["cifar100"]
@@ -21,7 +21,7 @@ FORK = multiprocessing.get_context("fork")
 
 
 def change_set(monkeypatch, name: str, **fields) -> None:
-    """Give a named set other values in the table, for one test."""
+    """Change fields of a named set in sources.SETS for one test."""
     monkeypatch.setitem(sources.SETS, name, replace(sources.SETS[name], **fields))
 
 
@@ -30,12 +30,15 @@ def silent(note: str) -> None:
 
 
 def stream(seed: int):
-    """What a run gives its loaders: generators by name and epoch."""
+    """Return the random stream of a seed for loaders: a function that makes a generator by name and epoch."""
     return lambda name, index=0: np.random.RandomState([seed, index, *name.encode()])
 
 
 def naive_crop_and_flip(image: np.ndarray, dy: int, dx: int, flip: int) -> np.ndarray:
-    """torchvision's RandomCrop(32, padding=4), then RandomHorizontalFlip, with given draws."""
+    """Return an image [H, W, 3] after torchvision's RandomCrop and RandomHorizontalFlip with these draws.
+
+    The crop has the size of the image, and is taken from the image padded by 4 black pixels on each side.
+    """
     padded = np.pad(image, ((4, 4), (4, 4), (0, 0)))
     height, width, _ = image.shape
     crop = padded[dy : dy + height, dx : dx + width]
@@ -43,7 +46,7 @@ def naive_crop_and_flip(image: np.ndarray, dy: int, dx: int, flip: int) -> np.nd
 
 
 def tiny_cifar10(seed: int = 0) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Planar pixels [ROWS, 3072] and labels of each of the six files, every class equally often."""
+    """Return pixels, planar uint8 [ROWS, 3072], and labels [ROWS], equally many per class, of each file."""
     rng = np.random.RandomState(seed)
     return {
         name: (rng.randint(0, 256, (ROWS, 3072), dtype=np.uint8), rng.permutation(ROWS) % 10)
@@ -73,7 +76,10 @@ def write_binary(folder: Path, batches: dict) -> Path:
 
 
 def tiny_cifar100() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Planar pixels [N, 3072] and labels [N, 2] of both files: coarse, and fine, each equally often."""
+    """Return pixels, planar uint8 [N, 3072], and labels [N, 2] of both files.
+
+    Labels are coarse and fine ones. Each fine label occurs equally often.
+    """
     rng = np.random.RandomState(3)
     return {
         name: (
@@ -112,7 +118,10 @@ def pack(archive: Path, folder: Path) -> Path:
 
 
 def expected_images(batches: dict) -> np.ndarray:
-    """The training images by the format's description: 1024 red, 1024 green, 1024 blue, row by row."""
+    """Return the training images, uint8 [5 ROWS, 32, 32, 3], as the format's description defines them.
+
+    A row has 1024 red values, then 1024 green and 1024 blue ones, each row by row.
+    """
     images = [batches[f"data_batch_{i}"][0].reshape(ROWS, 3, 32, 32) for i in range(1, 6)]
     return np.stack([np.concatenate(images)[:, channel] for channel in range(3)], axis=-1)
 
@@ -131,7 +140,7 @@ def write_images(
 
 
 class Attack:
-    """What calls `function` where it is unpickled without care."""
+    """An object whose pickle makes a careless reader call `function`."""
 
     def __init__(self, function, *arguments):
         self.how = function, arguments
@@ -149,7 +158,10 @@ def fill_with_rubbish(file: Path) -> None:
 
 
 def official_places(root: Path, name: str, python: Path, binary: Path) -> list[Path]:
-    """Where a set that lies in these two folders may be found: in or beside them, or packed there."""
+    """Pack a set's two folders, and return every path at which it can be opened.
+
+    These are the folders, the folders that contain them or an archive, and an archive with another name.
+    """
     archives = [
         pack(root / "c" / f"{name}-python.tar.gz", python).parent,
         pack(root / "d" / f"{name}-binary.tar.gz", binary).parent,

@@ -1,4 +1,4 @@
-"""Run folders as train.py and analysis.py leave them, without training, for the tests of the report."""
+"""Write run folders with invented numbers, without training, for tests that read the folders of runs."""
 
 import dataclasses
 import json
@@ -15,9 +15,10 @@ from config import Options
 
 
 def write_run(root: Path, arch="resnet14", mode="bn_only", seed=0, epochs=4, analysis=True, **more) -> Path:
-    """A run folder as train.py and analysis.py leave it, of plausible numbers drawn from its options.
+    """Write a run folder as train.py and analysis.py would, without a checkpoint, and return its path.
 
-    `more` are options, or fields of the network's spec, of config.json or of summary.json.
+    Its numbers are plausible and drawn at random, with the options as the seed. `more` may give options and
+    fields of the network's spec, of config.json and of summary.json.
     """
     milestones = more.pop("milestones", (epochs // 2, 3 * epochs // 4))
     options = Options(arch=arch, mode=mode, seed=seed, epochs=epochs, milestones=tuple(milestones))
@@ -64,7 +65,7 @@ def write_run(root: Path, arch="resnet14", mode="bn_only", seed=0, epochs=4, ana
 
 
 def make_config(options: Options, more: dict) -> records.Config:
-    """config.json of these options; `more` has other values of its fields, and of the spec's."""
+    """Return the Config of a run with these options; `more` overrides its fields and those of its spec."""
     shared = [name for name in records.NetworkSpec.model_fields if name in config.FIELDS]
     spec = {
         **{name: getattr(options, name) for name in shared},
@@ -96,7 +97,7 @@ def make_config(options: Options, more: dict) -> records.Config:
 
 
 def make_epochs(top: float, epochs: int, rng: np.random.RandomState):
-    """Epochs whose accuracy rises to `top`, and more calmly in their second half."""
+    """Yield epochs whose accuracies rise to about `top` percent, with less noise in the second half."""
     for epoch in range(1, epochs + 1):
         late = epoch > epochs // 2
         share = (1 - np.exp(-12 * epoch / epochs)) * (1 if late else 0.93)
@@ -114,7 +115,7 @@ def make_epochs(top: float, epochs: int, rng: np.random.RandomState):
 
 
 def make_analysis(mode: str, depth: int, acc: float | None, rng: np.random.RandomState) -> records.Analysis:
-    """An analysis of a network of `acc` percent."""
+    """Return an Analysis with random contents; its test accuracy is `acc` percent, or 10 for None."""
     spread = {"all": 0.5, "random": 0.2}.get(mode, 0.05 + 0.01 * min(depth, 30))
     gammas, silent = rng.laplace(0.0, spread, 1200), rng.beta(3, 3, 700) * (rng.rand(700) > 0.03)
 
@@ -142,7 +143,7 @@ def make_analysis(mode: str, depth: int, acc: float | None, rng: np.random.Rando
 
 
 def change(name: str, **values):
-    """A function that changes values in a JSON file of a run folder; `a__b` is the field b of a."""
+    """Return a function that sets fields of a JSON file in a run folder; `a__b` means the field b of a."""
 
     def apply(folder: Path) -> None:
         content = json.loads((folder / name).read_text())

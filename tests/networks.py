@@ -1,4 +1,4 @@
-"""Small networks and noise for them, for the tests of several modules."""
+"""Small networks, and noise to train them on, for the tests of several modules."""
 
 import torch
 
@@ -37,28 +37,28 @@ MODES += ("gamma", "beta", "gamma+output", "beta+shortcut")
 
 
 def network(seed: int = 0, classes: int = 10) -> torch.nn.Module:
-    """A resnet8 at its seed's weights, all of which train."""
+    """Return a resnet8 with the initial weights of `seed`, all of which train."""
     model = models.build("resnet8", classes)
     models.initialise(model, seed)
     return model.to(memory_format=torch.channels_last)
 
 
 def frozen(mode: str, arch: str = "resnet8", **changes) -> torch.nn.Module:
-    """A network at its seed's weights, of which `mode` trains; `changes` are those to SPEC, of seed 3."""
+    """Return a network with its initial weights, frozen as in `mode`; `changes` override fields of SPEC."""
     return checkpoint.create(SPEC.model_copy(update={"arch": arch, "mode": mode, **changes}))
 
 
 def batch(n: int = 8, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noise as `[n, 3, 16, 16]` images, and labels of ten classes."""
+    """Return noise as images, `[n, 3, 16, 16]`, and random labels from ten classes."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(n, 3, 16, 16, generator=generator).to(memory_format=torch.channels_last)
     return images, torch.randint(10, (n,), generator=generator)
 
 
 def trained_for(steps: int, **changes) -> tuple[torch.nn.Module, records.NetworkSpec]:
-    """A network after a few steps on noise, with momentum and a weight decay that would show, and its spec.
+    """Return a network trained on noise for `steps` steps, and its spec; `changes` override fields of SPEC.
 
-    `changes` are those to SPEC.
+    It trains with momentum and a weight decay so large that a change of frozen weights would show.
     """
     spec = SPEC.model_copy(update=changes)
     model = checkpoint.create(spec).to(memory_format=torch.channels_last)

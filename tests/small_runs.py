@@ -1,4 +1,4 @@
-"""Runs of a few seconds through train.py's command line, and what they leave: for the tests of train.py."""
+"""Start runs of a few seconds through train.py's command line, and read the files that they write."""
 
 import json
 import subprocess
@@ -20,17 +20,17 @@ SMALL += ["--no-compile", "--device", "cpu"]
 
 
 def small_options(images: Path) -> list[str]:
-    """Options of a run of a few seconds on a folder of images, prepared beside it."""
+    """Return options of a run of a few seconds on a folder of images, whose prepared copy goes beside it."""
     return [*SMALL, "--data", str(images), "--data-dir", str(images.parent / "prepared")]
 
 
 def exit_status(options: Sequence[str], script: ModuleType = train) -> int:
-    """The exit status of one of our scripts with these options."""
+    """Run one of our scripts in this process with these options, and return its exit status."""
     return progress.run(f"{script.__name__}.py", lambda: script.main(list(options)))
 
 
 def cli(options: Sequence[str], **settings) -> subprocess.CompletedProcess:
-    """train.py as a process of its own, which has ended."""
+    """Run train.py in a process of its own, and return the completed process."""
     command = [sys.executable, str(ROOT / "train.py"), *options]
     return subprocess.run(command, capture_output=True, text=True, **settings)
 
@@ -57,7 +57,7 @@ def without_times(folder: Path) -> list[dict]:
 
 
 def interrupt_after_an_epoch(options: Sequence[str]) -> None:
-    """A run that Ctrl-C ends as soon as its first epoch is kept."""
+    """Run train.py, and interrupt it, as Ctrl-C would, as soon as its first epoch is saved."""
     end_epoch = runs.Run.end_epoch
 
     def interrupted(run, row, state):

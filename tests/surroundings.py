@@ -1,4 +1,4 @@
-"""Scripts in processes of their own, in surroundings that a test has changed, and how they must end."""
+"""Run scripts in separate processes, in surroundings that a test has changed, and check how they end."""
 
 import contextlib
 import importlib
@@ -22,7 +22,7 @@ from safetensors import safe_open
 import progress
 
 ROOT = Path(progress.__file__).parent
-CONTEXT = multiprocessing.get_context("forkserver")  # whose processes have imported everything already
+CONTEXT = multiprocessing.get_context("forkserver")  # its processes start with these modules imported
 CONTEXT.set_forkserver_preload(
     ["pytest", "ffcv", "train", "sweep", "report", "bench", "analysis", "torch._dynamo"]
 )
@@ -33,16 +33,19 @@ MEASURE += ["--warm-up", "1"]
 
 
 class Ended(NamedTuple):
-    status: int | None  # None where it hung and was killed
+    status: int | None  # None if it hung and was killed
     out: str
     err: str
 
 
-# ---- a script, in surroundings of its own ----
+# ---- running scripts ----
 
 
 def ended(script: str, argv: list[str], surroundings: Callable[[], None] = int, **environment) -> Ended:
-    """How a script ends in a process that has all modules imported, once `surroundings` has changed it."""
+    """Run a script in a process that has all modules imported, and return how it ends.
+
+    `surroundings` is called in that process first; `environment` has variables to set.
+    """
     (out, outs), (err, errs) = CONTEXT.Pipe(duplex=False), CONTEXT.Pipe(duplex=False)
     child = CONTEXT.Process(
         target=_child, args=(script, argv, surroundings, environment, os.getcwd(), outs, errs)
@@ -84,7 +87,7 @@ def _child(script, argv, surroundings, environment, folder, out, err):
 def fresh(
     script: str, argv: list[str], surroundings: Callable[[], None] | None = None, **environment: str | None
 ) -> Ended:
-    """How a script ends that a shell starts; a variable that is None is unset."""
+    """Run a script in a new interpreter, as a shell does, and return how it ends; None unsets a variable."""
     given = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     given = {name: value for name, value in given.items() if value is not None}
     command = [sys.executable, str(ROOT / f"{script}.py"), *argv]
@@ -94,7 +97,10 @@ def fresh(
 
 
 def told_well(script: str, of: Ended, statuses: tuple[int, ...], said: str = "") -> None:
-    """Assert that it ended as documented, and if it failed, in a line or two that say `said`."""
+    """Assert that a script ended with one of `statuses` and without a traceback.
+
+    If it failed and wrote to stderr, its message must have at most two lines and match the pattern `said`.
+    """
     assert of.status in statuses, of
     assert "Traceback" not in of.out + of.err, of
     if of.status and of.err:
@@ -103,7 +109,7 @@ def told_well(script: str, of: Ended, statuses: tuple[int, ...], said: str = "")
 
 
 def whole(folder: Path) -> None:
-    """Assert that every file under its final name is whole, and that nothing half-written was left."""
+    """Assert that every file below `folder` is complete, and that no temporary file was left."""
     for file in (path for path in folder.rglob("*.*") if path.is_file() and path.name != ".lock"):
         content = file.read_bytes()
         assert not file.name.endswith((".half-written", ".part")), file
@@ -123,7 +129,7 @@ ENDS = {".png": b"IEND", ".pdf": b"%%EOF", ".html": b"</html>", ".md": b"|\n", "
 
 @contextlib.contextmanager
 def disk(folder: Path, kilobytes: int) -> Iterator[Callable[[str], None]]:
-    """A disk of that size mounted on a folder; gives a function that mounts it again with other options."""
+    """Mount a disk of this size on a folder; yield a function that mounts it again with other options."""
 
     def mount(options: str) -> None:
         command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
@@ -147,7 +153,7 @@ def fill(folder: Path) -> None:
 
 @dataclass
 class World:
-    """A finished run, prepared images, compiled kernels, all in one folder; and options for more."""
+    """A folder with a finished run, prepared images and compiled kernels, and commands that use them."""
 
     folder: Path
     images: list[str]
@@ -161,7 +167,7 @@ class World:
     def ends(
         self, name: str, out: Path | str, surroundings: Callable[[], None] = int, **environment
     ) -> Ended:
-        """How the command of this name ends that writes into `out`."""
+        """Run the command of this name, which writes into `out`, and return how it ends."""
         return ended(*self.commands(out)[name], surroundings, **self.environment | environment)
 
     def train(self, out: Path | str, *more: str) -> list[str]:
@@ -169,7 +175,7 @@ class World:
         return [*options, "--device", "cpu", *self.images, "--out", str(out), *more]
 
     def commands(self, out: Path | str) -> dict[str, tuple[str, list[str]]]:
-        """Of every script a command that writes into `out` what it writes at all."""
+        """Return commands, as script and arguments, by name; any files that they write go into `out`."""
         run, rows = str(self.run), ["--json", f"{out}/rows.jsonl"]
         measure = [*MEASURE, *self.images, *rows]
         return {

@@ -1,4 +1,4 @@
-"""What analysis.json says is what an independent count gives; a run that cannot be analysed is named."""
+"""analysis.json agrees with independent counts, and runs that cannot be analysed are named."""
 
 import bisect
 import json
@@ -24,12 +24,12 @@ from kernels import device as devices
 
 SMALL = ["--arch", "resnet8", "--batch-size", "32", "--epochs", "8", "--milestones", "6", "--no-compile"]
 SMALL += ["--device", "cpu", "--dtype", "fp32", "--augment", "none"]
-GAMMAS = 336  # of a resnet8
+GAMMAS = 336  # in a resnet8
 
 
 @pytest.fixture(scope="module")
 def finished(tiny_folder, tmp_path_factory) -> Path:
-    """The folder of a run of eight epochs."""
+    """Return the folder of a finished run of eight epochs."""
     out = tmp_path_factory.mktemp("finished")
     where = ["--data", str(tiny_folder), "--data-dir", str(out / "prepared"), "--out", str(out / "runs")]
     train.main([*SMALL, *where])
@@ -39,12 +39,12 @@ def finished(tiny_folder, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(finished, tmp_path) -> Path:
-    """A copy of it, to write into."""
+    """Return a copy of the finished run's folder, which a test may change."""
     return Path(shutil.copytree(finished, tmp_path / "runs" / "a"))
 
 
 def analyse(*arguments: object) -> int:
-    """The exit status of the command."""
+    """Run analysis.py with these arguments and return its exit status."""
     return progress.run("analysis.py", lambda: analysis.main([str(argument) for argument in arguments]))
 
 
@@ -61,14 +61,14 @@ def without_small_gammas(folder: Path, threshold: float) -> torch.nn.Module:
 
 
 def save_with_gammas(folder: Path, values: list[float], **changes) -> None:
-    """Give the first BatchNorm's first channels these gammas, and the spec these changes."""
+    """Rewrite the run's checkpoint with `values` as the first gammas of bn1, and `changes` to its spec."""
     model, spec = checkpoint.restore(folder)
     model.bn1.weight.data[: len(values)] = torch.tensor(values)
     sealed = checkpoint.seed_checkpoint(model, spec.model_copy(update=changes), steps=24)
     (folder / "model.safetensors").write_bytes(sealed)
 
 
-def test_gammas_are_counted_as_they_lie_in_the_checkpoint(run):
+def test_gamma_counts_match_the_gammas_in_the_checkpoint(run):
     save_with_gammas(run, [5.0, -4.0, 3.0, -0.0099, 0.0, 0.0101, -3.0, 0.5])
     tensors = load_file(run / "model.safetensors")
     gammas = [x for name, t in tensors.items() if name.endswith(".weight") for x in t.tolist()]
@@ -78,14 +78,14 @@ def test_gammas_are_counted_as_they_lie_in_the_checkpoint(run):
     assert analyse(run) == 0
     found = content_of(run)["gamma"]
     assert found["counts"] == counts and found["count"] == len(gammas) == sum(counts) == GAMMAS
-    assert counts[0] >= 2 and counts[-1] >= 2  # what lies outside
+    assert counts[0] >= 2 and counts[-1] >= 2  # the outermost bins also count the values outside
     assert len(found["edges"]) == 121 and found["edges"][0] == -3 and found["edges"][61] == 0.05
-    last = content_of(run)["pruned"][-1]  # one gamma is the threshold itself, and stays
+    last = content_of(run)["pruned"][-1]  # a gamma equal to the threshold is kept
     assert last["zeroed"] == sum(abs(x) < 0.5 for x in gammas) / len(gammas)
     assert found["share_near_zero"] == sum(abs(x) < 0.01 for x in gammas) / len(gammas) >= 2 / GAMMAS
 
 
-def test_accuracies_are_those_of_networks_without_their_small_gammas(run, tiny_folder):
+def test_pruned_accuracies_are_those_of_networks_without_small_gammas(run, tiny_folder):
     assert analyse(run) == 0
     summary, content = json.loads((run / "summary.json").read_text()), content_of(run)
     assert content["test_acc"] == summary["final_test_acc"] and content["images"] == 20
@@ -98,7 +98,7 @@ def test_accuracies_are_those_of_networks_without_their_small_gammas(run, tiny_f
     assert [row["threshold"] for row in rows] == list(analysis.THRESHOLDS)
     for row in rows:
         model = without_small_gammas(run, row["threshold"]).eval()
-        logits = model(images.permute(0, 3, 1, 2))  # PyTorch's own modules, for gradients are enabled
+        logits = model(images.permute(0, 3, 1, 2))  # PyTorch's own modules, because gradients are enabled
         right = logits.argmax(1) == torch.from_numpy(dataset.test.labels)
         assert row["test_acc"] == 100 * int(right.sum()) / 20
         gammas = torch.cat([bn.weight.detach() for bn in analysis.batchnorms(model)])
@@ -106,7 +106,7 @@ def test_accuracies_are_those_of_networks_without_their_small_gammas(run, tiny_f
     assert rows[0]["zeroed"] == 0 and len({row["test_acc"] for row in rows}) > 1
 
 
-def test_small_gammas_alone_are_zero_and_only_while_they_are_tried(run):
+def test_prune_sets_only_small_gammas_to_zero_and_restores_them(run):
     model, before = checkpoint.restore(run)[0], freeze.full_state(checkpoint.restore(run)[0])
     tried = []
 
@@ -133,7 +133,7 @@ def test_small_gammas_alone_are_zero_and_only_while_they_are_tried(run):
 
 
 class Batches:
-    """A loader of images, so many at a time."""
+    """A loader of `images` without labels, in batches of `counts` images."""
 
     def __init__(self, images: torch.Tensor, *counts: int):
         self.device, self.batches = images.device, [(part, None) for part in images.split(counts)]
@@ -151,7 +151,7 @@ class Batches:
         ("resnet50", "projection", "none"),
     ],
 )
-def test_zeros_are_those_that_hooks_on_a_plain_network_see(arch, shortcut, mode):
+def test_relu_zeros_match_those_that_forward_hooks_see(arch, shortcut, mode):
     torch.manual_seed(0)
     model = models.build(arch, 4, shortcut)
     for bn in analysis.batchnorms(model):
@@ -167,19 +167,19 @@ def test_zeros_are_those_that_hooks_on_a_plain_network_see(arch, shortcut, mode)
         inside = isinstance(module, torch.nn.BatchNorm2d) and ".downsample." not in name
         if module in blocks or (inside and module not in before_shortcut):
             module.register_forward_hook(lambda _, __, y: seen.append(y))
-    model.eval()(images)  # PyTorch's own modules, for gradients are enabled
+    model.eval()(images)  # PyTorch's own modules, because gradients are enabled
     expected = torch.cat([(F.relu(y) == 0).sum((0, 2, 3)) for y in seen])
     positions = torch.cat([torch.full((y.shape[1],), 5 * y.shape[2] * y.shape[3]) for y in seen])
     assert np.array_equal(of, positions.numpy())
     assert len(found) == len(expected)
-    assert np.abs(found - expected.numpy()).max() <= 1  # a batch of 5 may round otherwise than 3 and 2
+    assert np.abs(found - expected.numpy()).max() <= 1  # the size of a batch may change rounding
     assert 0 < (found == 0).sum() + (found == of).sum() < len(of)
 
 
-def test_a_channel_without_gamma_is_silent_or_never_as_its_beta_says(run):
+def test_with_a_gamma_of_zero_beta_decides_whether_a_channel_is_silent(run):
     model, spec = checkpoint.restore(run)
     with torch.no_grad():
-        for bn in (model.bn1, model.layer1[0].bn1):  # a stem's end; the inside of a block
+        for bn in (model.bn1, model.layer1[0].bn1):  # the stem's; one inside a block
             bn.weight[:3], bn.bias[:3] = 0, torch.tensor([-0.5, 0.5, 0.0])
     (run / "model.safetensors").write_bytes(checkpoint.seed_checkpoint(model, spec, steps=24))
     images = torch.randn(4, 3, 16, 16)
@@ -193,7 +193,7 @@ def test_a_channel_without_gamma_is_silent_or_never_as_its_beta_says(run):
     assert 4 / relu["count"] <= relu["silent"] <= relu["silent_99"] <= relu["counts"][-1] / relu["count"] < 1
 
 
-def test_silent_at_more_than_99_percent_is_not_silent_at_99(monkeypatch, run):
+def test_silent_99_excludes_channels_silent_at_exactly_99_percent(monkeypatch, run):
     zeros, of = np.array([100, 990, 991, 0]), np.array([100, 1000, 1000, 100])
     monkeypatch.setattr(analysis, "relu_zeros", lambda *_: (zeros, of))
     pruned = records.Pruned(threshold=0.0, zeroed=0.0, test_acc=1.0)
@@ -205,7 +205,7 @@ def test_silent_at_more_than_99_percent_is_not_silent_at_99(monkeypatch, run):
     assert (relu.silent, relu.silent_99, relu.counts) == (0.25, 0.5, (1, *[0] * 18, 3))
 
 
-def test_what_cannot_be_analysed_is_named_and_the_rest_goes_on(run, capsys, monkeypatch):
+def test_runs_that_cannot_be_analysed_are_named_and_the_others_analysed(run, capsys, monkeypatch):
     root, opened, open_dataset = run.parent, [], data.open_dataset
     monkeypatch.setattr(data, "open_dataset", lambda *a, **k: opened.append(a) or open_dataset(*a, **k))
     for name in "bcdefgh":
@@ -249,7 +249,7 @@ def test_what_cannot_be_analysed_is_named_and_the_rest_goes_on(run, capsys, monk
     assert len(opened) == 1
 
 
-def test_what_is_there_is_kept_unless_overwrite(run, capsys):
+def test_an_existing_analysis_is_replaced_only_with_overwrite(run, capsys):
     (run / "analysis.json").write_text("{}")
     assert analyse(run.parent) == 0
     assert content_of(run) == {} and "has analysis.json" in capsys.readouterr().out
@@ -258,7 +258,7 @@ def test_what_is_there_is_kept_unless_overwrite(run, capsys):
     assert not [path for path in run.iterdir() if path.name.startswith(".analysis")]
 
 
-def test_unusable_options_are_status_2(tmp_path, capsys, monkeypatch):
+def test_unusable_options_give_exit_status_2(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert analyse(tmp_path) == 2
     assert str(tmp_path) in capsys.readouterr().err
@@ -270,7 +270,7 @@ def test_unusable_options_are_status_2(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_a_captured_evaluation_sees_each_thresholds_gammas(tiny_folder, tmp_path, dtype):
+def test_a_captured_evaluation_uses_the_gammas_of_each_threshold(tiny_folder, tmp_path, dtype):
     without = ("--no-compile", "cpu", "fp32", "--device", "--dtype")
     where = ["--data", str(tiny_folder), "--data-dir", str(tmp_path / "prepared")]
     where += ["--out", str(tmp_path / "runs"), "--device", "cuda", "--dtype", dtype]

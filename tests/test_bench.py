@@ -1,4 +1,4 @@
-"""bench.py through its command line: every part's rows; bytes counted a second way; errors to be mended."""
+"""bench.py through its command line: the rows of each part, a second count of saved bytes, and errors."""
 
 import argparse
 import gc
@@ -28,7 +28,7 @@ from records import measured
 
 ROOT = Path(bench.__file__).parent
 SMALL = ["--arch", "resnet8", "--batch-size", "16", "--device", "cpu"]
-KEYS = (  # of every row that --json writes, as people have read them since the first results
+KEYS = (  # of every row that --json writes, unchanged since the first results
     *("part", "arch", "mode", "impl", "device", "dtype", "batch_size", "images_per_s", "step_ms"),
     *("saved_bytes_per_image", "peak_memory_bytes", "seconds", "ratio_to_stock", "n"),
     *("step_ms_min", "step_ms_max", "run_seconds", "share_of_floor", "bytes_per_s", "flops_per_s"),
@@ -39,18 +39,18 @@ KEYS = (  # of every row that --json writes, as people have read them since the 
 
 @pytest.fixture
 def small(tiny_folder, tmp_path):
-    """Options of a measurement of a few seconds."""
+    """Return options of a measurement of a few seconds."""
     where = ["--data", str(tiny_folder), "--data-dir", str(tiny_folder.parent / "prepared")]
     return [*SMALL, *where, "--json", str(tmp_path / "rows.jsonl")]
 
 
 def status_of(*options: str) -> int:
-    """The exit status of the command line."""
+    """Run bench.py with these options, and return its exit status."""
     return progress.run("bench.py", lambda: bench.main(list(options)))
 
 
 def rows_in(options: list[str], part: str) -> list[dict]:
-    """The rows that were written, each complete."""
+    """Return the rows of `part` that --json wrote; assert that each is complete."""
     rows = [json.loads(line) for line in Path(options[options.index("--json") + 1]).read_text().splitlines()]
     for row in rows:
         assert set(row) == set(KEYS) and row["part"] == part and row["batch_size"] in (16, None)
@@ -58,7 +58,7 @@ def rows_in(options: list[str], part: str) -> list[dict]:
     return rows
 
 
-def test_speed_compares_every_step(small):
+def test_speed_compares_implementations(small):
     impls = ["stock", "amp", "plain", "lean", "recompute"]
     turns = ["--repeats", "2", "--steps", "1", "--warm-up", "1", "--mode", "bn_only", "all"]
     command = [sys.executable, str(ROOT / "bench.py"), "speed", *small, *turns, "--impl", *impls]
@@ -77,7 +77,7 @@ def test_speed_compares_every_step(small):
 
 
 @pytest.mark.stress
-def test_speed_compares_compiled_networks(small):
+def test_speed_measures_a_compiled_network(small):
     turns = ["--repeats", "1", "--steps", "1", "--mode", "bn_only"]
     assert status_of("speed", *small, *turns, "--impl", "compiled") == 0
     (row,) = rows_in(small, "speed")
@@ -113,7 +113,7 @@ def test_turns_rotate_and_each_follows_a_lead_in(monkeypatch):
     options = argparse.Namespace(device=torch.device("cpu"), **given)
     timed = bench.take_turns({name: partial(steps, name) for name in ("stock", "lean")}, options)
     assert [name for name, _ in itertools.groupby(taken)] == ["stock", "lean", "stock", "lean", "stock"]
-    queued = 1 + bench.QUEUED["stock"]  # which by far does not take long enough
+    queued = 1 + bench.QUEUED["stock"]  # which takes much less than the lead-in's 0.2 s
     assert [len(list(turn)) for _, turn in itertools.groupby(taken)][2] >= queued + 10 + 3
     for row in timed.values():
         assert (
@@ -123,7 +123,7 @@ def test_turns_rotate_and_each_follows_a_lead_in(monkeypatch):
         )
 
 
-def test_a_run_that_fails_is_reported_in_a_line(small, capsys, monkeypatch):
+def test_a_failed_run_is_reported_in_one_line(small, capsys, monkeypatch):
     failed = subprocess.CompletedProcess([], 1, "", "something before\ntrain.py: it diverged")
     monkeypatch.setattr(bench.subprocess, "run", lambda *command, **settings: failed)
     assert status_of("startup", *small, "--repeats", "1") == 1
@@ -144,7 +144,7 @@ def test_startup_is_measured_cold_and_warm(small):
     assert all(0 < row["seconds"] < row["run_seconds"] for row in rows)
 
 
-def test_memory_weighs_stock_autocast_and_ours(small):
+def test_memory_falls_from_stock_to_amp_to_lean_to_recompute(small):
     assert status_of("memory", *small, "--mode", "bn_only", "all") == 0
     rows = rows_in(small, "memory")
     saved = {(row["mode"], row["impl"]): row["saved_bytes_per_image"] for row in rows}
@@ -161,7 +161,7 @@ def batch_of(count: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor
 
 
 class Allocations(TorchDispatchMode):
-    """Every storage that operators make in this context; not those they were given, and return a view of."""
+    """Records the storages that operators allocate in this context, but not those of their arguments."""
 
     def __init__(self):
         super().__init__()
@@ -189,21 +189,21 @@ def storages(values) -> list[torch.UntypedStorage]:
 @pytest.mark.parametrize(
     ("impl", "mode"), [("lean", "bn_only"), ("lean", "all"), ("recompute", "bn_only"), ("stock", "bn_only")]
 )
-def test_saved_bytes_are_what_is_alive_between_forward_and_backward(impl, mode):
+def test_saved_bytes_equal_the_bytes_alive_between_forward_and_backward(impl, mode):
     dtype = torch.float32 if impl == "stock" else torch.bfloat16
     model = bench.network(impl, "resnet14", mode, 10, torch.device("cpu"))
     batch = batch_of(8, dtype)
-    saved = bench.saved_bytes(model, *batch, dtype)  # which converts frozen weights, too
+    saved = bench.saved_bytes(model, *batch, dtype)  # which also converts frozen weights
     model.zero_grad()
     with Allocations() as allocations:
         loss = bench.loss_of(model, *batch, dtype)
         alive = allocations.alive_bytes()
     assert loss.requires_grad
-    images_bytes = batch[0].nbytes if impl != "lean" or mode == "all" else 0  # saved, but not made here
+    images_bytes = batch[0].nbytes if impl != "lean" or mode == "all" else 0  # saved, but not allocated here
     assert saved == pytest.approx(alive + images_bytes, rel=0.03)
 
 
-def test_a_frozen_resnet32_keeps_one_output_per_convolution_and_one_bit_per_block_output():
+def test_a_frozen_resnet32_keeps_at_most_5_percent_more_than_the_floor():
     with torch.device("meta"):
         cost = roofline.cost(models.build("resnet32"), 32)
     least = roofline.least_bytes(cost, torch.bfloat16)
@@ -250,7 +250,9 @@ def test_the_stock_loader_crops_flips_and_normalises():
         (["memory", "--budget", "9" * 5000 + "GB"], "give bytes"),
     ],
 )
-def test_unusable_options_end_in_a_line(small, capsys, monkeypatch, tmp_path, options, said):
+def test_unusable_options_are_refused_in_one_or_two_lines(
+    small, capsys, monkeypatch, tmp_path, options, said
+):
     monkeypatch.chdir(tmp_path)
     where = small[small.index("--data") : small.index("--json")]
     assert status_of(*options, "--device", "cpu", *where) == 2
@@ -271,8 +273,8 @@ def test_the_largest_batch_fills_the_budget(small):
     assert [bench.to_bytes(text) for text in ("7", "1.5KB", "2 GiB")] == [7, 1500, 2**31]
 
 
-def test_compiling_under_an_ascii_locale_is_refused_before_anything_is_measured(small, monkeypatch, capsys):
-    """torch's own files, which torch.compile reads in the locale's encoding, are in UTF-8."""
+def test_compiling_in_an_ascii_locale_is_refused_before_measuring(small, monkeypatch, capsys):
+    """torch.compile reads torch's own files, which are in UTF-8, in the encoding of the locale."""
     monkeypatch.setattr(locale, "getpreferredencoding", lambda _: "ANSI_X3.4-1968")
     assert status_of("speed", *small, "--impl", "compiled", "--mode", "bn_only") == 2
     said = capsys.readouterr().err
@@ -280,7 +282,7 @@ def test_compiling_under_an_ascii_locale_is_refused_before_anything_is_measured(
     assert bench.parse_options(["speed", *small, "--impl", "lean"]).impl == ["lean"]
 
 
-def test_compiling_without_a_compiler_is_refused_before_anything_is_measured(small, monkeypatch, capsys):
+def test_compiling_without_a_compiler_is_refused_before_measuring(small, monkeypatch, capsys):
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert status_of("speed", *small, "--impl", "compiled", "--mode", "bn_only") == 2
     said = capsys.readouterr().err
@@ -300,14 +302,14 @@ def test_rows_that_cannot_be_written_are_shown(small, monkeypatch, capsys):
     assert "can be written to" in capsys.readouterr().err
 
 
-def test_rows_nested_too_deep_are_no_rows(tmp_path, capsys):
+def test_rows_nested_too_deeply_are_refused(tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text("[" * 10**5)
     assert status_of("table", str(tmp_path / "rows.jsonl")) == 2
     assert "is not what --json has written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("given", [["memory", "--budget", "much"], ["speed", "--budget", "1GB"]])
-def test_a_budget_that_cannot_be_used_is_one_line(given, capsys):
+def test_an_unusable_budget_gives_one_line(given, capsys):
     assert status_of(*given) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
@@ -332,7 +334,7 @@ def test_rows_are_shown_in_markdown(small, capsys):
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_the_rows_have_the_floor_and_the_peak(tiny_folder, tmp_path):
+def test_gpu_rows_have_rates_share_of_floor_and_peak_memory(tiny_folder, tmp_path):
     options = ["--arch", "resnet8", "--batch-size", "16", "--json", str(tmp_path / "rows.jsonl")]
     options += ["--data", str(tiny_folder), "--data-dir", str(tiny_folder.parent / "prepared")]
     assert status_of("speed", *options, "--repeats", "2", "--steps", "4", "--mode", "bn_only") == 0
@@ -342,7 +344,7 @@ def test_on_a_gpu_the_rows_have_the_floor_and_the_peak(tiny_folder, tmp_path):
         assert 0 < row["share_of_floor"] < 1 and row["peak_memory_bytes"] > 0
 
 
-def test_what_was_measured_before_an_interruption_is_kept_and_shown(small, monkeypatch, capsys):
+def test_rows_before_an_interruption_are_kept_and_shown(small, monkeypatch, capsys):
     def interrupted(options, dataset):
         yield "lean", {"arch": "resnet8", "mode": "bn_only", "n": 1}
         raise KeyboardInterrupt
@@ -353,7 +355,7 @@ def test_what_was_measured_before_an_interruption_is_kept_and_shown(small, monke
     assert row["impl"] == "lean" and "resnet8" in capsys.readouterr().out
 
 
-def test_where_ffcv_is_missing_the_other_loaders_are_compared(monkeypatch):
+def test_without_ffcv_the_other_loaders_are_compared(monkeypatch):
     monkeypatch.setattr(prepare, "import_ffcv", lambda: False)
     assert "ffcv" not in bench.parse_options(["data"]).impl
     assert bench.parse_options(["data", "--impl", "ffcv"]).impl == ["ffcv"], "which then says what is missing"

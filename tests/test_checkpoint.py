@@ -1,4 +1,4 @@
-"""A seed checkpoint gives every weight back, bit for bit, or is refused."""
+"""A seed checkpoint is rebuilt bit for bit, or refused."""
 
 import json
 
@@ -16,14 +16,14 @@ import progress
 
 
 def rebuild(run, out, *more) -> int:
-    """The exit status of the command."""
+    """Run the command `checkpoint.py rebuild` and return its exit status."""
     command = ["rebuild", str(run), "--out", str(out), *more]
     return progress.run("checkpoint.py", lambda: checkpoint.main(command))
 
 
 @pytest.fixture(scope="module")
 def sealed(tmp_path_factory):
-    """A folder with the seed checkpoint of a network after two steps."""
+    """Return a folder with the seed checkpoint of a network trained for two steps."""
     model, spec = trained_for(2)
     folder = tmp_path_factory.mktemp("run")
     (folder / "model.safetensors").write_bytes(checkpoint.seed_checkpoint(model, spec, steps=2))
@@ -31,7 +31,7 @@ def sealed(tmp_path_factory):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_rebuild_gives_every_weight_back_bit_for_bit(tmp_path, mode):
+def test_rebuild_restores_every_weight_bit_for_bit(tmp_path, mode):
     model, spec = trained_for(2, mode=mode)
     (tmp_path / "model.safetensors").write_bytes(checkpoint.seed_checkpoint(model, spec, steps=2))
     checkpoint.rebuild(tmp_path / "model.safetensors", tmp_path / "full.safetensors")
@@ -42,11 +42,11 @@ def test_rebuild_gives_every_weight_back_bit_for_bit(tmp_path, mode):
         assert rebuilt.keys() == expected.keys() and spec_again == spec
         assert all(torch.equal(rebuilt[name], expected[name]) for name in expected)
     with safe_open(tmp_path / "full.safetensors", "pt") as file:
-        plain = models.build("resnet8").state_dict()  # a plain network, as other programs would build it
+        plain = models.build("resnet8").state_dict()  # a network as other programs build it
         assert set(file.keys()) == set(plain)
 
 
-def test_a_sparse_network_is_rebuilt_from_its_number_of_weights(tmp_path):
+def test_a_sparse_network_is_rebuilt_from_nonzeros_in_its_spec(tmp_path):
     model, spec = trained_for(2, mode="beta", conv_init="sparse", nonzeros=4)
     (tmp_path / "model.safetensors").write_bytes(checkpoint.seed_checkpoint(model, spec, steps=2))
     restored, spec_again = checkpoint.restore(tmp_path)
@@ -58,11 +58,11 @@ def test_a_sparse_network_is_rebuilt_from_its_number_of_weights(tmp_path):
 
 
 @pytest.mark.parametrize("mode, ends", [("gamma", {"weight"}), ("beta", {"bias"})])
-def test_the_checkpoint_of_a_part_of_batchnorm_has_that_part_and_the_statistics_alone(mode, ends):
+def test_gamma_and_beta_modes_store_only_their_part_and_the_statistics(mode, ends):
     model, spec = trained_for(1, mode=mode)
     names = [name.split(".") for name in load(checkpoint.seed_checkpoint(model, spec, steps=1))]
     assert {name[-1] for name in names} == ends | {"running_mean", "running_var"}
-    assert {name[-2] for name in names} == {"bn1", "bn2", "1"}  # the last: of a shortcut
+    assert {name[-2] for name in names} == {"bn1", "bn2", "1"}  # "1" is that of a shortcut
 
 
 def test_the_same_network_gives_the_same_bytes(sealed, tmp_path):
@@ -74,7 +74,7 @@ def test_the_same_network_gives_the_same_bytes(sealed, tmp_path):
     assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
 
 
-def test_rebuilding_replaces_no_file_unless_asked_to_and_nothing_in_a_run_folder(sealed, tmp_path, capsys):
+def test_rebuild_overwrites_only_if_asked_and_writes_to_no_run_folder(sealed, tmp_path, capsys):
     out = tmp_path / "full.safetensors"
     out.write_text("precious")
     assert rebuild(sealed, out) == 2 and out.read_text() == "precious"
@@ -181,7 +181,7 @@ def test_a_network_that_is_not_finite_is_refused_although_its_digests_match(tmp_
     assert said.err.count("\n") == 1 and not said.out
 
 
-def test_rubbish_is_refused_in_a_line_or_two(tmp_path, capsys):
+def test_unusable_files_are_refused_in_at_most_two_lines(tmp_path, capsys):
     (tmp_path / "rubbish.safetensors").write_bytes(b"\xff" * 100)
     save_file({"a": torch.zeros(2)}, tmp_path / "foreign.safetensors")
     (tmp_path / "empty").mkdir()
@@ -208,9 +208,7 @@ def test_init_from_freezes_the_given_weights(tmp_path):
         checkpoint.restore(tmp_path, init_from=str(tmp_path / "moved.pt"))
 
 
-def test_a_checkpoint_of_tensors_of_another_network_is_refused_before_that_is_drawn(
-    sealed, tmp_path, monkeypatch
-):
+def test_tensors_of_another_network_are_refused_before_weights_are_drawn(sealed, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "create", lambda spec: pytest.fail("it was drawn"))
     for arch in ("resnet8_w2", "resnet14", "resnet14_w40"):
         file = altered(sealed, tmp_path / "altered.safetensors", spec={"arch": arch})

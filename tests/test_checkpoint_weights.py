@@ -1,4 +1,4 @@
-"""Weights of others load by torchvision's names; what does not fit, or would run code, is refused."""
+"""Other weights load by torchvision's names; files that do not fit, or would run code, are refused."""
 
 import os
 import zipfile
@@ -12,7 +12,7 @@ import models
 
 
 def torchvision_like(classes: int = 10) -> dict:
-    """A state dict with torchvision's names for ResNet-18, random values."""
+    """Return a state dict for ResNet-18 with torchvision's names and random values."""
     generator = torch.Generator().manual_seed(0)
     state = models.build("resnet18", classes).state_dict()
     return {
@@ -33,7 +33,7 @@ def test_weights_load_by_torchvisions_names(tmp_path, suffix):
     assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
 
 
-def test_the_output_layer_keeps_its_draw_where_the_classes_differ(tmp_path):
+def test_the_output_layer_keeps_its_draw_if_class_counts_differ(tmp_path):
     torch.save(torchvision_like(classes=1000), tmp_path / "w.pth")
     model = models.build("resnet18")
     models.initialise(model, seed=0)
@@ -98,14 +98,14 @@ def test_a_file_that_unpacks_to_more_than_its_size_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_weights_that_are_no_plain_file_are_not_waited_for(tmp_path, suffix):
+def test_a_named_pipe_is_refused_without_waiting_for_it(tmp_path, suffix):
     os.mkfifo(tmp_path / f"w{suffix}")
     with pytest.raises(checkpoint.CheckpointError, match=f"w{suffix}"):
         checkpoint.read_initial(tmp_path / f"w{suffix}")
 
 
 @pytest.mark.parametrize("kind", ["nested", "whole numbers", "complex"])
-def test_weights_that_are_no_plain_floating_point_tensors_are_refused(tmp_path, kind):
+def test_tensors_that_are_not_plain_floating_point_are_refused(tmp_path, kind):
     state = torchvision_like()
     gamma = state["bn1.weight"]
     nested = torch.nested.nested_tensor([gamma, gamma])
@@ -115,7 +115,7 @@ def test_weights_that_are_no_plain_floating_point_tensors_are_refused(tmp_path, 
         load(models.build("resnet18"), tmp_path / "w.pt")
 
 
-def test_what_is_said_of_code_does_not_tell_how_to_run_it(tmp_path):
+def test_the_refusal_of_code_does_not_say_how_to_run_it(tmp_path):
     torch.save({"conv1.weight": Trap()}, tmp_path / "w.pt")
     with pytest.raises(checkpoint.CheckpointError, match=r"Unsupported global: GLOBAL .*setattr") as refused:
         load(models.build("resnet8"), tmp_path / "w.pt")

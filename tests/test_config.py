@@ -1,4 +1,4 @@
-"""The options of a run: what a command line comes to, what is refused, and how --help shows them."""
+"""Tests of config.py: how a command line is read, which options are refused, and what --help shows."""
 
 import dataclasses
 
@@ -72,7 +72,7 @@ WHOLE_NUMBERS = [n for n, field in FIELDS.items() if field.metadata["argparse"].
         *((f"{config.flag(name)} {'9' * 5000}", config.flag(name)) for name in WHOLE_NUMBERS),
     ],
 )
-def test_an_option_that_no_run_could_use_is_a_line_or_two_and_exit_status_2(capsys, options, named):
+def test_an_unusable_option_gives_a_line_or_two_and_exit_status_2(capsys, options, named):
     assert progress.run("train.py", lambda: parse_options(options.split(" "), "") and 0) == 2
     said = capsys.readouterr()
     assert named in said.err and said.err.count("\n") <= 2 and "Traceback" not in said.err
@@ -80,10 +80,10 @@ def test_an_option_that_no_run_could_use_is_a_line_or_two_and_exit_status_2(caps
 
 
 @pytest.mark.parametrize("name", [name for name in FIELDS if FIELDS[name].metadata["limits"]])
-def test_a_number_may_take_its_limits_and_nothing_beyond(name):
+def test_a_number_must_lie_within_its_limits(name):
     least, greatest = FIELDS[name].metadata["limits"]
     greatest = 64 * 9 if name == "per_channel" else greatest  # the weights of resnet32's largest filter
-    # To which --min-lr and --warmup-epochs may rise, and with which --nonzeros goes
+    # --min-lr is at most --lr, --warmup-epochs at most --epochs, and --nonzeros needs --conv-init sparse
     options = Options(lr=1e30, epochs=10**6, conv_init="sparse")
     for value in (least, greatest):
         config.check(dataclasses.replace(options, **{name: value}))
@@ -92,7 +92,7 @@ def test_a_number_may_take_its_limits_and_nothing_beyond(name):
             config.check(dataclasses.replace(options, **{name: value}))
 
 
-def test_the_least_that_a_command_line_can_say_is_the_published_run():
+def test_an_empty_command_line_gives_the_published_run():
     assert parsed("") == Options() == config.defaults()
     published = {"arch": "resnet32", "mode": "bn_only", "data": "cifar10", "augment": "paper", "seed": 0}
     published |= {"epochs": 160, "batch_size": 128, "optimizer": "sgd", "momentum": 0.9, "weight_decay": 1e-4}
@@ -100,33 +100,33 @@ def test_the_least_that_a_command_line_can_say_is_the_published_run():
     assert published.items() <= dataclasses.asdict(Options()).items()
 
 
-def test_what_is_given_goes_before_a_preset_and_before_quick():
+def test_given_options_override_a_preset_and_quick():
     assert parsed("--preset 000-1 --lr 0.5") == dataclasses.replace(config.defaults("000-1"), lr=0.5)
     quick = parsed("--quick --epochs 2 --preset best")
     assert quick == dataclasses.replace(config.defaults("best", quick=True), epochs=2)
     assert (quick.lr, quick.train_subset, quick.batch_size) == (1.0, 3000, 64)
 
 
-def test_the_preset_of_the_pytorch_study_changes_what_trains_and_the_shortcuts_alone():
+def test_preset_001_changes_only_the_mode_and_the_shortcuts():
     study = dataclasses.replace(Options(), mode="bn_main", shortcut="projection_all", preset="001")
     assert parsed("--preset 001") == study
     assert parsed("--preset 001 --mode random") == dataclasses.replace(study, mode="random")
 
 
-def test_a_preset_may_have_milestones_which_toml_writes_as_a_list(monkeypatch):
+def test_a_list_of_milestones_in_a_preset_becomes_a_tuple(monkeypatch):
     monkeypatch.setitem(config.PRESETS, "short", {"epochs": 8, "milestones": [4, 6]})
     assert config.defaults("short").milestones == (4, 6)
     usual = config.defaults("short")
     assert config.differing(Options(milestones=(4, 6)), usual, "setting") == {"epochs": 160}
 
 
-def test_modes_and_augmentations_have_one_spelling():
+def test_modes_and_augmentations_are_normalised_to_one_spelling():
     assert parsed("--mode beta+gamma") == Options()
     assert parsed("--mode output+bn").mode == parsed("--mode bn_only+output").mode == "bn+output"
     assert parsed("--augment flip+crop") == parsed("--augment paper")
 
 
-def test_each_seed_has_options_of_its_own():
+def test_each_seed_gets_its_own_options():
     each, given = parse_options(["--seed", "3", "0", "--lr", "0.2"], "")
     assert each == [Options(seed=3, lr=0.2), Options(seed=0, lr=0.2)] and given == {"seed", "lr"}
 
@@ -153,7 +153,7 @@ IDLE = [
 
 
 @pytest.mark.parametrize("line, said", IDLE)
-def test_an_option_without_effect_is_said_in_one_note_and_sets_no_run_apart(line, said):
+def test_options_without_effect_give_one_note_and_do_not_change_the_name(line, said):
     notes, words = [], line.split()
     (options, again), given = parse_options([*words, "--seed", "0", "1"], "", notes.append)
     assert len(notes) == 1 and notes[0].startswith("without effect: ") and said in notes[0]
@@ -174,7 +174,7 @@ def test_an_option_without_effect_is_said_in_one_note_and_sets_no_run_apart(line
         "--preset 000-1",
     ],
 )
-def test_an_option_that_has_an_effect_is_kept_without_a_word(line):
+def test_options_with_an_effect_are_kept_without_a_note(line):
     notes = []
     (options,), given = parse_options(line.split(), "", notes.append)
     usual = config.defaults(options.preset)
@@ -200,7 +200,7 @@ def test_help_lists_every_option_once_with_its_default(capsys, monkeypatch):
     )
 
 
-def test_an_option_says_whether_it_belongs_to_what_is_run_or_to_how_fast_it_goes():
+def test_every_option_has_a_role():
     assert config.names("variant", "setting", "logistics") == FIELDS.keys()
     assert config.names("logistics") == {
         *("data_dir", "device", "loader", "memory", "no_compile"),

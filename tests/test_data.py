@@ -1,4 +1,4 @@
-"""data.py: a data set is opened by its name, shared out by class, and says why it cannot be used."""
+"""Tests of data.py: opening data sets by name, splitting them by class, and messages on unusable ones."""
 
 import errno
 import os
@@ -32,7 +32,7 @@ def cifar10(tmp_path):
     return tmp_path
 
 
-def test_a_file_that_cannot_be_read_is_told(cifar10, monkeypatch):
+def test_an_unreadable_file_is_reported(cifar10, monkeypatch):
     def refuse(path):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
@@ -41,7 +41,7 @@ def test_a_file_that_cannot_be_read_is_told(cifar10, monkeypatch):
         data.open_dataset("cifar10", cifar10, say=silent)
 
 
-def test_where_nothing_can_be_written_the_cache_is_used(tmp_path):
+def test_the_cache_is_used_if_the_data_folder_is_not_writable(tmp_path):
     (tmp_path / "file").write_text("")
     notes = []
     for start in range(2):
@@ -61,13 +61,13 @@ def test_where_nothing_can_be_written_the_cache_is_used(tmp_path):
         (["a" * 5000], "File name too long"),
     ],
 )
-def test_a_folder_or_size_that_cannot_be_had_is_refused_in_a_line(capsys, options, said):
+def test_an_impossible_folder_or_size_is_refused_in_one_line(capsys, options, said):
     assert progress.run("data.py", lambda: data.main(options)) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1 and len(error) < 600
 
 
-def test_a_folder_that_is_there_and_empty_is_told(tmp_path):
+def test_an_empty_folder_is_reported_as_empty(tmp_path):
     (tmp_path / "cifar-10-batches-py").mkdir()
     for download in (False, True):
         with pytest.raises(data.DataError, match=r"cifar-10-batches-py is there and empty\)"):
@@ -103,7 +103,7 @@ def test_without_ffcv_the_images_stay_in_memory(cifar10, monkeypatch):
     assert data.open_dataset("cifar10", cifar10, say=silent).fingerprint == dataset.fingerprint
 
 
-def test_class_subset_takes_as_many_of_every_class():
+def test_class_subset_takes_the_same_number_from_every_class():
     labels = np.random.RandomState(0).permutation(np.repeat(np.arange(10), 50))
     chosen = data.class_subset(labels, 200, stream(0)("subset"))
     assert chosen.dtype == np.int64 and (np.diff(chosen) > 0).all()
@@ -123,7 +123,7 @@ def test_the_command_prepares_a_set_or_says_why_not(tiny_folder, tmp_path, capsy
     assert "no such folder" in capsys.readouterr().err
 
 
-def test_images_to_validate_on_are_set_apart_whatever_is_trained_on():
+def test_validation_images_do_not_depend_on_the_training_subset():
     labels = np.random.RandomState(0).permutation(np.repeat(np.arange(4), (30, 40, 50, 60)))
     train_on, validate_on = data.share_out(labels, stream(1), 20)
     assert np.unique(labels[validate_on], return_counts=True)[1].tolist() == [5] * 4
@@ -150,6 +150,6 @@ def test_real_cifar10_has_its_counts_and_statistics(monkeypatch):
     assert dataset.train.images.shape == (50_000, 32, 32, 3) and len(dataset.test.labels) == 10_000
     assert np.bincount(dataset.train.labels).tolist() == [5_000] * 10
     assert np.bincount(dataset.test.labels).tolist() == [1_000] * 10
-    # Re-encoded copies come within 1 of the official values.
+    # Re-encoded copies differ from the official values by at most 1.
     np.testing.assert_allclose(dataset.mean, OFFICIAL_CIFAR10.mean, atol=1)
     np.testing.assert_allclose(dataset.std, (62.99, 62.09, 66.70), atol=1)

@@ -1,4 +1,4 @@
-"""data.py, its loaders: batches depend on seed and epoch alone, whichever loader brings them."""
+"""Tests of data.py's loaders: batches depend only on seed and epoch, and both loaders give the same."""
 
 import threading
 from dataclasses import replace
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("small_and_offline")
 
 
 def in_memory(images: np.ndarray, labels: np.ndarray, test: int = 0) -> data.Dataset:
-    """A data set around arrays, its last `test` images the test split."""
+    """Return a data set made of these arrays; the last `test` images are its test split."""
     cut = len(images) - test
     splits = prepare.Split(images[:cut], labels[:cut], None), prepare.Split(images[cut:], labels[cut:], None)
     classes = tuple(map(str, range(10)))
@@ -24,7 +24,7 @@ def in_memory(images: np.ndarray, labels: np.ndarray, test: int = 0) -> data.Dat
 
 
 def numbered(count: int, size: int = 8) -> data.Dataset:
-    """Images that are told apart by their labels 0, 1, 2, ..., in both splits."""
+    """Return a data set with `count` images per split; each has a label of its own: 0, 1, 2, ..."""
     images = np.random.RandomState(1).randint(0, 256, (2 * count, size, size, 3), dtype=np.uint8)
     return in_memory(images, np.arange(2 * count) % count, test=count)
 
@@ -57,13 +57,13 @@ def check_that_both_kinds_agree(cifar10, device: str, augmented: str = "paper") 
         )
         assert len(resident) == len(ffcv) and resident.num_images == ffcv.num_images
         for epoch in range(3):
-            held = list(ffcv.epoch(epoch))  # all at once: a buffer filled anew would show
+            held = list(ffcv.epoch(epoch))  # all at once, so that a reused buffer would show
             assert len(held) == len(ffcv)
             assert same_batches(resident.epoch(epoch), held)
             for images, labels in held:
                 assert images.is_contiguous(memory_format=torch.channels_last)
                 assert images.device.type == labels.device.type == device and labels.dtype == torch.int64
-        next(ffcv.epoch(7))  # an epoch that is left early disturbs no later one
+        next(ffcv.epoch(7))  # leaving an epoch early must not affect later ones
         assert same_batches(resident.epoch(1), ffcv.epoch(1))
     assert torch.get_num_threads() == threads
 
@@ -74,7 +74,7 @@ def test_both_kinds_of_loader_give_the_same_batches_bit_for_bit(cifar10, augment
 
 
 @pytest.mark.gpu
-def test_on_the_gpu_too_and_as_on_the_cpu(cifar10):
+def test_both_kinds_of_loader_agree_on_the_gpu_and_with_the_cpu(cifar10):
     check_that_both_kinds_agree(cifar10, "cuda")
     dataset = data.open_dataset("cifar10", cifar10, say=silent)
     for augmented, tolerance in (("paper", 1e-6), ("photo", 1e-3)):
@@ -109,7 +109,7 @@ def test_a_batch_is_normalised_augmented_and_channels_last():
 
 def test_every_image_has_its_own_crop_and_flip():
     images = np.zeros((4096, 16, 16, 3), np.uint8)
-    images[:, 8, 6], images[:, 8, 9] = 100, 200  # two points tell offset and flip
+    images[:, 8, 6], images[:, 8, 9] = 100, 200  # two points show offset and flip
     dataset = in_memory(images, np.zeros(4096, np.int64))
     dataset = replace(dataset, mean=(0.0,) * 3, std=(1.0,) * 3)
     seen = []
@@ -149,7 +149,7 @@ def test_training_drops_the_last_partial_batch_and_repeats_no_image():
         assert len(torch.cat([labels for _, labels in loader.epoch(epoch)]).unique()) == 96
 
 
-def test_every_test_image_counts_once_in_file_order_and_is_left_as_it_is():
+def test_every_test_image_comes_once_in_file_order_unaugmented():
     dataset = numbered(100)
     loader = loader_of(dataset, "test", augmented="paper", rng=None)
     batches = list(loader.epoch(0))
@@ -160,7 +160,7 @@ def test_every_test_image_counts_once_in_file_order_and_is_left_as_it_is():
     np.testing.assert_allclose(images, expected, atol=1e-5)
 
 
-def test_validation_images_are_training_images_left_as_they_are():
+def test_validation_images_are_unaugmented_training_images():
     dataset, chosen = numbered(100), np.array([7, 2, 50])
     loader = loader_of(dataset, "validation", subset=chosen, augmented="photo", batch_size=2)
     [(images, labels), (_, last)] = loader.epoch(0)
@@ -169,7 +169,7 @@ def test_validation_images_are_training_images_left_as_they_are():
     np.testing.assert_allclose(images.permute(0, 2, 3, 1).numpy(), expected, atol=1e-5)
 
 
-def test_a_subset_is_all_that_is_trained_on():
+def test_training_uses_only_the_subset():
     subset = np.array([3, 5, 8, 13, 21, 34, 55, 89])
     loader = loader_of(numbered(100), subset=subset, batch_size=4)
     assert loader.num_images == 8 and len(loader) == 2
@@ -177,7 +177,7 @@ def test_a_subset_is_all_that_is_trained_on():
 
 
 @pytest.mark.parametrize("kind", ["resident", "ffcv"])
-def test_the_parts_of_a_batch_are_the_batch_bit_for_bit(cifar10, kind):
+def test_the_parts_of_a_batch_join_to_the_whole_bit_for_bit(cifar10, kind):
     dataset = data.open_dataset("cifar10", cifar10, say=silent)
     subset = data.class_subset(dataset.train.labels, 70, stream(3)("subset"))
     options = {"kind": kind, "subset": subset, "batch_size": 12, "augmented": "paper"}
@@ -199,7 +199,7 @@ def test_too_few_images_for_a_batch_is_an_error():
     assert len(loader_of(numbered(100), "test", batch_size=101)) == 1
 
 
-def test_resident_is_the_default_where_the_set_fits(cifar10, monkeypatch):
+def test_resident_is_the_default_if_the_set_fits_in_half_the_memory(cifar10, monkeypatch):
     dataset = data.open_dataset("cifar10", cifar10, say=silent)
     size = dataset.train.images.nbytes + dataset.test.images.nbytes
     monkeypatch.setattr(data, "_FfcvLoader", lambda *_, **__: "ffcv")
@@ -209,7 +209,8 @@ def test_resident_is_the_default_where_the_set_fits(cifar10, monkeypatch):
     assert loader_of(dataset) == "ffcv"
 
 
-def test_a_thread_that_draws_ends_by_itself_so_that_no_interrupted_process_waits_for_it():
+def test_the_drawing_thread_ends_by_itself():
+    """A thread that did not end would keep an interrupted process from ending."""
     before, loader = set(threading.enumerate()), loader_of(numbered(64))
     loader.start(0)
     loader.ahead[1].result()
@@ -218,7 +219,7 @@ def test_a_thread_that_draws_ends_by_itself_so_that_no_interrupted_process_waits
         assert not thread.is_alive()
 
 
-def test_what_drawing_raises_is_raised_where_the_draws_are_wanted():
+def test_start_raises_the_exception_of_the_drawing_thread():
     loader = loader_of(numbered(64), rng=lambda *names: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         loader.start(0)

@@ -1,4 +1,4 @@
-"""datasets/augment.py: each image is changed by its own draws, and as a plain reference would change it."""
+"""Tests of datasets/augment.py: its changes equal a plain reference, and every image has its own draws."""
 
 import math
 
@@ -27,7 +27,7 @@ def pictures(count: int, side: int = 12) -> np.ndarray:
 
 
 def naive_window(image: np.ndarray, angle, down, across, zoom_y, zoom_x, shear) -> np.ndarray:
-    """Pixel by pixel in float64: where it lies in the image, and the four pixels around that place."""
+    """Return `image` as augment.warp should, in float64: interpolate each pixel from the four around it."""
     side, out = len(image), np.empty(image.shape)
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     affine = turn @ np.array([[1, shear], [0, 1]]) @ np.diag([zoom_x, zoom_y])
@@ -56,7 +56,7 @@ def test_crops_and_flips_equal_a_plain_reference():
 
 
 @pytest.mark.parametrize("part", ["rotation", "shift", "zoom", "shear", "rotation+shift+zoom+shear"])
-def test_changes_of_place_equal_a_plain_reference(part):
+def test_warps_equal_a_plain_reference(part):
     images, parts = pictures(20), augment.parts_of(part)
     draws = augment.draw(parts, stream(3), 0, 20)
     out = augment.augment(torch.from_numpy(images), torch.from_numpy(draws), parts).numpy()
@@ -67,7 +67,7 @@ def test_changes_of_place_equal_a_plain_reference(part):
     assert np.abs(out - images).mean() > 3, "it changes something"
 
 
-def test_a_shift_of_whole_pixels_moves_them_and_repeats_the_border():
+def test_a_shift_by_whole_pixels_moves_them_and_repeats_the_border():
     images = torch.from_numpy(pictures(2, side=10))
     draws = unchanged(2)
     draws[0, COLUMNS["down"]], draws[1, COLUMNS["across"]] = 0.1, -0.2
@@ -78,7 +78,7 @@ def test_a_shift_of_whole_pixels_moves_them_and_repeats_the_border():
     torch.testing.assert_close(out[1, :, 0], images[1, :, 0].float(), atol=1e-3, rtol=0)
 
 
-def test_brightness_multiplies_and_stops_at_white():
+def test_brightness_multiplies_and_clips_at_white():
     images, draws = torch.from_numpy(pictures(3)), unchanged(3)
     draws[:, COLUMNS["brightness"]] = torch.tensor([0.7, 1.0, 1.3])
     out = augment.augment(images, draws, {"brightness"})
@@ -87,7 +87,7 @@ def test_brightness_multiplies_and_stops_at_white():
     assert out.max() == 255
 
 
-def test_every_draw_lies_in_its_range_and_reaches_over_it():
+def test_draws_fill_their_ranges_and_are_uncorrelated():
     draws = augment.draw(set(augment.PARTS), stream(0), 2, 5000)
     limits = {"brightness": (0.7, 1.3), "angle": (-math.radians(5), math.radians(5)), "shear": (-0.1, 0.1)}
     limits |= {"down": (-0.1, 0.1), "across": (-0.1, 0.1), "zoom_y": (0.9, 1.1), "zoom_x": (0.9, 1.1)}
@@ -97,7 +97,7 @@ def test_every_draw_lies_in_its_range_and_reaches_over_it():
     assert len(np.unique(np.corrcoef(draws.T).round(1))) == 2, "no two of them are drawn together"
 
 
-def test_a_part_shifts_no_draw_of_another():
+def test_no_part_shifts_the_draws_of_another():
     paper = augment.draw(augment.parts_of("paper"), stream(0), 4, 50)
     every = augment.draw(set(augment.PARTS), stream(0), 4, 50)
     np.testing.assert_array_equal(paper[:, :3], every[:, :3])

@@ -1,4 +1,4 @@
-"""datasets/download.py: an archive is there whole and checked, or not at all; silent sites are given up."""
+"""Tests of datasets/download.py: only complete, verified archives are kept, and silent sites time out."""
 
 import hashlib
 import http.server
@@ -29,7 +29,11 @@ pytestmark = pytest.mark.usefixtures("small_and_offline")
 
 
 class Site(http.server.ThreadingHTTPServer):
-    """A loopback site with one file; `breaks` is after how many bytes each answer breaks off, or stalls."""
+    """A loopback site with one file.
+
+    Each entry of `breaks` is a number of bytes after which one answer breaks off or, with `stalls`, first
+    stalls. Later answers are complete.
+    """
 
     daemon_threads = True
 
@@ -108,7 +112,7 @@ def names_in(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_a_download_is_kept_under_its_final_name_for_everybody_to_read(tmp_path, archive, serve):
+def test_a_download_gets_its_final_name_and_is_readable_by_everybody(tmp_path, archive, serve):
     serve(archive)
     dataset = data.open_dataset("cifar10", tmp_path / "data", say=silent)
     np.testing.assert_array_equal(dataset.train.images, expected_images(tiny_cifar10()))
@@ -118,7 +122,7 @@ def test_a_download_is_kept_under_its_final_name_for_everybody_to_read(tmp_path,
 
 
 @pytest.mark.parametrize("stalls", [False, True])
-def test_half_a_download_never_has_the_final_name(tmp_path, archive, serve, monkeypatch, stalls):
+def test_an_incomplete_download_never_gets_the_final_name(tmp_path, archive, serve, monkeypatch, stalls):
     monkeypatch.setattr(download, "PATIENCE_S", 0.5)
     site = serve(archive, breaks=[2000], stalls=stalls)
     with pytest.raises(data.DataError, match="--data-dir"):
@@ -128,7 +132,7 @@ def test_half_a_download_never_has_the_final_name(tmp_path, archive, serve, monk
     assert site.asked == 2 and "cifar-10-python.tar.gz" in names_in(tmp_path / "data")
 
 
-def test_a_wrong_checksum_is_refused_and_nothing_kept(tmp_path, archive, serve):
+def test_a_download_with_a_wrong_checksum_is_removed(tmp_path, archive, serve):
     serve(archive[:-1] + b"?")
     with pytest.raises(data.DataError, match="checksum"):
         data.open_dataset("cifar10", tmp_path / "data", say=silent)
@@ -137,7 +141,7 @@ def test_a_wrong_checksum_is_refused_and_nothing_kept(tmp_path, archive, serve):
 
 @pytest.mark.parametrize("length", [500, 10**6])
 @pytest.mark.parametrize("name", ["tmp123", "cifar-10-python.tar.gz"])
-def test_rubbish_left_of_an_earlier_download_is_replaced(tmp_path, archive, serve, name, length):
+def test_leftovers_of_an_earlier_download_are_replaced(tmp_path, archive, serve, name, length):
     unfinished = tmp_path / "data" / "cifar-10-python.tar.gz.download"
     unfinished.mkdir(parents=True)
     (unfinished / name).write_bytes(b"?" * length)
@@ -156,7 +160,7 @@ def given_up_after(tmp_path) -> float:
     return time.monotonic() - start
 
 
-def test_a_site_that_does_not_answer_is_given_up_in_time(tmp_path, monkeypatch):
+def test_a_site_that_does_not_answer_times_out(tmp_path, monkeypatch):
     assert download.PATIENCE_S < 10
     monkeypatch.setattr(download, "PATIENCE_S", 0.4)
     with socket.create_server(("127.0.0.1", 0)) as deaf:
@@ -166,20 +170,20 @@ def test_a_site_that_does_not_answer_is_given_up_in_time(tmp_path, monkeypatch):
     assert given_up_after(tmp_path) < 2
 
 
-def test_a_site_that_refuses_is_given_up_at_once(tmp_path):
+def test_a_refused_connection_fails_at_once(tmp_path):
     assert given_up_after(tmp_path) < 2
 
 
-def test_nothing_is_downloaded_when_told_so(tmp_path, archive, serve):
+def test_nothing_is_downloaded_if_download_is_false(tmp_path, archive, serve):
     site = serve(archive)
     with pytest.raises(data.DataError, match="--data synthetic"):
         data.open_dataset("cifar10", tmp_path / "data", download=False, say=silent)
     assert site.asked == 0 and not (tmp_path / "data").exists()
 
 
-def test_a_site_that_cannot_be_reached_is_named_in_a_sentence_that_stands_alone(small_and_offline, tmp_path):
+def test_the_first_line_of_the_message_names_an_unreachable_site(small_and_offline, tmp_path):
     with pytest.raises(data.DataError) as told:
         data.open_dataset("cifar10", tmp_path, say=lambda line: None)
-    why, mend = str(told.value).splitlines()  # --quick shows the first alone
+    why, mend = str(told.value).splitlines()  # --quick shows only the first
     assert why == f"cifar10 cannot be downloaded (no connection to 127.0.0.1:9); looked in {tmp_path}."
     assert "--data-dir FOLDER" in mend and "--data synthetic" in mend

@@ -1,4 +1,4 @@
-"""datasets/prepare.py: a source is prepared once, whole or not at all, and again when it changes."""
+"""Tests of datasets/prepare.py: a source is prepared once, completely or not at all, and anew if changed."""
 
 import errno
 import hashlib
@@ -62,7 +62,7 @@ def test_prepared_files_are_named_by_fingerprint_and_readable_by_ffcv(cifar10):
         assert raw[row["data_ptr"] :][:3072] == pixels.tobytes()
 
 
-def test_fingerprint_mean_and_std_are_what_they_say(cifar10):
+def test_fingerprint_mean_and_std_are_those_of_the_pixels(cifar10):
     dataset = data.open_dataset("cifar10", cifar10, say=silent)
     digest = hashlib.sha256(json.dumps([32, CIFAR10_CLASSES, [5 * ROWS, ROWS]]).encode())
     for split in (dataset.train, dataset.test):
@@ -73,7 +73,7 @@ def test_fingerprint_mean_and_std_are_what_they_say(cifar10):
     np.testing.assert_allclose(dataset.std, pixels.std(0), rtol=1e-9)
 
 
-def test_one_pixel_or_one_label_changes_the_fingerprint(tmp_path):
+def test_a_changed_pixel_or_swapped_labels_change_the_fingerprint(tmp_path):
     fingerprints = set()
     for change in range(3):
         batches = tiny_cifar10()
@@ -118,7 +118,7 @@ def test_damaged_prepared_files_are_made_again(cifar10, which, harm):
 
 
 def set_in(entry: dict, place: str, value) -> None:
-    """`a.b` is the key b of a; `a.1` the second of a."""
+    """Set the value at `place`: `a.b` is the key b of a, and `a.1` is the second item of a."""
     *path, last = (int(key) if key.isdigit() else key for key in place.split("."))
     for key in path:
         entry = entry[key]
@@ -153,7 +153,7 @@ MISFITS = [
 
 
 @pytest.mark.parametrize("place, value", MISFITS, ids=str)
-def test_an_entry_that_does_not_fit_is_made_again(cifar10, place, value):
+def test_an_invalid_index_entry_is_made_again(cifar10, place, value):
     before = data.open_dataset("cifar10", cifar10, say=silent)
     file = cifar10 / "beton" / "index.json"
     whole = file.read_text()
@@ -170,7 +170,7 @@ def test_an_entry_that_does_not_fit_is_made_again(cifar10, place, value):
 @pytest.mark.parametrize(
     "rubbish", ["[" * 10**5, '{"a":' * 10**5, "[]", "3", '{"other": 3}', '{"other": {"train": {}}}']
 )
-def test_an_index_that_is_none_is_made_again_and_what_else_it_held_is_left_out(cifar10, rubbish):
+def test_an_invalid_index_is_made_again_without_invalid_entries(cifar10, rubbish):
     data.open_dataset("cifar10", cifar10, say=silent)
     file = cifar10 / "beton" / "index.json"
     whole = file.read_text()
@@ -223,7 +223,7 @@ def open_and_die(folder: Path, when: str) -> None:
 @pytest.mark.parametrize(
     "when", ["while the pixels are written", "between the two files", "before the index"]
 )
-def test_a_killed_preparation_leaves_nothing_that_is_used(cifar10, when):
+def test_leftovers_of_a_killed_preparation_are_not_used(cifar10, when):
     process = FORK.Process(target=open_and_die, args=(cifar10, when))
     process.start()
     process.join(60)
@@ -236,7 +236,7 @@ def test_a_killed_preparation_leaves_nothing_that_is_used(cifar10, when):
     assert files_in(cifar10) == {f"{stem}-train.beton", f"{stem}-test.beton", "index.json"}
 
 
-def test_a_full_disk_is_told_and_leaves_nothing(cifar10, monkeypatch):
+def test_a_full_disk_is_reported_and_leaves_no_files(cifar10, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -247,7 +247,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(cifar10, monkeypatch):
     assert files_in(cifar10) == set()
 
 
-def test_importing_ffcv_leaves_torch_its_threads(tmp_path, monkeypatch):
+def test_importing_ffcv_keeps_torchs_number_of_threads(tmp_path, monkeypatch):
     (tmp_path / "ffcv.py").write_text("import torch; torch.set_num_threads(1)")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "ffcv", raising=False)
@@ -262,10 +262,8 @@ def test_importing_ffcv_leaves_torch_its_threads(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("heeds_ctrl_c")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interruption_while_ffcv_is_imported_is_a_line_and_the_next_start_prepares(
-    cifar10, tmp_path, monkeypatch, capfd, number
-):
-    """It comes while C code calls back, as LLVM does for numba: there, Python drops every exception."""
+def test_data_py_can_be_interrupted_while_it_imports_ffcv(cifar10, tmp_path, monkeypatch, capfd, number):
+    """The signal comes in a callback from C, as LLVM makes them for numba; Python drops exceptions there."""
     module = f"import ctypes, signal\nctypes.CFUNCTYPE(None)(lambda: signal.raise_signal({number:d}))()\n"
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / "ffcv.py").write_text(module)
@@ -285,7 +283,8 @@ def test_an_interruption_while_ffcv_is_imported_is_a_line_and_the_next_start_pre
     assert data.main(command) == 0 and "index.json" in files_in(cifar10)
 
 
-def test_preparing_looks_nothing_up_that_numba_compiles_and_so_drops_no_interruption(cifar10, monkeypatch):
+def test_preparing_does_not_look_up_ffcvs_image_modes(cifar10, monkeypatch):
+    """For a look-up, numba would compile a function, and its callbacks from C drop interruptions."""
     monkeypatch.setattr("ffcv.fields.rgb_image.IMAGE_MODES", {})
     assert data.open_dataset("cifar10", cifar10, say=silent).train.beton
 
@@ -293,7 +292,7 @@ def test_preparing_looks_nothing_up_that_numba_compiles_and_so_drops_no_interrup
 @pytest.mark.parametrize(
     "make", [os.mkfifo, lambda file: os.truncate(os.open(file, os.O_CREAT | os.O_RDWR), 2**40)]
 )
-def test_an_index_that_is_no_small_file_is_made_again(cifar10, make):
+def test_an_index_that_is_a_fifo_or_huge_is_made_again(cifar10, make):
     data.open_dataset("cifar10", cifar10, say=silent)
     file = cifar10 / "beton" / "index.json"
     whole = file.read_text()

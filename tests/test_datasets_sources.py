@@ -1,4 +1,4 @@
-"""datasets/sources.py: layouts and folders are read right, or refused by name; nothing in them runs."""
+"""Tests of datasets/sources.py: sources are read correctly or refused by name, and nothing in them runs."""
 
 import hashlib
 import itertools
@@ -86,7 +86,7 @@ def title_of(place: Path) -> str:
     return sources.read(sources.locate("cifar10", [place], None, silent)).title
 
 
-def test_unpacked_binary_files_cannot_be_verified_but_their_mean_can_betray_them(tmp_path, monkeypatch):
+def test_unpacked_binary_files_are_judged_by_their_mean(tmp_path, monkeypatch):
     batches = tiny_cifar10()
     folder = write_binary(tmp_path / "cifar-10-batches-bin", batches)
     assert title_of(folder) == "CIFAR-10 (not the official bytes)"
@@ -99,7 +99,7 @@ def test_unpacked_binary_files_cannot_be_verified_but_their_mean_can_betray_them
 
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 @pytest.mark.parametrize("function", [os.system, eval, exec, getattr, np.load, np.fromfile, pickle.loads])
-def test_a_pickle_that_asks_for_anything_else_runs_no_code(tmp_path, function, protocol):
+def test_a_pickle_that_asks_for_another_function_runs_no_code(tmp_path, function, protocol):
     mark = tmp_path / "ran"
     argument = f"touch {mark}" if function is os.system else f"open({str(mark)!r}, 'w')"
     folder = write_python(tmp_path / "cifar-10-batches-py", tiny_cifar10())
@@ -111,7 +111,7 @@ def test_a_pickle_that_asks_for_anything_else_runs_no_code(tmp_path, function, p
     assert not mark.exists()
 
 
-def test_a_pickle_may_not_reach_past_the_admitted_names(tmp_path):
+def test_a_pickle_can_use_only_the_admitted_names(tmp_path):
     for module, name in [
         ("numpy", "ndarray.tofile"),
         ("numpy.core.multiarray", "scalar"),
@@ -135,7 +135,7 @@ def test_pickles_of_python_2_and_of_both_numpy_names_are_read():
     pixels = np.arange(ROWS * 3072, dtype=np.uint8).reshape(ROWS, 3072)
     new = pickle.dumps({b"data": pixels, b"labels": [1] * ROWS}, protocol=2)
     old = new.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
-    # As Python 2 wrote them: byte strings, which Python 3 cannot make, for keys, dtype and raw pixels.
+    # As Python 2 wrote it: keys, dtype and raw pixels are byte strings of a kind that Python 3 cannot write.
     raw = b"T" + (ROWS * 3072).to_bytes(4, "little") + pixels.tobytes()
     two = (
         b"\x80\x02}(U\x04datacnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
@@ -219,12 +219,12 @@ def test_a_folder_of_equal_squares_keeps_its_size_and_pixels(tmp_path):
         np.testing.assert_array_equal(dataset.train.images[3 + index], image)
 
 
-def test_a_class_whose_name_is_no_text_is_read_with_a_replacement(tmp_path):
+def test_undecodable_bytes_in_the_name_of_a_class_are_replaced(tmp_path):
     for split, name in itertools.product((b"train", b"test"), (b"fr\xc3\xaane", b"\xff")):
         folder = Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), b"images", split, name)))
         folder.mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(folder / "1.png")
-    for _ in range(2):  # read, and then as prepared
+    for _ in range(2):  # first from the source, then from the prepared files
         dataset = data.open_dataset(str(tmp_path / "images"), tmp_path / "prepared", say=silent)
         assert dataset.classes == ("frêne", "\N{REPLACEMENT CHARACTER}")
 
@@ -275,10 +275,10 @@ GREY = {"too many bits": ("i4", 2**16), "below zero": ("i4", -1), "no whole numb
 
 
 @pytest.mark.parametrize("case", [*GREY, "too long and thin", "PostScript"])
-def test_a_picture_that_would_be_read_as_another_or_fill_memory_is_refused(tmp_path, case):
+def test_images_that_cannot_be_converted_or_are_too_large_are_refused(tmp_path, case):
     write_images(tmp_path, each=1, size=(16, 16))
     file = tmp_path / "train" / "cat" / "1.tif"
-    if case == "PostScript":  # which Pillow would give to Ghostscript
+    if case == "PostScript":  # Pillow would pass it to Ghostscript
         file.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\nshowpage\n")
     elif case == "too long and thin":
         Image.new("1", (500_000, 1)).save(file)

@@ -1,4 +1,4 @@
-"""CIFAR-100, as datasets/sources.py reads it: fine labels, in both official layouts, or refused by name."""
+"""Tests of CIFAR-100 in datasets/sources.py: fine labels are read, and damaged files refused by name."""
 
 import hashlib
 import os
@@ -45,7 +45,7 @@ def test_every_official_layout_gives_the_same_pixels_and_fine_labels(tmp_path):
             np.testing.assert_array_equal(read.labels, labels[:, 1])
 
 
-def test_the_classes_are_the_hundred_fine_ones_in_the_order_of_their_labels():
+def test_the_classes_are_the_100_fine_ones_in_label_order():
     assert len(set(CIFAR100_CLASSES)) == 100 and sorted(CIFAR100_CLASSES) == CIFAR100_CLASSES
     known = {
         0: "apple",
@@ -83,7 +83,7 @@ def test_files_that_name_other_classes_are_refused(tmp_path, layout, file):
     for place in (tmp_path, pack(tmp_path / "packed" / "x.tar.gz", folder)):
         with pytest.raises(data.DataError, match=f"{file} is missing, truncated or not CIFAR-100's"):
             data.open_dataset("cifar100", place, say=silent)
-    (folder / file).unlink()  # the rows are enough
+    (folder / file).unlink()  # the rows suffice
     assert data.open_dataset("cifar100", tmp_path, say=silent).classes == tuple(CIFAR100_CLASSES)
 
 

@@ -1,4 +1,4 @@
-"""datasets/synthetic.py: the same images on every machine, and no class to be told by its colours."""
+"""Tests of datasets/synthetic.py: images are the same on every machine and not easy to classify."""
 
 import numpy as np
 from layouts import silent
@@ -6,12 +6,12 @@ from layouts import silent
 import data
 
 
-def test_synthetic_is_the_same_everywhere_and_colour_gives_no_class_away(tmp_path):
+def test_synthetic_images_are_fixed_and_not_classified_by_mean_images(tmp_path):
     dataset = data.open_dataset("synthetic", tmp_path, say=silent)
     assert dataset.fingerprint == "d83bf12d75fd0000"
     assert dataset.train.images.shape == (10_000, 32, 32, 3) and len(dataset.test.labels) == 2_000
     assert np.bincount(dataset.train.labels).tolist() == [1000] * 10
-    # The class whose mean image is nearest: what pixels alone tell, against 10 % by chance.
+    # Choosing the class whose mean image is nearest must not classify the images well; chance gives 10 %.
     means = np.stack([dataset.train.images[dataset.train.labels == c].mean(0) for c in range(10)]).reshape(
         10, -1
     )

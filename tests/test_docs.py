@@ -1,4 +1,4 @@
-"""What the documentation says of options, files and commands is what the code has."""
+"""Options, links and commands in the documentation match the code."""
 
 import re
 import shlex
@@ -10,7 +10,7 @@ import config
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "results").glob("*.md")])
-IN_WORDS = ("dtype", "loader", "nonzeros")  # their defaults depend on the machine or the network
+IN_WORDS = ("dtype", "loader", "nonzeros")  # described in words: they depend on the machine or the network
 on_every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
@@ -37,7 +37,7 @@ def test_every_option_is_in_a_table_with_its_default():
 
 
 @on_every_page
-def test_links_lead_somewhere(page):
+def test_links_within_the_repository_have_targets(page):
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     for link in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
         name, _, section = link.partition("#")
@@ -49,7 +49,7 @@ def test_links_lead_somewhere(page):
             assert section in anchors, link
 
 
-def test_train_takes_the_commands():
+def test_train_accepts_the_documented_commands():
     parser, form = config.make_parser(""), re.compile(r"(?:python|=\d) train\.py (--(?!help)[^`\n;]*)")
     commands = [command for page in PAGES for command in form.findall(page.read_text())]
     assert len(commands) > 20

@@ -1,4 +1,4 @@
-"""Evaluation counts every image once, whatever the last batch, and says how often the class is likely."""
+"""Evaluation counts every image once, even if the last batch is not full, and gives the top-5 accuracy."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from kernels.device import Captured
 
 
 class Twenty:
-    """A loader of 20 images, 8 at a time."""
+    """A loader of 20 images, 8 at a time. `epoch` makes a last batch of 4; `batch` pads it to 8."""
 
     resident, batch_size, num_images = True, 8, 20
 
@@ -35,7 +35,7 @@ class Twenty:
         return self.images[self.index[position[0]]], self.labels[self.index[position[0]]]
 
 
-def test_evaluation_counts_every_image_once_whatever_the_last_batch():
+def test_every_image_counts_once_if_the_last_batch_is_smaller():
     model, (images, labels) = network(), batch(20)
     scores = Evaluation(model, Twenty(images, labels))()
     logits = model.eval()(images)
@@ -44,17 +44,17 @@ def test_evaluation_counts_every_image_once_whatever_the_last_batch():
     assert scores.top5_acc is None, "of ten classes, five would say little"
 
 
-def test_the_fifth_is_among_five_and_the_sixth_is_not():
-    ranks = torch.arange(20) % 12  # of the right class
+def test_top5_includes_the_fifth_likeliest_class_but_not_the_sixth():
+    ranks = torch.arange(20) % 12  # of the true class, from 0
     logits = torch.arange(12.0).expand(20, 12)[..., None, None]
     model = torch.nn.Flatten()
-    model.fc = torch.nn.Linear(1, 12)  # not applied: logits are the images; it tells classes and device
+    model.fc = torch.nn.Linear(1, 12)  # not applied; has the number of classes and the device
     scores = Evaluation(model, Twenty(logits, 11 - ranks))()
     assert scores.acc == 100 * 2 / 20 and scores.top5_acc == 100 * 10 / 20
 
 
-def test_a_last_batch_that_is_filled_up_counts_what_is_in_it():
-    """As on a GPU, where every batch has the same shape."""
+def test_the_padding_of_the_last_batch_does_not_count():
+    """On a GPU, the last batch is padded, so that all batches have the same shape."""
     model, (images, labels) = network(classes=40), batch(20)
     evaluation = Evaluation(model, Twenty(images, labels))
     evaluation.captured = Captured(evaluation._next_batch, eager_calls=3)
@@ -66,7 +66,7 @@ def test_a_last_batch_that_is_filled_up_counts_what_is_in_it():
     assert scores.top5_acc == pytest.approx(100 * among.float().mean().item())
 
 
-def test_a_run_on_a_hundred_classes_shows_top5_and_so_does_its_evaluation(
+def test_training_and_evaluation_show_top5_accuracy_for_100_classes(
     small_and_offline, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
@@ -90,8 +90,8 @@ def test_a_network_whose_loss_is_not_finite_has_no_accuracy(small, capsys, monke
     assert "so its accuracy means nothing" in said.err and said.err.count("\n") == 1 and not said.out
 
 
-def test_a_batch_is_no_larger_than_there_are_images(tiny_folder):
-    """A file may claim any batch size, and memory would be taken for it."""
+def test_the_batch_size_is_at_most_the_number_of_images(tiny_folder):
+    """A checkpoint may claim any batch size; without a limit, an enormous one would exhaust memory."""
     dataset = data.open_dataset(str(tiny_folder), tiny_folder.parent / "prepared", say=silent)
     for claimed, taken in ((2**31, 96), (97, 96), (96, 96), (7, 7)):
         spec = SPEC.model_copy(update={"batch_size": claimed, "image_size": 16})

@@ -1,4 +1,4 @@
-"""Modes train what they say and nothing else, and the table counts it."""
+"""Each mode trains exactly the parameters that it names, and the table counts them."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ from step import Step
         ("all", "all"),
     ],
 )
-def test_a_mode_has_one_spelling(mode, spelling):
+def test_modes_are_normalised_to_one_spelling(mode, spelling):
     assert freeze.canonical_mode(mode) == spelling
 
 
@@ -50,7 +50,7 @@ def test_bn_only_and_random_train_equally_many_parameters(shortcut, trained):
         )
 
 
-PUBLISHED = {  # all and BatchNorm's with projection; with projection_all all, and those outside the shortcuts
+PUBLISHED = {  # total, BatchNorm (projection); total, BatchNorm outside shortcuts (projection_all)
     14: ((175_258, 1_120), (175_546, 928)),
     32: ((466_906, 2_464), (467_194, 2_272)),
     56: ((855_770, 4_256), (856_058, 4_064)),
@@ -62,7 +62,7 @@ PUBLISHED = {  # all and BatchNorm's with projection; with projection_all all, a
 
 
 @pytest.mark.parametrize("depth", PUBLISHED)
-def test_batchnorm_has_the_published_counts_of_parameters(depth):
+def test_batchnorm_has_the_published_parameter_counts(depth):
     def counts(mode: str, shortcut: str) -> tuple[int, int]:
         with torch.device("meta"):
             model = models.build(f"resnet{depth}", 10, shortcut)
@@ -120,11 +120,11 @@ def test_frozen_weights_are_bitwise_the_same_after_training(mode):
     for (name, was), now in zip(before.named_parameters(), after.parameters(), strict=True):
         assert torch.equal(was, now) != was.requires_grad, name
     for (name, was), now in zip(before.named_buffers(), after.buffers(), strict=True):
-        if name.endswith(("running_mean", "running_var")):  # whatever trains, they follow the data
+        if name.endswith(("running_mean", "running_var")):  # these change in every mode
             assert not torch.equal(was, now), name
 
 
-def test_random_mode_changes_the_chosen_places_alone():
+def test_random_mode_changes_only_the_chosen_weights():
     before, after = frozen("random", seed=3), trained_for(3, mode="random")[0]
     for was, now in zip(before.modules(), after.modules(), strict=True):
         if isinstance(was, models.Conv2d):
@@ -133,7 +133,7 @@ def test_random_mode_changes_the_chosen_places_alone():
             assert same[~chosen].all() and not same[chosen].any()
 
 
-def test_the_optimiser_holds_the_trained_tensors_only():
+def test_the_optimiser_holds_only_the_trained_parameters():
     model, _ = trained_for(1)
     step = Step(model)
     assert (

@@ -1,4 +1,4 @@
-"""gpu.sh on a CPU, in small: every slice runs, says what it left, and can go on elsewhere."""
+"""gpu.sh on a CPU, at a small scale: slices run, report their results and name the next slice."""
 
 import os
 import re
@@ -23,14 +23,14 @@ def run(*arguments: str, folder: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=os.environ | where, capture_output=True, text=True)
 
 
-def test_the_list_says_what_every_slice_does_and_what_was_done(tmp_path):
+def test_list_shows_every_slice_and_those_already_done(tmp_path):
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "slices.txt").write_text("speed 212 s, done, 2026-12-01, a GPU\n")
     lines = run("--list", folder=tmp_path).stdout.splitlines()
     assert [line.split()[0] for line in lines] == [*SLICES, "speed"] and lines[-1].endswith("a GPU")
 
 
-def test_the_first_tests_are_there():
+def test_the_most_telling_tests_exist():
     named = re.search(r'MOST="(.*)"', (ROOT / "gpu.sh").read_text())[1].split(" or ")
     files = [f"tests/test_{name}.py" for name in ("kernels_triton", "kernels_cuda", "step_triton")]
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *files]
@@ -38,11 +38,11 @@ def test_the_first_tests_are_there():
     assert len(named) > 3 and [name for name in named if name not in listed.stdout] == []
 
 
-def test_at_the_limit_a_slice_ends_when_what_it_ran_has_ended(tmp_path):
-    saving = tmp_path / "python3"  # a run that takes a second to save what it has
+def test_at_its_time_limit_a_slice_waits_for_its_command_to_end(tmp_path):
+    saving = tmp_path / "python3"  # stands for a run that takes a second to save its state
     saving.write_text("#!/bin/bash\ntrap 'sleep 1; touch saved; exit 1' TERM\ntouch begun\nsleep 60 & wait\n")
     saving.chmod(0o755)
-    (tmp_path / "gpu.sh").write_bytes((ROOT / "gpu.sh").read_bytes())  # without a .venv beside it
+    (tmp_path / "gpu.sh").write_bytes((ROOT / "gpu.sh").read_bytes())  # without .venv, it calls our python3
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     command = ["bash", "gpu.sh", "--dry-run", "--only", "full"]
     with subprocess.Popen(command, cwd=tmp_path, env=environment, start_new_session=True) as slice:
@@ -53,7 +53,7 @@ def test_at_the_limit_a_slice_ends_when_what_it_ran_has_ended(tmp_path):
         assert slice.wait() != 0 and (tmp_path / "saved").exists()
 
 
-def test_an_unknown_slice_and_a_missing_gpu_are_one_line(tmp_path):
+def test_an_unknown_slice_and_a_missing_gpu_are_refused(tmp_path):
     ended = run("nonsense", folder=tmp_path)
     assert ended.returncode == 2 and "there is no such slice; choose from tests short" in ended.stderr
     if not torch.cuda.is_available():
@@ -65,7 +65,7 @@ IN_SMALL = [["short", "full", "seeds", "deep"], ["speed", "large", "memory", "st
 
 
 @pytest.mark.parametrize("slices", IN_SMALL)
-def test_every_slice_runs_in_small_on_a_cpu_and_says_what_comes_next(tmp_path, slices):
+def test_slices_run_at_a_small_scale_and_name_the_next_slice(tmp_path, slices):
     ended = run("--dry-run", *slices, folder=tmp_path)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     for name in slices:

@@ -1,4 +1,4 @@
-"""hubconf.py gives the trained networks of results/ to torch.hub, every weight drawn again and verified."""
+"""hubconf.py offers the trained networks of results/ to torch.hub, with every weight verified."""
 
 import ast
 import json
@@ -19,7 +19,7 @@ import hubconf
 
 
 def add_network(repository: Path, folder: str = "runs", mode: str = "bn+output", seed: int = 3, **more):
-    """A tiny network after two steps, as a run of `repository`'s results/; its state before it was kept."""
+    """Write a resnet8, trained for two steps, as a run in results/; return its folder and full state."""
     model, spec = trained_for(2, mode=mode, seed=seed)
     run = write_run(repository / "results" / folder, "resnet8", mode, seed, analysis=False, **more)
     (run / "model.safetensors").write_bytes(checkpoint.seed_checkpoint(model, spec, steps=2))
@@ -28,7 +28,7 @@ def add_network(repository: Path, folder: str = "runs", mode: str = "bn+output",
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch) -> Path:
-    """A local checkout with no results yet, which torch.hub also takes for the one on GitHub."""
+    """Return a copy of our code without results, which torch.hub also uses for every GitHub repository."""
     for file in [*ROOT.glob("*.py"), *ROOT.glob("*.toml")]:
         shutil.copy(file, tmp_path)
     for folder in ("kernels", "datasets"):
@@ -41,7 +41,7 @@ def load(repository: Path, name: str, **settings) -> torch.nn.Module:
     return torch.hub.load(str(repository), name, source="local", **settings)
 
 
-def test_a_network_comes_with_every_weight_and_with_its_normalisation(repository):
+def test_a_network_has_its_trained_weights_and_its_normalisation(repository):
     _, trained = add_network(repository)
     model = load(repository, "resnet8_bn_output", seed=3)
     state = model.state_dict()
@@ -55,19 +55,19 @@ def test_a_network_comes_with_every_weight_and_with_its_normalisation(repository
 def test_there_is_an_entry_for_each_architecture_and_mode(repository):
     add_network(repository)
     add_network(repository, "more", "random", final_test_acc=12.34)
-    add_network(repository, "more", "all", lr=0.3)  # another learning rate than the published one
+    add_network(repository, "more", "all", lr=0.3)  # not the published learning rate
     add_network(repository, "more", "none", status="interrupted")
-    write_run(repository / "results", "resnet14")  # without its seed checkpoint
+    write_run(repository / "results", "resnet14")  # without a seed checkpoint
     assert torch.hub.list("owner/name") == ["resnet8_bn_output", "resnet8_random"]
     shown = torch.hub.help("owner/name", "resnet8_random")
     assert "resnet8, trained with --mode random for 4 epochs" in shown and "12.34 % (seed 3)" in shown
     assert "CIFAR-10" in shown and "`mean` and `std`" in shown
 
 
-def test_seed_says_which_network_and_an_unknown_one_is_told_those_there(repository):
+def test_seed_selects_the_network_and_an_unknown_seed_lists_the_known(repository):
     states = {seed: add_network(repository, seed=seed)[1] for seed in (12, 3)}
-    add_network(repository, "zfp32", seed=3, dtype="fp32")  # the same run in another number format
-    add_network(repository, "zlonger", seed=4, epochs=8)  # which is not to be compared with the others
+    add_network(repository, "zfp32", seed=3, dtype="fp32")  # the same run with another dtype
+    add_network(repository, "zlonger", seed=4, epochs=8)  # left out: it has another number of epochs
     for seed, options in ((12, {"seed": 12}), (3, {"seed": 3}), (3, {})):
         model = load(repository, "resnet8_bn_output", **options)
         assert torch.equal(model.conv1.weight, states[seed]["conv1.weight"])
@@ -88,8 +88,8 @@ def test_a_network_that_is_not_the_trained_one_is_refused(repository):
         load(repository, "resnet8_bn_output", seed=3)
 
 
-def test_modules_of_the_caller_by_our_names_stay_the_callers(repository, monkeypatch):
-    """Such as datasets of Hugging Face, and everybody's own models.py."""
+def test_the_callers_modules_with_our_names_are_kept(repository, monkeypatch):
+    """Examples are `datasets` of Hugging Face and a models.py of the caller."""
     add_network(repository)
     theirs = {name: types.ModuleType(name) for name in ("datasets", "datasets.load", "models", "kernels")}
     for name, module in theirs.items():
@@ -106,7 +106,7 @@ def test_modules_of_the_caller_by_our_names_stay_the_callers(repository, monkeyp
 
 
 def imported(nodes) -> set[str]:
-    """The modules, and what may be one, of the import statements among some nodes of a syntax tree."""
+    """Return what the import statements among `nodes` may import: for `from a import b`, both a and a.b."""
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     for node in nodes:
         if isinstance(node, ast.ImportFrom):
@@ -114,8 +114,8 @@ def imported(nodes) -> set[str]:
     return names
 
 
-def test_every_package_that_is_imported_is_listed():
-    """torch.hub tells people which of them are missing, all at once."""
+def test_every_imported_package_is_listed_as_a_dependency():
+    """torch.hub names all missing packages of this list at once."""
     packages, read = set(), set()
     left = imported(list(ast.walk(ast.parse((ROOT / "hubconf.py").read_text()))))
     while left - read:
@@ -131,13 +131,10 @@ def test_every_package_that_is_imported_is_listed():
 
 
 @pytest.mark.parametrize("name", ["resnet14_random", "resnet14_bn_only", "resnet32_bn_only"])
-def test_the_networks_of_results_verify(name):
+def test_networks_of_results_match_their_summaries(name):
     model = load(ROOT, name, seed=0)
-    (run,) = [
-        file.parent
-        for file in ROOT.glob("results/**/model.safetensors")
-        if "{arch}_{mode}".format(**json.loads((file.parent / "summary.json").read_text())) == name
-    ]
-    summary = json.loads((run / "summary.json").read_text())
+    stored = [file.with_name("summary.json") for file in ROOT.glob("results/**/model.safetensors")]
+    every = [json.loads(file.read_text()) for file in stored]
+    (summary,) = [of for of in every if (f"{of['arch']}_{of['mode']}", of["seed"]) == (name, 0)]
     assert freeze.frozen_sha256(model) == summary["frozen_sha256"]
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == summary["params_trained"]

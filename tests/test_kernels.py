@@ -1,4 +1,4 @@
-"""conv_bn_relu: lean and recomputing blocks equal the stock one in value and gradients, and keep less."""
+"""conv_bn_relu: lean and recomputing blocks equal stock ones in values and gradients, and keep less."""
 
 import contextlib
 import os
@@ -26,15 +26,18 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
 def error(out: torch.Tensor, expected: torch.Tensor) -> float:
-    """Of the typical element, relative to the mean one: inside a block, where a value is all but 0, its sign
-    is a matter of rounding, and a whole element's gradient with it, so the largest error says little."""
+    """Return the median absolute error of `out`, relative to the mean magnitude of `expected`.
+
+    The largest error would say little: where the input of a ReLU is close to 0, rounding decides its sign,
+    and with it whether the whole gradient of that element passes.
+    """
     out, expected = out.double(), expected.double()
     return ((out - expected).abs().median() / expected.abs().mean().clamp_min(1e-12)).item()
 
 
 @st.composite
 def blocks(draw) -> dict:
-    """A block's shape: one to three units, kernels of 1 or 3, strides, a shortcut or none, what trains."""
+    """Draw a block of one to three units: its sizes, kernels, strides, shortcut, and what trains."""
     channels = draw(st.sampled_from([3, 5, 16, 32, 64, 128]))
     units = draw(st.integers(1, 3))
     shape = {
@@ -56,7 +59,10 @@ def blocks(draw) -> dict:
 
 
 def make(shape: dict, dtype: torch.dtype = torch.float64):
-    """x, units, shortcut and an output gradient; parameters in float32, or float64 if `dtype` is that."""
+    """Return x, units, shortcut and the gradient of the output.
+
+    Tensors are in `dtype`, and parameters in float64 if `dtype` is float64, else in float32.
+    """
     generator = torch.Generator().manual_seed(shape["seed"])
     draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)  # noqa: E731
     wide = dtype if dtype == torch.float64 else torch.float32
@@ -86,7 +92,7 @@ def make(shape: dict, dtype: torch.dtype = torch.float64):
 def results_of(
     shape: dict, dtype: torch.dtype, memory: str, compiled: bool = True, dy: torch.Tensor | None = None
 ) -> dict[str, torch.Tensor]:
-    """Output, running statistics and every gradient."""
+    """Return the output, running statistics and every gradient, by name; `dy` replaces the drawn gradient."""
     x, units, shortcut, drawn = make(shape, dtype)
     dy = drawn if dy is None else dy
     half = dtype in (torch.bfloat16, torch.float16)
@@ -119,17 +125,17 @@ def test_values_and_gradients_equal_stock_autograd_in_float64(memory, shape):
 @given(shape=blocks())
 def test_each_dtype_is_as_near_to_float64_as_stock_autograd_is(dtype, compiled, shape):
     before_relu = results_of(shape | {"relu": False}, torch.float64, "stock")["y"]
-    dy = make(shape)[-1] * (before_relu.abs() > 0.05)  # nothing hangs on a sign that rounding may turn
+    dy = make(shape)[-1] * (before_relu.abs() > 0.05)  # 0 where rounding may flip a sign
     exact = results_of(shape, torch.float64, "stock", dy=dy)
     stock, out = results_of(shape, dtype, "stock", dy=dy), results_of(shape, dtype, "lean", compiled, dy)
     assert out.keys() == exact.keys()
     for name, value in exact.items():
-        if value.abs().mean() > 1e-2:  # else terms of about 1 have cancelled, and with them the digits
+        if value.abs().mean() > 1e-2:  # below, terms of about 1 cancel and lose digits
             assert error(out[name], value) <= 2 * error(stock[name], value) + TOLERANCE[dtype], name
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 3, 3), (2, 16, 8, 8)])
-def test_signs_are_one_bit_an_element_in_memory_order(shape):
+def test_signs_take_one_bit_per_element_in_memory_order(shape):
     positive = torch.randn(shape).contiguous(memory_format=torch.channels_last) > 0
     signs = pack(positive)
     assert signs.numel() == -(-positive.numel() // 8) and torch.equal(unpack(signs, positive), positive)
@@ -137,7 +143,7 @@ def test_signs_are_one_bit_an_element_in_memory_order(shape):
 
 
 def saved_bytes(memory: str, shape: dict, dtype: torch.dtype = torch.bfloat16) -> int:
-    """What is kept for backward, over different storages, parameters and x left out."""
+    """Return the bytes kept for backward, without parameters and x; each storage counts once."""
     x, units, shortcut, _ = make(shape, dtype)
     own = {p.untyped_storage().data_ptr() for unit in units for m in unit for p in m.parameters()}
     kept = []
@@ -156,15 +162,15 @@ BASIC = {
 }  # fmt: skip
 
 
-def test_a_frozen_block_keeps_each_convolutions_output_and_a_bit_for_each_of_its_own():
+def test_a_frozen_block_keeps_conv_outputs_and_one_bit_per_output_element():
     elements, per_channel = 4 * 16 * 32 * 32, 2 * 4 * 16 * 4
     assert saved_bytes("lean", BASIC) == 2 * 2 * elements + elements // 8 + per_channel
-    assert saved_bytes("recompute", BASIC) == elements // 8 + per_channel  # and x, the block below's output
+    assert saved_bytes("recompute", BASIC) == elements // 8 + per_channel  # x is the block below's output
     assert saved_bytes("stock", BASIC) > 2 * saved_bytes("lean", BASIC) - elements
 
 
-def test_a_network_is_configured_in_every_block():
-    for arch, blocks in (("resnet8", 6), ("resnet50", 21), ("vgg11", 8)):  # stem and projections included
+def test_configure_sets_the_execution_of_every_block():
+    for arch, blocks in (("resnet8", 6), ("resnet50", 21), ("vgg11", 8)):  # with stem and projections
         with torch.device("meta"):
             model = models.build(arch)
         for chosen in (("recompute", False, None), ("stock",), ("lean", True, Group()), ()):
@@ -174,7 +180,7 @@ def test_a_network_is_configured_in_every_block():
         assert models.build("resnet8").execution == Execution(), "other networks keep the defaults"
 
 
-def test_settings_that_cannot_be_are_refused():
+def test_invalid_execution_settings_are_refused():
     model = models.build("resnet8")
     with pytest.raises(ValueError, match="'lena' is unknown; choose from lean, recompute, stock"):
         kernels.configure(model, "lena")
@@ -185,7 +191,7 @@ def test_settings_that_cannot_be_are_refused():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_a_stock_network_compiles_as_a_whole(training):
-    """The benchmark's compiled baseline is torch.compile over the whole network."""
+    """The benchmark's baseline `compiled` applies torch.compile to the whole network."""
     images, outputs = torch.randn(4, 3, 32, 32), []
     for wrap in (
         lambda model: model,
@@ -200,7 +206,7 @@ def test_a_stock_network_compiles_as_a_whole(training):
     torch.testing.assert_close(outputs[2:], outputs[:2], rtol=1e-4, atol=1e-4)
 
 
-def test_stock_memory_is_autograds_own():
+def test_stock_memory_uses_autograds_own_backward():
     x, units, _, _ = make(BASIC, torch.float32)
     y = kernels.conv_bn_relu(x, units, execution=Execution("stock"))
     assert type(y.grad_fn).__name__ == "ReluBackward0"
@@ -213,7 +219,7 @@ def test_one_value_per_channel_cannot_be_normalised():
 
 
 @pytest.mark.parametrize("compiled", [True, False])
-def test_a_value_that_is_not_a_number_comes_out(compiled):
+def test_a_nan_in_the_input_reaches_the_whole_output(compiled):
     """ReLU must not hide that a run has diverged."""
     x, units, _, _ = make(BASIC, torch.float32)
     x.data[0, 0, 0, 0] = torch.nan
@@ -241,7 +247,7 @@ def test_evaluation_uses_the_running_statistics(memory, compiled):
         torch.testing.assert_close(y, kernels.stock(x, units, x), rtol=1e-4, atol=1e-4)
 
 
-def test_evaluation_in_float64_is_exact():
+def test_evaluation_in_float64_equals_stock():
     x, units, _, _ = make(BASIC, torch.float64)
     for _, bn in units:
         bn.running_mean.uniform_(-1, 1)
@@ -251,7 +257,7 @@ def test_evaluation_in_float64_is_exact():
         torch.testing.assert_close(kernels.conv_bn_relu(x, units, x), kernels.stock(x, units, x))
 
 
-def test_a_frozen_weight_is_converted_once_and_anew_when_it_has_changed():
+def test_a_frozen_weight_is_converted_again_only_after_a_change():
     _, units, _, _ = make(BASIC, torch.float32)
     conv = units[0][0]
     first = kernels._weight(conv, torch.bfloat16)
@@ -261,8 +267,8 @@ def test_a_frozen_weight_is_converted_once_and_anew_when_it_has_changed():
     assert torch.equal(kernels._weight(conv, torch.bfloat16), 2 * first)
 
 
-def test_weights_made_of_trained_values_are_never_those_of_before(monkeypatch):
-    """Evaluation makes them without gradients, and the allocator gives each the address of the last."""
+def test_weights_with_trained_values_are_converted_every_time(monkeypatch):
+    """In evaluation they need no gradient, and the allocator may give each the address of the last."""
     _, units, _, _ = make(BASIC, torch.float32)
     conv, memory = units[0][0], np.zeros((16, 16, 3, 3), np.float32)
     monkeypatch.setattr(conv, "effective_weight", lambda: torch.from_numpy(memory))
@@ -271,7 +277,7 @@ def test_weights_made_of_trained_values_are_never_those_of_before(monkeypatch):
         assert (kernels._weight(conv, torch.bfloat16) == value).all()
 
 
-def test_what_is_compiled_is_kept_in_the_cache_folder_and_float32_is_exact(tmp_path):
+def test_importing_kernels_sets_cache_folders_and_cudnn_flags(tmp_path):
     program = """if True:
         import os, kernels, torch
         print(os.environ["TORCHINDUCTOR_CACHE_DIR"], os.environ["TRITON_CACHE_DIR"])

@@ -1,4 +1,4 @@
-"""The C++ passes equal PyTorch's, whatever the number of threads; without a compiler PyTorch's are used."""
+"""The C++ passes equal PyTorch's for any number of threads, and only intact libraries are loaded."""
 
 import math
 import os
@@ -43,7 +43,7 @@ def test_the_compiled_passes_equal_pytorchs(n, channels, size, dtype):
             g, sums = passes.mask_and_sum(dy, z, norm, None, relu)
             results[-1] += [sums, passes.gradient(g, z, norm, sums).clone()]
     for expected, out in zip(*results, strict=True):
-        # Where the sum is all but 0, its sign is a matter of rounding.
+        # Where the input of the ReLU is close to 0, rounding decides its sign, so a few elements may differ.
         tolerance, share = (2e-4, 1e-4) if dtype == torch.float32 else (4e-2, 1e-2)
         off = (out - expected).abs() > tolerance * expected.abs().max()
         assert off.float().mean() < share, (out, expected)
@@ -61,14 +61,14 @@ def test_the_compiled_passes_do_not_depend_on_the_number_of_threads():
     assert torch.equal(norms[0], norms[1]) and torch.equal(norms[0], norms[2])
 
 
-def test_without_a_compiler_the_passes_are_pytorchs_and_a_warning_says_so(monkeypatch, tmp_path):
+def test_without_a_compiler_pytorchs_passes_are_used_with_a_warning(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.warns(UserWarning, match="PyTorch's slower kernels are used .*no-such-compiler"):
         assert type(cpu.passes.__wrapped__()) is TorchPasses
 
 
-def test_a_source_that_does_not_compile_is_warned_of_with_the_compilers_words(monkeypatch, tmp_path):
+def test_a_warning_quotes_the_compilers_error(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(cpu, "SOURCE", tmp_path / "broken.cpp")
     cpu.SOURCE.write_text("this is no C++")
@@ -79,7 +79,7 @@ def test_a_source_that_does_not_compile_is_warned_of_with_the_compilers_words(mo
 
 @pytest.fixture
 def compiled(monkeypatch, tmp_path) -> Path:
-    """The library that a start has kept in a cache of its own; its source is a function `answer`."""
+    """Return the library that was compiled into an empty cache, from a source with one function, `answer`."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(cpu, "SOURCE", tmp_path / "small.cpp")
     cpu.SOURCE.write_text('extern "C" int answer() { return 42; }')
@@ -89,7 +89,7 @@ def compiled(monkeypatch, tmp_path) -> Path:
 
 
 def answer() -> int | None:
-    """What the library that a start loads answers, if it is ours."""
+    """Load the library as a new process would, and call its `answer`; return None for PyTorch's passes."""
     passes = cpu.passes.__wrapped__()
     return passes.library.answer() if type(passes) is cpu.CpuPasses else None
 
@@ -97,7 +97,7 @@ def answer() -> int | None:
 def harm(library: Path, what: str) -> None:
     digest, content = library.with_name(f"{library.name}.sha256"), library.read_bytes()
     if what in ("truncated", "other code"):
-        library.unlink()  # this process has it mapped
+        library.unlink()  # write a new file, because this process has mapped the old one
     if what == "truncated":
         library.write_bytes(content[:5000])
     elif what == "other code":
@@ -124,11 +124,11 @@ def harm(library: Path, what: str) -> None:
         "a link",
     ],
 )
-def test_a_kept_library_that_is_not_what_was_compiled_is_compiled_again(compiled, what):
+def test_an_altered_cached_library_is_compiled_again(compiled, what):
     whole, before = compiled.read_bytes(), compiled.stat().st_ino
-    assert answer() == 42 and compiled.stat().st_ino == before  # kept, and not compiled again
+    assert answer() == 42 and compiled.stat().st_ino == before  # loaded, not compiled again
     harm(compiled, what)
-    # In another process: what is broken may end it
+    # In another process, because a broken library may crash it.
     code = f"import sys; sys.path[:0] = {sys.path!r}\nfrom pathlib import Path\nfrom kernels import cpu\n"
     code += f"cpu.SOURCE = Path({str(cpu.SOURCE)!r})\nassert cpu.passes().library.answer() == 42"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -138,7 +138,7 @@ def test_a_kept_library_that_is_not_what_was_compiled_is_compiled_again(compiled
 
 @needs_compiler
 def test_a_library_in_a_folder_that_others_may_write_to_is_not_loaded(compiled, capfd, monkeypatch):
-    cache = compiled.parents[1].rename(cpu.SOURCE.with_name("another"))  # not one that was looked at already
+    cache = compiled.parents[1].rename(cpu.SOURCE.with_name("another"))  # device.py remembers the old path
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     compiled = cache / compiled.parent.name / compiled.name
     compiled.parent.chmod(0o777)
@@ -151,10 +151,10 @@ def test_a_library_in_a_folder_that_others_may_write_to_is_not_loaded(compiled, 
     assert said.count("\n") == 1 and str(compiled.parent) in said and "chmod go-w" in said
     private = device.cache_folder()
     assert private != compiled.parent and private.stat().st_mode & 0o777 == 0o700
-    assert answer() == 42 and not capfd.readouterr().err  # and says it once
+    assert answer() == 42 and not capfd.readouterr().err  # the warning appears only once
 
 
-def test_without_a_home_or_any_place_for_files_pytorchs_passes_are_used(monkeypatch, capfd):
+def test_without_a_home_or_a_writable_folder_pytorchs_passes_are_used(monkeypatch, capfd):
     def nowhere(*_, **__):
         raise FileNotFoundError(2, "No usable temporary directory found")
 
@@ -171,7 +171,7 @@ def test_without_a_home_or_any_place_for_files_pytorchs_passes_are_used(monkeypa
     device._own_folder.cache_clear()
 
 
-def test_which_passes_a_device_uses_can_be_asked():
+def test_passes_for_gives_each_device_type_its_passes():
     assert kernels.passes_for("cpu").name == ("torch" if type(COMPILED) is TorchPasses else "cpp")
     assert kernels.passes_for("cpu", compiled=False).name == "torch"
     assert kernels.passes_for("cuda", compiled=False).name == "torch"

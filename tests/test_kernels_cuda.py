@@ -1,4 +1,4 @@
-"""Which way a convolution is computed is measured once per machine, and only right ones count."""
+"""The fastest correct way to compute a convolution is measured once per machine; failures fall back."""
 
 import pytest
 import torch
@@ -14,7 +14,10 @@ from kernels.reference import Conv, TorchPasses
 
 @pytest.fixture
 def timed(monkeypatch):
-    """Times by Config in place of a GPU's; None is cuDNN."""
+    """Return the times that replace a GPU's, in seconds by Config, and a list for the Configs tried.
+
+    None stands for cuDNN. A Config without a time takes 9 s.
+    """
     times, last = {None: 5.0}, []
 
     def seconds(call):
@@ -35,14 +38,14 @@ def attempt_of(last: list, wrong=(), failing=()):
     return attempt
 
 
-def test_the_fastest_way_that_is_right_is_chosen(timed, tmp_path):
+def test_the_fastest_correct_config_is_chosen(timed, tmp_path):
     times, last = timed
     times |= {CONFIGS[0]: 1.0, CONFIGS[1]: 2.0, CONFIGS[2]: 3.0, CONFIGS[3]: 4.0}
     attempt = attempt_of(last, wrong=CONFIGS[:1], failing=CONFIGS[1:2])
     assert Choices(tmp_path / "made" / "kernels.json")("layer", attempt) == CONFIGS[2]
 
 
-def test_a_way_that_gives_nan_is_wrong(timed, tmp_path):
+def test_a_config_that_gives_nan_is_not_chosen(timed, tmp_path):
     times, last = timed
     times[CONFIGS[0]] = 1.0
     attempt = lambda config: [torch.full((2,), float("nan") if config else 1.0)]  # noqa: E731
@@ -51,7 +54,7 @@ def test_a_way_that_gives_nan_is_wrong(timed, tmp_path):
 
 
 @pytest.mark.parametrize("fastest", [None, CONFIGS[3]])
-def test_a_choice_is_made_once_a_machine(timed, tmp_path, fastest):
+def test_choices_are_measured_once_and_kept_in_their_file(timed, tmp_path, fastest):
     times, last = timed
     times[fastest] = 1.0
     one, other = Choices(tmp_path / "kernels.json"), Choices(tmp_path / "kernels.json")
@@ -72,7 +75,7 @@ RUBBISH += [
 
 
 @pytest.mark.parametrize("rubbish", RUBBISH, ids=lambda text: text[:20])
-def test_a_spoilt_file_costs_time_and_nothing_else(timed, tmp_path, rubbish):
+def test_choices_in_an_invalid_file_are_measured_again(timed, tmp_path, rubbish):
     times, last = timed
     times[CONFIGS[1]] = 1.0
     (tmp_path / "kernels.json").write_text(rubbish)
@@ -80,7 +83,7 @@ def test_a_spoilt_file_costs_time_and_nothing_else(timed, tmp_path, rubbish):
     assert Choices(tmp_path / "kernels.json").made == {"layer": list(CONFIGS[1])}
 
 
-def test_an_unwritable_file_costs_time_and_nothing_else(timed, tmp_path):
+def test_choices_work_without_a_writable_file(timed, tmp_path):
     (tmp_path / "file").write_text("")
     assert Choices(tmp_path / "file" / "kernels.json")("layer", attempt_of(timed[1])) is None
 
@@ -96,7 +99,7 @@ def test_nothing_is_tried_while_a_graph_is_captured(timed, tmp_path, monkeypatch
     assert chooses("layer", attempt_of(last)) == CONFIGS[0]
 
 
-def test_trying_moves_the_running_statistics_once(timed, tmp_path, monkeypatch):
+def test_measuring_updates_the_running_statistics_only_once(timed, tmp_path, monkeypatch):
     monkeypatch.setattr(choices, "CONFIGS", CONFIGS[:2])
     _, last = timed
     last.append(None)
@@ -108,8 +111,8 @@ def test_trying_moves_the_running_statistics_once(timed, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_weight_that_trains_has_choices_of_its_own(dtype):
-    """Its expansion for patches takes time in every step; that of a frozen weight is kept."""
+def test_trained_and_frozen_weights_have_separate_choices(dtype):
+    """A trained weight is expanded for patches in every step, which takes time; a frozen one only once."""
     keys = {False: [], True: []}
     for trains, made in keys.items():
         passes = CudaPasses(lambda key, attempt, made=made: made.append(key))
@@ -120,17 +123,17 @@ def test_a_weight_that_trains_has_choices_of_its_own(dtype):
     assert [len(made) for made in keys.values()] == [2, 2] and not {*keys[True]} & {*keys[False]}
 
 
-def test_without_triton_or_a_gpu_the_passes_are_pytorchs_and_a_warning_says_so(monkeypatch):
+def test_without_triton_pytorchs_passes_are_used_with_a_warning(monkeypatch):
     monkeypatch.setattr(cuda, "triton", None)
     with pytest.warns(UserWarning, match="PyTorch's slower kernels are used .*Triton is not installed"):
         assert type(cuda.passes.__wrapped__()) is TorchPasses
 
 
-def test_without_a_compiler_the_passes_are_pytorchs_and_a_warning_says_so(monkeypatch):
+def test_without_a_compiler_pytorchs_passes_are_used_with_a_warning(monkeypatch):
     def launch(self, *_, **__):
         raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
 
-    if DEVICE == "cpu":  # where nothing is launched
+    if DEVICE == "cpu":  # it stands in for the GPU
         made = torch.device
         monkeypatch.setattr(torch, "device", lambda name: made("cpu"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
@@ -139,7 +142,7 @@ def test_without_a_compiler_the_passes_are_pytorchs_and_a_warning_says_so(monkey
         assert type(cuda.passes.__wrapped__()) is TorchPasses
 
 
-def test_where_dependent_launch_fails_kernels_wait_for_each_other_and_a_warning_says_so(monkeypatch):
+def test_a_failing_dependent_launch_is_turned_off_with_a_warning(monkeypatch):
     launch = CudaPasses.launch
 
     def without(self, *arguments, **constants):
@@ -158,7 +161,7 @@ def test_where_dependent_launch_fails_kernels_wait_for_each_other_and_a_warning_
     assert type(passes) is CudaPasses and not passes.pdl
 
 
-def test_kernels_whose_sums_are_wrong_are_found_out(monkeypatch):
+def test_check_sums_detects_wrong_sums(monkeypatch):
     cuda.check_sums(CudaPasses(lambda key, attempt: None), torch.device(DEVICE))
 
     class Stale(CudaPasses):
@@ -170,7 +173,7 @@ def test_kernels_whose_sums_are_wrong_are_found_out(monkeypatch):
         cuda.check_sums(Stale(lambda key, attempt: None), torch.device(DEVICE))
 
 
-def test_what_is_larger_than_32_bits_can_count_is_left_to_cudnn(monkeypatch):
+def test_tensors_too_large_for_32_bit_offsets_are_left_to_cudnn(monkeypatch):
     passes, launched = CudaPasses(lambda key, attempt: CONFIGS[0]), []
     monkeypatch.setattr(passes, "launch", lambda kernel, *_, **__: launched.append(kernel.__name__))
     weight = torch.empty(64, 3, 3, 3, device="meta")  # the stem of a VGG at 224 pixels

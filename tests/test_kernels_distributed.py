@@ -1,4 +1,4 @@
-"""BatchNorm over several processes' parts of a batch is BatchNorm over the whole batch."""
+"""Synchronised BatchNorm over the parts of a batch equals BatchNorm over the whole batch."""
 
 import functools
 import threading
@@ -14,7 +14,7 @@ from kernels.distributed import ALONE, Group, ProcessEnded, joined
 
 
 class Threads(Group):
-    """Two processes as two threads of one, for numbers of float64 and to see what each has."""
+    """A Group of two threads instead of processes, so that a test sees what each of them computes."""
 
     def __init__(self):
         super().__init__(count=2)
@@ -30,7 +30,7 @@ class Threads(Group):
 
 @pytest.mark.parametrize("memory", ["lean", "recompute"])
 @pytest.mark.parametrize("trained", [("bn",), ("conv", "bn"), ("values",)])
-def test_synced_parts_have_the_values_and_gradients_of_the_whole_batch_in_float64(memory, trained):
+def test_synced_parts_have_the_gradients_and_statistics_of_the_whole_batch(memory, trained):
     shape = BASIC | {"kernels": [3, 1], "trained": trained, "size": 8}
     x, units, _, dy = make(shape)
     x.data += 10
@@ -56,7 +56,7 @@ def test_synced_parts_have_the_values_and_gradients_of_the_whole_batch_in_float6
     close = functools.partial(torch.testing.assert_close, rtol=1e-10, atol=1e-10)
     close(torch.cat([gradient for gradient, *_ in parts]), whole[0])
     for one, first, second in zip(whole[1], parts[0][1], parts[1][1], strict=True):
-        if one.grad is not None:  # of the sum over the batch; of a mean it would be the average
+        if one.grad is not None:  # the gradient of a sum; that of a mean would be their average
             close(first.grad + second.grad, one.grad)
     for (_, one), (_, first), (_, second) in zip(whole[2], parts[0][2], parts[1][2], strict=True):
         for name in ("running_mean", "running_var"):
@@ -72,7 +72,7 @@ def test_a_process_alone_sends_nothing():
         assert group.agree(3.0) == 3.0
 
 
-def test_a_process_that_has_ended_is_said_to_have(monkeypatch):
+def test_a_closed_connection_is_reported_as_an_ended_process(monkeypatch):
     def all_reduce(tensor):
         raise RuntimeError("Connection closed by peer")
 

@@ -1,4 +1,4 @@
-"""The least bytes and seconds of a step, of networks whose tensors are counted by hand."""
+"""The least bytes and seconds of a step, for networks whose tensors were counted by hand."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def cost_of(arch: str, image_size: int = 32) -> roofline.Cost:
     return roofline.cost(model, image_size)
 
 
-def test_a_resnet32_has_one_output_per_convolution_and_one_sign_per_block_output():
+def test_a_resnet32_keeps_at_least_its_conv_outputs_and_signs():
     least = roofline.least_bytes(cost_of("resnet32"), torch.bfloat16)
     assert least["floor"] == 2 * 315_392 + 143_360 / 8 and 325e3 < least["floor_recompute"] < 335e3
 
@@ -27,11 +27,11 @@ def test_a_resnet32_has_one_output_per_convolution_and_one_sign_per_block_output
         ("resnet50", 224, (11_113_984, 5_619_712, 5_519_360, 4_087_136_256)),
     ],
 )
-def test_every_family_is_counted(arch, image_size, cost):
+def test_cost_counts_every_family_of_networks(arch, image_size, cost):
     assert cost_of(arch, image_size) == roofline.Cost(*cost)
 
 
-def test_counting_leaves_the_network_as_it_was():
+def test_cost_does_not_change_the_network():
     model = models.build("resnet8")
     models.initialise(model, 0)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -40,7 +40,7 @@ def test_counting_leaves_the_network_as_it_was():
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_the_least_time_follows_the_devices_rates():
+def test_the_least_time_follows_from_the_rates_of_the_device():
     of = cost_of("resnet32")
     assert 68e6 < of.multiply_adds < 70e6
     by_copies = roofline.least_s(of, False, torch.bfloat16, (4.3e12, 790e12))

@@ -1,4 +1,4 @@
-"""The Triton kernels compile for Hopper, which needs no GPU, and what they take there is counted."""
+"""The Triton kernels compile for Hopper without a GPU, and their launches and instructions are counted."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ ROOT = Path(kernels.__file__).parents[1]
 
 
 def run(program: str, cache: Path) -> list[str]:
-    """The lines that a program prints, in a process in which Triton compiles and does not interpret."""
+    """Run a program in a process whose Triton compiles, not interprets; return the lines it prints."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-c", program]
@@ -20,7 +20,7 @@ def run(program: str, cache: Path) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_the_kernels_compile_for_hopper_to_its_own_matrix_instructions_without_spilling(tmp_path):
+def test_kernels_compile_for_hopper_with_wgmma_and_without_spilling(tmp_path):
     program = """if True:
         import torch
         from kernels import cuda, sm90
@@ -37,7 +37,7 @@ def test_the_kernels_compile_for_hopper_to_its_own_matrix_instructions_without_s
     assert all(9 * 100 < int(row[3]) < 9 * 1000 for row in rows if row[1] == "wgmma"), "of nine taps"
 
 
-def test_a_kernel_touches_no_memory_before_the_kernel_that_it_depends_on_is_done(tmp_path):
+def test_kernels_access_no_memory_before_the_previous_kernel_is_done(tmp_path):
     program = r"""if True:
         import re, torch
         from kernels import cuda, sm90
@@ -62,7 +62,7 @@ def test_a_kernel_touches_no_memory_before_the_kernel_that_it_depends_on_is_done
     assert all(order.startswith("ACQBULK PREEXIT ") for order in orders), orders
 
 
-def test_a_step_is_a_hundred_launches_however_the_kernels_are_compiled(tmp_path):
+def test_a_step_and_an_evaluation_have_the_expected_launches(tmp_path):
     program = """if True:
         from kernels import sm90
         sm90.compiled = lambda *_: sm90.Code(instructions=1000, at_last=500)
@@ -72,12 +72,13 @@ def test_a_step_is_a_hundred_launches_however_the_kernels_are_compiled(tmp_path)
             print(len(passes.launches), min(launch.seconds for launch in passes.launches))
     """
     (step, least), (evaluation, _) = (row.split() for row in run(program, tmp_path))
-    # 33 convolutions and 32 backward, 18 blocks' ends and 18 backward; batch, head, concatenation, update
+    # Forward, 33 convolutions and 18 ends of blocks; backward, 32 and 18; batch, head, torch.cat and SGD.
+    # In evaluation, 33 convolutions, 33 norms, the batch, and 24 kernels of PyTorch.
     assert int(step) == 33 + 32 + 18 + 18 + 4 and int(evaluation) == 33 + 33 + 1 + 24
     assert float(least) == 2e-6, "no launch is free"
 
 
-def test_instructions_are_counted_as_often_as_their_loops_run(tmp_path):
+def test_instructions_count_once_per_iteration_of_their_loop(tmp_path):
     program = '''if True:
         from kernels import sm90
         sass = """

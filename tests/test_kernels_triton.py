@@ -1,4 +1,4 @@
-"""The Triton passes equal TorchPasses' in float64. Where there is no GPU, Triton interprets them."""
+"""The Triton passes equal TorchPasses in float64. Without a GPU, Triton interprets them."""
 
 import functools
 
@@ -19,7 +19,7 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
-LAYERS = {  # of CIFAR ResNets: C_in, C_out, kernel, stride
+LAYERS = {  # layers of CIFAR ResNets: C_in, C_out, kernel, stride
     "stem": (3, 16, 3, 1),
     "16": (16, 16, 3, 1),
     "16 to 32": (16, 32, 3, 2),
@@ -39,7 +39,7 @@ cases = pytest.mark.parametrize("dtype, size", CASES, ids=lambda value: str(valu
 
 @pytest.fixture(autouse=True)
 def memory_starts_as_nan():
-    """What a kernel should have written and did not is NaN, which equals nothing."""
+    """Fill new tensors with NaN, so that a value that a kernel fails to write causes a mismatch."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(3, device=DEVICE).isnan().all()
     yield
@@ -51,7 +51,7 @@ def fused(config: Config = CONFIGS[0]) -> CudaPasses:
 
 
 def configs(channels: int, *sides: int) -> list[Config]:
-    """Those by which a convolution with as many output channels makes images of these sides."""
+    """Return the configs by which a convolution can compute images of so many channels and these sides."""
     some = CONFIGS if GPU else (CONFIGS[0], CONFIGS[4])
     return [
         c
@@ -71,7 +71,7 @@ def norm_of(channels: int) -> torch.Tensor:
 
 
 def wide(value):
-    """The same for TorchPasses: tensors in float64, on the CPU."""
+    """Return a tensor, or the tensors of a tuple, on the CPU and in float64 if floating-point."""
     if isinstance(value, torch.Tensor):
         return value.cpu().double() if value.is_floating_point() else value.cpu()
     return tuple(wide(v) for v in value) if type(value) is tuple else value
@@ -93,7 +93,7 @@ def copied(bn: BatchNorm, dtype: torch.dtype = torch.float64, device: str = "cpu
 
 
 def assert_close(out, expected, tolerance: float) -> None:
-    """||out - expected|| within `tolerance` ||expected||; of `[4, C]`, in every row."""
+    """Assert that ||out - expected|| <= `tolerance` ||expected|| for every tensor, or row of a matrix."""
     for a, b in zip(out, expected, strict=True):
         assert (a is None) == (b is None)
         if a is not None:
@@ -103,7 +103,7 @@ def assert_close(out, expected, tolerance: float) -> None:
 
 @pytest.mark.parametrize("layer", LAYERS)
 @cases
-def test_a_convolution_normalises_what_it_reads_and_sums_what_it_writes(layer, dtype, size):
+def test_convolve_normalises_its_input_and_computes_output_statistics(layer, dtype, size):
     torch.manual_seed(0)
     c_in, c_out, k, stride = LAYERS[layer]
     x, conv = image(3, c_in, size, size, dtype=dtype), Conv((stride, stride), (k // 2, k // 2))
@@ -120,7 +120,7 @@ def test_a_convolution_normalises_what_it_reads_and_sums_what_it_writes(layer, d
 
 @pytest.mark.parametrize("layer", [layer for layer in LAYERS if layer != "stem"])
 @cases
-def test_the_backward_convolution_goes_through_batchnorm_above_and_relu_below(layer, dtype, size):
+def test_convolve_backward_includes_batchnorm_above_and_relu_below(layer, dtype, size):
     torch.manual_seed(0)
     c_in, c_out, k, stride = LAYERS[layer]
     conv, small = Conv((stride, stride), (k // 2, k // 2)), (size - 1) // stride + 1
@@ -138,7 +138,7 @@ def test_the_backward_convolution_goes_through_batchnorm_above_and_relu_below(la
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_every_config_covers_a_last_block_that_is_not_full(config):
+def test_every_config_handles_an_incomplete_last_block(config):
     torch.manual_seed(0)
     weight, conv, height, width = (
         image(16, 16, 3, 3),
@@ -160,7 +160,7 @@ def test_every_config_covers_a_last_block_that_is_not_full(config):
 
 @pytest.mark.parametrize("layer", LAYERS)
 @cases
-def test_in_evaluation_a_convolution_normalises_what_it_writes(layer, dtype, size):
+def test_infer_normalises_the_output_of_a_convolution(layer, dtype, size):
     torch.manual_seed(0)
     c_in, c_out, k, stride = LAYERS[layer]
     x, conv, small = (
@@ -178,7 +178,7 @@ def test_in_evaluation_a_convolution_normalises_what_it_writes(layer, dtype, siz
 
 def test_sums_of_many_programs_are_added_up_in_the_same_order_each_time():
     torch.manual_seed(0)
-    passes, z, bn = fused(), image(5, 64, 32, 40), bn_of(64)  # 100 programs, more than are read at once
+    passes, z, bn = fused(), image(5, 64, 32, 40), bn_of(64)  # 100 programs; 16 sums load at once
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(cuda, "PARTIALS", 64 * 16)
         norms = [passes.statistics(z, copied(bn, torch.float32, DEVICE)) for _ in range(2)]
@@ -191,7 +191,7 @@ def test_sums_of_many_programs_are_added_up_in_the_same_order_each_time():
 
 
 @pytest.mark.parametrize("order", ["as PyTorch has it", "channels_last", "transposed"])
-def test_a_weight_may_lie_in_memory_in_any_order(order):
+def test_weights_may_have_any_memory_layout(order):
     torch.manual_seed(0)
     x, weight, conv = image(2, 16, 4, 4), image(32, 16, 3, 3), Conv((1, 1), (1, 1))
     weight = weight.contiguous() if order == "as PyTorch has it" else weight
@@ -202,7 +202,7 @@ def test_a_weight_may_lie_in_memory_in_any_order(order):
 
 @pytest.mark.parametrize("channels", [8, 24, 128])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_passes_over_one_unit(channels, dtype):
+def test_activate_mask_and_sum_and_gradient_equal_pytorchs(channels, dtype):
     torch.manual_seed(0)
     passes, reference, tolerance = fused(), TorchPasses(), TOLERANCE[dtype]
     z, dy, shortcut = (
@@ -225,14 +225,14 @@ def test_passes_over_one_unit(channels, dtype):
 
 
 @pytest.mark.parametrize("channels", [16, 200])
-def test_the_norm_of_running_statistics(channels):
+def test_the_norm_of_running_statistics_equals_pytorchs(channels):
     bn = bn_of(channels)
     mean, var = image(channels, mean=1.0), image(channels).abs() + 0.1
     expected = TorchPasses().norm(*wide((mean, var)), copied(bn))
     assert_close([fused().norm(mean, var, bn)], [expected], 2e-5)
 
 
-def test_statistics_hold_where_the_mean_is_ten_thousand_deviations_from_zero():
+def test_statistics_are_accurate_for_a_mean_of_10_000_deviations():
     torch.manual_seed(0)
     z, bn = image(3, 16, 31, 33, mean=1e4), bn_of(16)
     expected = copied(bn)
@@ -240,7 +240,7 @@ def test_statistics_hold_where_the_mean_is_ten_thousand_deviations_from_zero():
     assert_close([bn.running_var], [expected.running_var], 1e-4)
 
 
-def test_a_run_that_diverges_shows_it():
+def test_nan_passes_through_activate_and_convolve():
     x, norm = image(2, 16, 4, 4), norm_of(16)
     x[0, 3, 2, 2] = float("nan")
     assert fused().activate(x, norm)[0][0, 3, 2, 2].isnan()
@@ -250,7 +250,7 @@ def test_a_run_that_diverges_shows_it():
 
 @pytest.mark.parametrize("c_out, stride", [(16, 1), (32, 2)])
 @pytest.mark.parametrize("memory, train_weights", [("lean", True), ("recompute", False)])
-def test_a_block_and_all_its_gradients(memory, c_out, stride, train_weights):
+def test_a_block_and_all_its_gradients_equal_pytorchs(memory, c_out, stride, train_weights):
     c_in = 16
 
     def results_of(passes: TorchPasses, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
@@ -283,7 +283,7 @@ def test_a_block_and_all_its_gradients(memory, c_out, stride, train_weights):
         (torch.float32, 16, 16, 5, 2),
     ],
 )
-def test_what_the_kernels_do_not_cover_is_left_to_pytorch(monkeypatch, dtype, c_in, c_out, k, padding):
+def test_uncovered_convolutions_are_left_to_pytorch(monkeypatch, dtype, c_in, c_out, k, padding):
     passes, conv = fused(), Conv((1, 1), (padding, padding))
     launched, launch, wider = [], passes.launch, torch.promote_types(dtype, torch.float32)
 
@@ -324,7 +324,7 @@ def test_a_captured_block_replays_to_the_same_bits(dtype, tmp_path):
             assert torch.equal(a, b)
 
 
-def test_a_deeper_network_has_no_more_to_choose_and_to_compile():
+def test_a_deeper_network_needs_no_more_choices():
     chosen = []
     for arch in ("resnet14", "resnet20"):
         keys = set()
@@ -336,7 +336,7 @@ def test_a_deeper_network_has_no_more_to_choose_and_to_compile():
             images = torch.randn(2, 3, 8, 8, device=DEVICE).contiguous(memory_format=torch.channels_last)
             model(images).sum().backward()
         chosen.append(keys)
-    # 9 forward: stem, three stages' usual ones and those that change shape; 9 backward, of which some add
+    # There are 11 forward and 10 backward: none for the stem, whose images need no gradient.
     assert chosen[0] == chosen[1] and len(chosen[0]) > 12
 
 
@@ -355,7 +355,7 @@ def test_the_head_gives_the_gradient_of_the_mean_loss_and_counts_the_batch(dtype
     exact, wide_fc = wide(features).requires_grad_(), nn.Linear(16, classes).double()
     wide_fc.load_state_dict(fc.state_dict())
     logits = wide_fc(exact.mean((2, 3)))
-    labels[3] = logits[3].argmax()  # one at least is right
+    labels[3] = logits[3].argmax()  # at least one prediction is correct
     loss = nn.functional.cross_entropy(logits, labels.cpu(), label_smoothing=smoothing)
     loss.backward()
     metrics = metrics_at(position=1)
@@ -371,7 +371,7 @@ def test_the_head_gives_the_gradient_of_the_mean_loss_and_counts_the_batch(dtype
 
 
 def metrics_at(position: int) -> tuple[torch.Tensor, ...]:
-    """loss_sum, correct, first_bad_step and position, as step.py has them."""
+    """Return loss_sum 100, correct 7, first_bad_step -1 and `position`, laid out as in step.py."""
     numbers = torch.tensor([7, -1, position], device=DEVICE)
     return torch.tensor(100.0, dtype=torch.float64, device=DEVICE), numbers[0], numbers[1], numbers[2:]
 

@@ -1,4 +1,4 @@
-"""Architectures have the published sizes and names, and their draws depend on the seed alone."""
+"""Networks have the published sizes and names, and a seed determines their initial weights."""
 
 import hashlib
 
@@ -9,7 +9,7 @@ from torch import nn
 
 import models
 
-CIFAR_TOTALS = {  # projection, projection_all, pad
+CIFAR_TOTALS = {  # parameters by shortcut: projection, projection_all, pad
     14: (175_258, 175_546, 172_506),
     32: (466_906, 467_194, 464_154),
     56: (855_770, 856_058, 853_018),
@@ -73,7 +73,7 @@ def test_imagenet_resnets_have_torchvisions_names_and_shapes():
         "fc.bias": (1000,),
     }
     assert expected.items() <= shapes.items()
-    assert len(shapes) == 320  # torchvision's resnet50 has as many entries, num_batches_tracked included
+    assert len(shapes) == 320  # as in torchvision, num_batches_tracked included
 
 
 @pytest.mark.parametrize("arch", ["resnet8", "resnet14_w2", "vgg11", "resnet18", "resnet50"])
@@ -118,7 +118,7 @@ def test_an_unknown_architecture_is_refused_by_name(arch):
         ("resnet10004", 10, "10,000 layers"),
     ],
 )
-def test_a_network_that_is_too_large_is_refused_before_anything_is_made(monkeypatch, arch, classes, said):
+def test_a_network_that_is_too_large_is_refused_before_it_is_built(monkeypatch, arch, classes, said):
     for maker in ("ResNet", "VGG"):
         monkeypatch.setattr(models, maker, lambda *_: pytest.fail("it is being built"))
     with pytest.raises(models.ModelError) as refused:
@@ -127,7 +127,7 @@ def test_a_network_that_is_too_large_is_refused_before_anything_is_made(monkeypa
 
 
 @pytest.mark.parametrize("arch", ["resnet14", "resnet218", "resnet14_w8"])
-def test_parameters_are_counted_nearly_as_they_are(monkeypatch, arch):
+def test_the_size_check_estimates_parameters_within_15_percent(monkeypatch, arch):
     counted = []
     monkeypatch.setattr(models, "_check_size", lambda _, parameters: counted.append(parameters))
     with torch.device("meta"):
@@ -135,12 +135,12 @@ def test_parameters_are_counted_nearly_as_they_are(monkeypatch, arch):
     assert counted == [pytest.approx(sum(p.numel() for p in model.parameters()), rel=0.15)]
 
 
-def test_an_unusable_architecture_is_an_unusable_option():
+def test_an_unusable_architecture_gives_exit_status_2():
     assert models.ModelError.exit_status == 2
 
 
 def test_initial_weights_are_the_same_on_every_machine_and_version():
-    """The digest of a draw, as first made: it must never change, or no seed checkpoint can be rebuilt."""
+    """If a digest changed, seed checkpoints from earlier versions could not be rebuilt."""
     digests = {}
     for init in models.CONV_INITS:
         model = drawn(conv_init=init)
@@ -155,7 +155,7 @@ def test_initial_weights_are_the_same_on_every_machine_and_version():
     }
 
 
-def test_each_tensor_has_a_stream_of_its_own():
+def test_each_tensor_is_drawn_from_its_own_stream():
     base = drawn()
     for other in (drawn(shortcut="projection_all"), drawn("resnet14"), drawn(bn_init="ones")):
         assert torch.equal(other.layer3[0].conv1.weight, base.layer3[0].conv1.weight)
@@ -187,7 +187,7 @@ def test_he_initialisations_have_the_he_variance():
     assert not fc.bias.any()
 
 
-def test_sparse_filters_keep_as_many_weights_as_asked_at_places_of_their_own():
+def test_sparse_filters_keep_the_given_number_of_weights_at_random_places():
     def kept(**inits) -> dict[str, torch.Tensor]:
         model = drawn(conv_init="sparse", **inits)
         return {n: m.weight.flatten(1) for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
@@ -207,7 +207,7 @@ def test_sparse_filters_keep_as_many_weights_as_asked_at_places_of_their_own():
     assert torch.equal(drawn(conv_init="sparse").fc.weight, drawn(conv_init="orthogonal").fc.weight)
 
 
-def test_a_sparse_convolution_gives_outputs_of_the_variance_that_a_dense_one_gives():
+def test_sparse_and_dense_convolutions_have_outputs_of_equal_variance():
     images = torch.randn(64, 64, 8, 8, generator=torch.Generator().manual_seed(0))
     stds = []
     for inits in ({}, {"conv_init": "sparse", "nonzeros": 3}, {"conv_init": "sparse"}):
@@ -224,7 +224,7 @@ def test_orthogonal_convolutions_are_orthogonal(shape):
     np.testing.assert_allclose(gram, np.eye(len(gram)), atol=1e-12)
 
 
-def test_batchnorm_starts():
+def test_batchnorm_initialisations():
     gammas = {init: drawn("resnet14_w8", bn_init=init).layer3[0].bn1 for init in models.BN_INITS}
     assert {init for init, bn in gammas.items() if bn.bias.eq(1).all()} == {"one_one"}
     assert all(bn.bias.eq(0).all() for init, bn in gammas.items() if init != "one_one")
@@ -235,7 +235,7 @@ def test_batchnorm_starts():
     assert gammas["he_normal"].weight.abs().max() <= 2 * (2 / 512) ** 0.5 / 0.8796
 
 
-def test_another_vgg_is_one_entry_of_the_table(monkeypatch):
+def test_one_table_entry_adds_another_vgg(monkeypatch):
     monkeypatch.setitem(models.VGG_LAYERS, 9, (1, 1, 1, 1, 2))
     convolutions = [m for m in models.build("vgg9").modules() if isinstance(m, nn.Conv2d)]
     assert [m.out_channels for m in convolutions] == [64, 128, 256, 512, 512, 512]

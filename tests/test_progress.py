@@ -1,4 +1,4 @@
-"""progress.py: what ends a script becomes its exit status and a line that a person can use."""
+"""Tests of progress.py: the exit statuses, error messages, signals and output streams of scripts."""
 
 import os
 import signal
@@ -30,7 +30,7 @@ class Failed(Exception):
     exit_status = 1
 
 
-def test_a_script_that_returns_ends_with_what_it_returned_or_0(capsys):
+def test_the_exit_status_is_what_main_returns_or_0(capsys):
     assert progress.run("x.py", lambda: None) == 0 and progress.run("x.py", lambda: 1) == 1
     assert capsys.readouterr() == ("", "")
 
@@ -52,14 +52,14 @@ def test_a_script_that_returns_ends_with_what_it_returned_or_0(capsys):
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
 )
-def test_an_error_that_a_person_can_do_something_about_is_a_line_and_its_status(capsys, error, status, said):
+def test_an_expected_error_gives_one_line_and_its_exit_status(capsys, error, status, said):
     assert progress.run("x.py", ends_with(error)) == status
     out, err = capsys.readouterr()
     assert err.startswith("x.py: ") and said in err and err.count("\n") == 1 and out == ""
 
 
 @pytest.mark.parametrize("script, mend", [("train.py", "try a smaller --batch-size"), ("report.py", "more")])
-def test_too_little_memory_is_mended_by_an_option_only_where_there_is_one(capsys, script, mend):
+def test_out_of_memory_suggests_batch_size_only_if_the_script_has_it(capsys, script, mend):
     assert progress.run(script, ends_with(MemoryError())) == 1
     said = capsys.readouterr().err
     assert mend in said and ("--batch-size" in said) is (script == "train.py")
@@ -68,13 +68,13 @@ def test_too_little_memory_is_mended_by_an_option_only_where_there_is_one(capsys
 @pytest.mark.parametrize(
     "error", [ValueError("a defect"), RuntimeError("shapes do not fit"), AssertionError(), KeyError("a")]
 )
-def test_a_defect_passes_with_its_traceback(capsys, error):
+def test_an_unexpected_error_propagates(capsys, error):
     with pytest.raises(type(error)):
         progress.run("x.py", ends_with(error))
     assert capsys.readouterr().err == ""
 
 
-def test_sigterm_ends_a_script_as_ctrl_c_does_and_a_second_one_changes_nothing(capsys):
+def test_sigterm_ends_a_script_like_ctrl_c_and_a_second_one_is_ignored(capsys):
     cleaned = []
 
     def main():
@@ -82,14 +82,14 @@ def test_sigterm_ends_a_script_as_ctrl_c_does_and_a_second_one_changes_nothing(c
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(30)
         finally:
-            os.kill(os.getpid(), signal.SIGTERM)  # while what must be kept is being written
+            os.kill(os.getpid(), signal.SIGTERM)  # as if it came while files were being saved
             cleaned.append(True)
 
     assert progress.run("x.py", main) == 1
     assert cleaned and capsys.readouterr().err == "x.py: interrupted\n"
 
 
-def test_signals_are_handled_by_a_script_alone_and_as_before_once_it_has_ended(heeds_ctrl_c):
+def test_signal_handlers_are_set_for_a_script_and_restored_afterwards(heeds_ctrl_c):
     def handlers() -> list:
         return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
@@ -103,7 +103,7 @@ SCRIPTS = [path for path in sorted(ROOT.glob("*.py")) if "__main__" in path.read
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_ctrl_c_among_the_imports_of_a_script_leaves_no_traceback(script, tmp_path):
+def test_ctrl_c_during_the_imports_of_a_script_gives_no_traceback(script, tmp_path):
     (tmp_path / "torch.py").write_text("import os, time\nos.kill(os.getpid(), 2)\ntime.sleep(20)\n")
     settings = {"env": os.environ | {"PYTHONPATH": str(tmp_path)}, "capture_output": True}
     at_a_terminal = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
@@ -111,7 +111,7 @@ def test_ctrl_c_among_the_imports_of_a_script_leaves_no_traceback(script, tmp_pa
     assert (ended.returncode, ended.stderr) == (-signal.SIGINT, b"")
 
 
-def test_a_reader_that_has_seen_enough_is_no_error():
+def test_a_closed_pipe_is_no_error():
     code = "import progress, sys\nsys.exit(progress.run('x.py', lambda: print('line\\n' * 100_000)))"
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as running:
@@ -121,7 +121,7 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     assert (running.returncode, error) == (0, b"")
 
 
-def test_a_command_line_that_cannot_be_read_is_a_line_and_status_2(capsys):
+def test_an_invalid_command_line_gives_one_line_and_status_2(capsys):
     parser = progress.Parser("x.py", "What it is for.")
     parser.add_argument("--size", type=int)
     assert progress.run("x.py", lambda: parser.parse_args(["--size", "large"])) == 2
@@ -130,7 +130,7 @@ def test_a_command_line_that_cannot_be_read_is_a_line_and_status_2(capsys):
     assert progress.run("x.py", lambda: parser.parse_args(["--siz", "1"])) == 2, "not by its beginning"
 
 
-def test_of_the_processes_that_torchrun_started_the_first_speaks(capsys, monkeypatch):
+def test_under_torchrun_only_rank_0_prints(capsys, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
@@ -138,20 +138,20 @@ def test_of_the_processes_that_torchrun_started_the_first_speaks(capsys, monkeyp
     assert capsys.readouterr().err == "x.py: rank 0\n"
 
 
-def test_a_name_that_no_file_system_takes_is_an_unusable_option_and_is_shown_by_its_ends(capsys):
+def test_a_too_long_file_name_gives_status_2_and_is_shown_shortened(capsys):
     assert progress.run("x.py", Path("a" * 5000 + "z").read_text) == 2
     said = capsys.readouterr().err
     assert "too long" in said and "aaa...aaa" in said and said.count("\n") == 1 and len(said) < 500
 
 
-def test_what_an_error_says_cannot_steer_a_terminal(capsys):
+def test_control_codes_in_an_error_do_not_reach_the_terminal(capsys):
     assert progress.run("x.py", ends_with(Unusable("a\x1b[2Jb is no file;\nname another"))) == 2
     assert capsys.readouterr().err == "x.py: a\N{REPLACEMENT CHARACTER}[2Jb is no file;\nname another\n"
 
 
 @pytest.mark.parametrize("lines", [1, 100_000])
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_a_full_device_is_told_in_a_line(lines, unbuffered):
+def test_a_full_output_device_gives_one_line(lines, unbuffered):
     code = f"import progress, sys\nsys.exit(progress.run('x.py', lambda: print('line\\n' * {lines})))"
     with open("/dev/full", "w") as full:
         settings = {"cwd": ROOT, "env": os.environ | {"PYTHONUNBUFFERED": unbuffered}}
@@ -164,7 +164,7 @@ def test_a_full_device_is_told_in_a_line(lines, unbuffered):
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", "<&- >&- 2>&-", "2>/dev/full"])
-def test_closed_streams_and_a_full_one_for_errors_end_no_script_and_reach_no_file(tmp_path, closed):
+def test_closed_or_full_streams_end_no_script_and_reach_no_file(tmp_path, closed):
     code = f"""if True:
         import os, progress, sys
         def main():
@@ -182,7 +182,7 @@ def test_closed_streams_and_a_full_one_for_errors_end_no_script_and_reach_no_fil
     assert (tmp_path / "kept").read_bytes() == b""
 
 
-def test_what_the_output_cannot_encode_is_escaped():
+def test_characters_that_the_output_cannot_encode_are_escaped():
     code = "import progress, sys\nsys.exit(progress.run('x.py', lambda: progress.Terminal().say('\\u00d7')))"
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT, env=environment)

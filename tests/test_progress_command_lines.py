@@ -1,4 +1,4 @@
-"""No command line, however odd, ends a script in a traceback: it is usable, or refused with exit status 2."""
+"""A stress test: every command line is usable, or refused with exit status 2 and without a traceback."""
 
 import importlib
 
@@ -14,7 +14,7 @@ pytestmark = [
     pytest.mark.stress,
     pytest.mark.tried("scripts with a share of 1,000 command lines made at random"),
 ]
-TRIES = 1000  # of all scripts together
+TRIES = 1000  # for all scripts together
 TEXTS = ["9" * 5000, "-" + "9" * 5000, "a" * 5000, "~", "~no_such_user", "~no_such_user/a", "", " "]
 TEXTS += ["--", "-", "\N{SNOWMAN}", "w.pt", "/dev/null", "/dev/full/a", "{seed}", "{0}", "%s"]
 TEXTS += ["\udcff", "[/red]", "a\nb", "\x1b[2J", "synthetic", "cifar10", "resnet", "*"]
@@ -46,7 +46,7 @@ WHERE = {"--data": TEXT, "--data-dir": TEXT, "--device": DEVICE}
 
 
 def of_train(name: str) -> st.SearchStrategy:
-    """The values of an option of train.py."""
+    """Return the strategy that draws values of a train.py option."""
     field, known = config.FIELDS[name], {"arch": ARCH, "mode": MODE}
     told = field.metadata["argparse"]
     if field.default is False:
@@ -59,7 +59,7 @@ def of_train(name: str) -> st.SearchStrategy:
 TRAIN = {config.flag(name): of_train(name) for name in config.FIELDS}
 PARTS = {"--impl": st.sampled_from(bench.STEPS), "--arch": ARCH, "--mode": MODE, "--budget": TEXT | NUMBER}
 COUNTS = {f"--{name}": NUMBER for name in ("batch-size", "repeats", "steps", "warm-up")}
-SCRIPTS = {  # what each takes: first what must be given, then its options
+SCRIPTS = {  # required arguments, and options with their values
     "train": ([], TRAIN),
     "sweep": ([st.just("--list")], TRAIN),
     "freeze": ([st.just("table")], {"--arch": ARCH, "--num-classes": NUMBER}),
@@ -70,7 +70,7 @@ SCRIPTS = {  # what each takes: first what must be given, then its options
     "bench": ([st.sampled_from(list(bench.IMPLS))], WHERE | PARTS | COUNTS | {"--json": TEXT}),
     "data": ([TEXT], {"--data-dir": TEXT, "--image-size": NUMBER}),
 }
-WORK = {  # of each script, what comes after its options have been read and checked
+WORK = {  # what each script calls after it has checked its options
     "train": ["train_side_by_side", "data.prepare.prepare", "data.downloading.fetch"],
     "sweep": ["prepare"],
     "evaluation": ["Evaluation"],
@@ -90,7 +90,7 @@ WORK = {  # of each script, what comes after its options have been read and chec
 
 
 class Works(progress.OptionError):
-    """The work would begin now."""
+    """Raised where a script would begin its work."""
 
 
 def works(*_, **__):
@@ -98,7 +98,7 @@ def works(*_, **__):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_command_line_is_usable_or_refused_in_a_line_or_two(script, monkeypatch, tmp_path, capsys):
+def test_every_command_line_is_usable_or_refused_without_a_traceback(script, monkeypatch, tmp_path, capsys):
     module, (needed, options) = importlib.import_module(script), SCRIPTS[script]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

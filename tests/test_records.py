@@ -1,4 +1,4 @@
-"""The records in the files of a run: read as they were written, and refused where they do not fit."""
+"""A run's records are read as they were written, and refused if they do not fit their schema."""
 
 import json
 import os
@@ -10,18 +10,18 @@ from small_runs import exit_status, metrics, only_run, small_options, summary
 
 import records
 
-MISSING = "(left out)"  # a text, so that tests have the same names in every process
+MISSING = "(left out)"  # a string, so that test ids are the same in every process
 
 
 @pytest.fixture(scope="module")
 def done(tiny_folder, tmp_path_factory) -> Path:
-    """The folder of a run that is done."""
+    """Return the folder of a finished run."""
     out = tmp_path_factory.mktemp("records") / "runs"
     assert exit_status([*small_options(tiny_folder), "--out", str(out)]) == 0
     return only_run(out)
 
 
-def test_what_a_run_writes_is_read_as_what_it_was(done):
+def test_the_records_of_a_run_are_read_as_they_were_written(done):
     described = records.Config.read(done / "config.json")
     assert json.loads(described.to_json()) == json.loads((done / "config.json").read_text())
     assert described.options.milestones == (1, 2) and described.spec.classes == ("ash", "elm", "oak", "yew")
@@ -31,7 +31,7 @@ def test_what_a_run_writes_is_read_as_what_it_was(done):
     assert records.Analysis.read(done / "analysis.json") is None
 
 
-def test_a_run_from_before_an_option_was_there_has_its_default(done, tmp_path):
+def test_an_option_that_an_older_run_lacks_has_its_default(done, tmp_path):
     record = json.loads((done / "config.json").read_text())
     assert record["options"].pop("nonzeros") is record["spec"].pop("nonzeros") is None
     (tmp_path / "config.json").write_text(json.dumps(record))
@@ -123,7 +123,7 @@ def test_a_histogram_whose_counts_and_edges_do_not_fit_is_refused(change, said):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["test_loss", "train_loss", "epoch_s", "images_per_s"])
-def test_what_is_not_a_number_is_not_written_as_json(done, name, value):
+def test_an_epoch_with_infinite_or_nan_values_is_refused(done, name, value):
     row = metrics(done)[0]
     assert records.Epoch(**row)
     with pytest.raises(ValueError, match=rf"{name}\n.*finite number"):
@@ -131,13 +131,13 @@ def test_what_is_not_a_number_is_not_written_as_json(done, name, value):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"options": {}} {}', "\x00", "[" * 10**5])
-def test_a_file_that_is_no_json_object_is_refused_by_name(tmp_path, text):
+def test_a_file_that_is_not_one_json_object_is_refused_by_name(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(records.RunError, match=r"config\.json"):
         records.Config.read(tmp_path / "config.json")
 
 
-def test_what_is_no_plain_file_of_text_is_refused_by_name(tmp_path):
+def test_links_pipes_folders_and_binary_files_are_refused_by_name(tmp_path):
     (tmp_path / "elsewhere").write_text("{}")
     for make in (
         lambda file: file.symlink_to(tmp_path / "elsewhere"),
@@ -152,7 +152,7 @@ def test_what_is_no_plain_file_of_text_is_refused_by_name(tmp_path):
             records.Summary.read(folder / "summary.json")
 
 
-def test_characters_that_would_steer_a_terminal_are_replaced(done, tmp_path):
+def test_control_characters_are_replaced(done, tmp_path):
     folder = Path(shutil.copytree(done, tmp_path / "run"))
     for name, kind in (("config.json", records.Config), ("summary.json", records.Summary)):
         record = json.loads((folder / name).read_text())

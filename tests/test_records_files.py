@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, and what killed writers left behind is removed."""
+"""Files are written whole or not at all, and the temporary files of killed writers are removed."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
 
 
-# Is killed, or waits, just before the file that it writes gets its name
+# A process that kills itself, or waits for its stdin to end, just before it renames its temporary file.
 WRITER = """
 import os, pathlib, signal, sys
 from records import files
@@ -46,18 +46,18 @@ def writer(file, when: str) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-def test_the_leftovers_of_a_killed_writer_are_removed(tmp_path):
+def test_the_temporary_file_of_a_killed_writer_is_removed(tmp_path):
     writer(tmp_path / "last.pt", "killed").wait()
     (left,) = tmp_path.iterdir()
     assert left.name.startswith(".last.pt.")
     with runs.open_run(tmp_path, resume=True):
         assert [entry.name for entry in tmp_path.iterdir()] == [".lock"]
     writer(tmp_path / "table.md", "killed").wait()
-    files.write_atomically(tmp_path / "figure.png", b"")  # outside a run, as rebuild and the report do
+    files.write_atomically(tmp_path / "figure.png", b"")  # as report.py does, which opens no run
     assert {path.name for path in tmp_path.iterdir()} == {".lock", "figure.png"}
 
 
-def test_a_writer_that_is_alive_is_left_alone(tmp_path):
+def test_the_temporary_file_of_a_live_writer_is_kept(tmp_path):
     (tmp_path / ".table.md.swp").write_text("an editor's")
     with writer(tmp_path / "table.md", "waits") as other:
         assert other.stdout.readline() == "ready\n"

@@ -1,4 +1,4 @@
-"""The page and its files have the runs' numbers, fetch nothing, and are the same each time."""
+"""The report has the runs' numbers, fetches nothing, and is the same each time it is made."""
 
 import base64
 import csv
@@ -27,7 +27,7 @@ DATA = "cifar10"
 
 
 def render(*given: Path, out: Path) -> tuple[int, str]:
-    """The report's exit status and its page."""
+    """Write a report of `given` to `out`; return its exit status, and its page or "" if there is none."""
     status = run([*map(str, given), "--out", str(out)])
     return status, (out / "index.html").read_text() if status == 0 else ""
 
@@ -37,7 +37,7 @@ def run(arguments: list[str]) -> int:
 
 
 def rows_of(out: Path, name: str) -> list[dict]:
-    """The rows of every setting's table of that name."""
+    """Return the rows of the CSV tables `name` of all settings."""
     return [row for file in sorted(out.rglob(f"{name}.csv")) for row in csv.DictReader(file.open())]
 
 
@@ -47,7 +47,7 @@ def summaries(root: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory) -> tuple[Path, Path, str]:
-    """Runs that have something for every figure, the report of them, and its page."""
+    """Return a folder of runs that fill every figure, the folder of their report, and its page."""
     root, out = tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("report")
     for arch, mode in (("resnet14", "bn_only"), ("resnet32", "bn_only"), ("resnet14", "all")):
         for seed in range(3):
@@ -63,7 +63,7 @@ def full(tmp_path_factory) -> tuple[Path, Path, str]:
     return root, out, page
 
 
-def test_means_are_those_of_the_summaries(full):
+def test_means_match_the_summaries(full):
     root, out, page = full
     row = next(
         row
@@ -79,7 +79,7 @@ def test_means_are_those_of_the_summaries(full):
     assert float(time["training mean (s)"]) == statistics.fmean(seconds)
 
 
-def test_one_seed_says_so_and_has_no_deviation(full):
+def test_a_single_seed_is_shown_as_n_1_without_standard_deviation(full):
     root, out, page = full
     [acc] = [s["final_test_acc"] for s in summaries(root) if s["arch"] == "resnet14_w2"]
     row = next(row for row in rows_of(out, "accuracy") if row["architecture"] == "resnet14_w2")
@@ -87,7 +87,7 @@ def test_one_seed_says_so_and_has_no_deviation(full):
     assert f">{acc:.2f} (n = 1)<" in page
 
 
-def test_every_run_has_its_row(full):
+def test_every_run_has_a_row(full):
     root, out, _ = full
     rows = {(r["architecture"], r["mode"], r["seed"], r["other options"]): r for r in rows_of(out, "runs")}
     assert len(rows) == len(list(root.rglob("config.json")))
@@ -97,7 +97,7 @@ def test_every_run_has_its_row(full):
         assert shown == ("" if s["final_test_acc"] is None else str(s["final_test_acc"]))
 
 
-def test_what_others_report_stands_beside(full):
+def test_published_accuracies_are_shown_beside_ours(full):
     _, out, page = full
     row = next(row for row in rows_of(out, "accuracy") if row["architecture"] == "resnet14")
     assert (row["mode"], row["paper (%)"]) == ("all", "about 91")
@@ -118,7 +118,7 @@ FIGURES = {
 }
 
 
-def test_every_figure_is_there(full):
+def test_all_figures_and_tables_are_written(full):
     _, out, page = full
     folder = out / DATA / "4-epochs"
     for kind, start in (("png", b"\x89PNG"), ("pdf", b"%PDF")):
@@ -164,7 +164,7 @@ def test_the_same_runs_give_the_same_files(tmp_path, monkeypatch):
         )
 
 
-def test_what_a_killed_report_left_half_written_is_removed(tmp_path):
+def test_temporary_files_of_a_killed_report_are_removed(tmp_path):
     other = tmp_path / "other-data" / "5-epochs"
     other.mkdir(parents=True)
     for folder in (tmp_path, other):
@@ -176,20 +176,20 @@ def test_what_a_killed_report_left_half_written_is_removed(tmp_path):
 
 @pytest.fixture
 def two_sections(tmp_path) -> list[str]:
-    """Options of a report whose two sections are drawn by processes of their own."""
+    """Return the arguments of a report with two sections, which processes draw in parallel."""
     for epochs in (4, 6):
         write_run(tmp_path / "runs", epochs=epochs, analysis=False)
     return [str(tmp_path / "runs"), "--out", str(tmp_path / "report")]
 
 
-def test_an_interrupted_report_does_not_wait_for_what_is_drawn(two_sections, monkeypatch, capsys):
+def test_an_interrupted_report_does_not_wait_for_drawing_processes(two_sections, monkeypatch, capsys):
     monkeypatch.setattr(report, "render", lambda _: (os.kill(os.getppid(), signal.SIGTERM), time.sleep(30)))
     began = time.monotonic()
     assert run(two_sections) == 1 and time.monotonic() - began < 20
     assert capsys.readouterr().err == "report.py: interrupted\n" and not multiprocessing.active_children()
 
 
-def test_a_drawing_process_that_is_killed_is_a_line(two_sections, monkeypatch, capsys):
+def test_a_killed_drawing_process_is_reported_in_one_line(two_sections, monkeypatch, capsys):
     monkeypatch.setattr(report, "render", lambda _: os.kill(os.getpid(), signal.SIGKILL))
     assert run(two_sections) == 1
     said = capsys.readouterr().err
@@ -209,13 +209,13 @@ def test_a_killed_report_leaves_no_process(two_sections, monkeypatch, tmp_path):
     assert list(marks.iterdir()), "it drew"
     for mark in marks.iterdir():
         deadline = time.monotonic() + 10
-        while (state := state_of(mark.name)) not in "ZX":  # gone, or not yet collected
+        while (state := state_of(mark.name)) not in "ZX":  # Z: ended, but not yet waited for
             assert time.monotonic() < deadline, state
             time.sleep(0.05)
 
 
 def state_of(process: str) -> str:
-    """The letter of a process's state, see proc(5); X where there is none."""
+    """Return the letter of a process's state, see proc(5), or X if there is no such process."""
     status = Path("/proc", process, "status")
     return re.search(r"State:\s+(\w)", status.read_text())[1] if status.exists() else "X"
 
@@ -233,7 +233,7 @@ def test_packed_runs_give_the_same_report(full, tmp_path, capsys):
     assert capsys.readouterr().out == packed
 
 
-def test_hostile_names_are_text_everywhere(tmp_path):
+def test_special_characters_in_names_are_escaped_everywhere(tmp_path):
     nasty = "<script>alert(1)</script> $x^2$ \\input{a} 50% & _|_\n`b`"
     write_run(tmp_path / "runs", data_title=nasty, device_name=nasty, analysis=False)
     status, page = render(tmp_path / "runs", out=tmp_path / "out")
@@ -243,11 +243,11 @@ def test_hostile_names_are_text_everywhere(tmp_path):
     assert escaped + r"\textbackslash{}input\{a\} 50\% \& \_|\_" in tex.read_text()
     [markdown] = (tmp_path / "out").rglob("time.md")
     assert r"\<script\>" in markdown.read_text() and r"\_\|\_" in markdown.read_text()
-    assert len(markdown.read_text().splitlines()) == 3  # a line break in a name makes no row
-    assert tex.parent.parent.parent == tmp_path / "out"  # nor does a / in it make a folder
+    assert len(markdown.read_text().splitlines()) == 3  # a line break in a name starts no row
+    assert tex.parent.parent.parent == tmp_path / "out"  # and a slash in it makes no folder
 
 
-def test_what_is_told_steers_no_terminal(tmp_path, capsys):
+def test_notes_contain_no_control_characters(tmp_path, capsys):
     write_run(tmp_path, analysis=False)
     bad = write_run(tmp_path / "\x1b[31m", analysis=False)
     (bad / "summary.json").write_text('{"\x1b[2J": 1}')
@@ -256,7 +256,7 @@ def test_what_is_told_steers_no_terminal(tmp_path, capsys):
     assert line.startswith("report.py: left out ") and line.isprintable()
 
 
-def test_unusable_input_is_one_line_and_status_2(tmp_path, capsys):
+def test_unusable_input_gives_one_line_and_status_2(tmp_path, capsys):
     made = write_run(tmp_path / "runs", analysis=False)
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
@@ -281,7 +281,8 @@ def test_the_script_ends_with_its_exit_status_in_any_locale(tmp_path, locale):
     assert ended.returncode == 2 and ended.stderr.startswith("report.py: no usable run in ")
 
 
-def test_gammas_alone_and_betas_alone_have_their_rows_and_learned_gammas_where_gammas_learn(tmp_path):
+def test_only_modes_that_train_gamma_have_a_figure_of_gammas(tmp_path):
+    """The table of parameters has only the modes that train no other part."""
     for mode in ("gamma", "beta", "gamma+output", "beta+output"):
         write_run(tmp_path / mode, "resnet14", mode)
         assert render(tmp_path / mode, out=tmp_path / f"{mode}-report")[0] == 0
@@ -290,7 +291,7 @@ def test_gammas_alone_and_betas_alone_have_their_rows_and_learned_gammas_where_g
         assert [row["mode"] for row in rows] == ([mode] if "+" not in mode else [])
 
 
-def test_sparse_convolutions_stand_beside_the_published_initialisation(tmp_path):
+def test_sparse_convolutions_are_compared_with_the_published_ones(tmp_path):
     for inits in ({}, {"conv_init": "sparse", "nonzeros": 3}):
         write_run(tmp_path / "runs", "resnet14", "bn_only", **inits)
     status, page = render(tmp_path / "runs", out=tmp_path / "report")

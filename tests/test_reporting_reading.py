@@ -1,4 +1,4 @@
-"""What a run's folder holds is read whole, or named and left out."""
+"""Runs are read and checked; unusable runs and analyses are named and left out."""
 
 import json
 import os
@@ -26,11 +26,11 @@ def nothing_told():
 def test_the_same_run_twice_is_named_and_counts_once(tmp_path):
     kept = write_run(tmp_path / "a")
     twin = write_run(tmp_path / "b")
-    assert len(read(tmp_path, kept)) == 1  # the folder twice, its twin once
+    assert len(read(tmp_path, kept)) == 1  # `kept` is given twice, its twin once
     assert told == [f"left out {twin}: {kept} is the same run with the same seed"]
 
 
-def test_of_the_same_run_the_one_that_is_done_is_kept(tmp_path):
+def test_of_two_folders_of_the_same_run_the_finished_one_is_kept(tmp_path):
     (write_run(tmp_path / "a") / "summary.json").unlink()
     done = write_run(tmp_path / "b")
     [run] = read(tmp_path)
@@ -49,7 +49,7 @@ def without(name: str, key: str):
 
 
 @pytest.mark.parametrize("key", ["final_test_top5_acc", "best_val_acc", "chosen_epoch"])
-def test_what_only_some_runs_have_is_not_missed(tmp_path, key):
+def test_optional_fields_of_a_summary_may_be_missing(tmp_path, key):
     run = write_run(tmp_path, **{key: 5 if key == "chosen_epoch" else 50.0})
     assert getattr(read(tmp_path)[0].summary, key) in (5, 50.0)
     without("summary.json", key)(run)
@@ -64,14 +64,14 @@ def test_what_only_some_runs_have_is_not_missed(tmp_path, key):
         {"frozen_sha256": "f" * 64},
     ],
 )
-def test_an_analysis_that_is_not_the_runs_costs_it_no_more_than_that(tmp_path, values):
+def test_a_run_with_an_unusable_analysis_is_kept_without_it(tmp_path, values):
     change("analysis.json", **values)(write_run(tmp_path))
     [run] = read(tmp_path)
     assert run.analysis is None and run.done
     assert len(told) == 1 and told[0].startswith("left out the analysis")
 
 
-def test_analyses_with_other_edges_are_not_averaged(tmp_path):
+def test_an_analysis_with_other_bin_edges_is_left_out(tmp_path):
     first = write_run(tmp_path, seed=0)
     change("analysis.json", gamma__edges=[3.0 * i for i in range(61)])(write_run(tmp_path, seed=1))
     kept = {run.config.options.seed: run.analysis for run in read(tmp_path)}
@@ -130,7 +130,7 @@ RUBBISH = {
         *(halve, drop_epoch, link, lambda folder: (folder / "config.json").unlink()),
     ],
 )
-def test_rubbish_is_named_in_a_line_and_left_out(tmp_path, damage):
+def test_a_damaged_run_is_named_in_one_line_and_left_out(tmp_path, damage):
     write_run(tmp_path, seed=1)
     bad = write_run(tmp_path, seed=0)
     damage(bad)
@@ -140,7 +140,7 @@ def test_rubbish_is_named_in_a_line_and_left_out(tmp_path, damage):
     assert line.startswith((f"left out {bad}: ", f"left out {bad}/")) and len(line.splitlines()) == 1
 
 
-def test_a_packed_line_goes_through_the_same_checks(tmp_path):
+def test_packed_runs_are_checked_like_run_folders(tmp_path):
     write_run(tmp_path / "runs", seed=0)
     text = read(tmp_path / "runs")[0].to_json(None)
     packed = tmp_path / "grid.jsonl"
@@ -167,14 +167,14 @@ def test_a_run_without_summary_has_not_ended(tmp_path):
     assert (run.status, run.done, run.epochs_done) == ("not ended", False, 4)
 
 
-def test_names_are_read_without_what_steers_a_terminal(tmp_path):
+def test_control_characters_in_names_are_replaced(tmp_path):
     write_run(tmp_path / "\x1b[31m", data_title="a\x1b[2Jb\nc")
     [run] = read(tmp_path)
     assert run.config.data_title == "a\N{REPLACEMENT CHARACTER}[2Jb\N{REPLACEMENT CHARACTER}c"
     assert run.name.isprintable()
 
 
-def test_packed_runs_that_are_no_file_or_enormous_are_not_read(tmp_path):
+def test_pipes_and_enormous_packed_files_are_not_read(tmp_path):
     write_run(tmp_path / "a")
     os.mkfifo(tmp_path / "runs.jsonl")
     assert len(read(tmp_path)) == 1 and not told

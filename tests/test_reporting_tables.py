@@ -1,4 +1,4 @@
-"""Tables are the same in every form: full precision in CSV, escaped in Markdown and LaTeX."""
+"""Tables have full precision in CSV, and are escaped in Markdown and LaTeX."""
 
 import csv
 import io
@@ -21,7 +21,7 @@ def files() -> dict[str, str]:
     return Table("t", ["what", "acc (%)", "bytes", "text"], rows).files()
 
 
-def test_csv_has_full_precision_and_three_columns_of_a_mean(files):
+def test_csv_has_full_precision_and_three_columns_per_mean(files):
     first, second, third = csv.DictReader(io.StringIO(files["csv"]))
     assert list(first) == ["what", "acc mean (%)", "acc std (%)", "acc n", "bytes", "text"]
     assert float(first["acc mean (%)"]) == 1 / 3 and first["acc std (%)"] == "" and first["bytes"] == "12345"
@@ -29,7 +29,7 @@ def test_csv_has_full_precision_and_three_columns_of_a_mean(files):
     assert third["acc std (%)"] == "0.25" and first["what"] == "a|b_*[^~\\<"
 
 
-def test_markdown_is_escaped_and_numbers_stand_at_the_right(files):
+def test_markdown_is_escaped_and_numbers_are_right_aligned(files):
     head, rule, first, second, third = files["md"].splitlines()
     assert [cell.strip() for cell in head.strip("|").split("|")] == ["what", "acc (%)", "bytes", "text"]
     assert [cell.endswith(":") for cell in rule.strip("|").split("|")] == [False, True, True, False]
@@ -38,7 +38,7 @@ def test_markdown_is_escaped_and_numbers_stand_at_the_right(files):
     assert r"\# \& \$ % \{\}" in second and "007" in second and "1,000.50 ± 0.25 (n = 3)" in third
 
 
-def test_latex_is_a_booktabs_tabular_and_escaped(files):
+def test_latex_is_an_escaped_booktabs_tabular(files):
     lines = files["tex"].splitlines()
     assert lines[:3] == [r"% \usepackage{booktabs}", r"\begin{tabular}{lrrl}", r"\toprule"]
     assert lines[3] == r"what & acc (\%) & bytes & text \\" and lines[4] == r"\midrule"
@@ -50,7 +50,7 @@ def test_latex_is_a_booktabs_tabular_and_escaped(files):
     assert lines[8:] == [r"\bottomrule", r"\end{tabular}"]
 
 
-def test_what_others_report_names_the_papers_networks():
+def test_published_values_include_the_papers_networks():
     paper = REPORTED[REPORTED["source"] == "paper"].set_index(["mode", "architecture"])
     assert (
         paper["accuracy"]["bn_only", "resnet866"] == 82 and paper["trained"]["bn_only", "resnet866"] == 64736
@@ -58,8 +58,8 @@ def test_what_others_report_names_the_papers_networks():
     assert paper["shown"]["all", "resnet14"] == "about 91" and paper["trained"]["all", "resnet14"] == 175258
 
 
-def test_what_is_stored_stands_beside_accuracy_the_smallest_first(tmp_path):
-    """Without runs that began with another network, which would have to be stored, too."""
+def test_stored_sizes_are_listed_with_accuracies_smallest_first(tmp_path):
+    """Runs with --init-from are left out: their initial weights would have to be stored as well."""
     for mode, acc in (("all", 91.0), ("bn_only", 48.0), ("random", 27.0)):
         write_run(tmp_path, mode=mode, final_test_acc=acc, checkpoint_bytes=int(100 * acc), full_bytes=10_000)
     write_run(tmp_path, mode="bn_only", init_from="some run", final_test_acc=90.0)
@@ -68,7 +68,7 @@ def test_what_is_stored_stands_beside_accuracy_the_smallest_first(tmp_path):
     assert rows == [("random", 2700, 27.0, 27.0), ("bn_only", 4800, 48.0, 48.0), ("all", 9100, 91.0, 91.0)]
 
 
-def test_values_of_another_data_set_are_not_put_beside(tmp_path):
+def test_published_values_of_other_data_sets_are_not_shown(tmp_path):
     write_run(tmp_path, "resnet50", "all", data_title="Imagenette", image_size=128)
     (setting,) = by_setting(read_runs([str(tmp_path)], print))
     table = accuracy(series_of(setting.runs), setting)

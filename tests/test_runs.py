@@ -1,4 +1,4 @@
-"""A run folder has one name per run, holds what resuming needs, and lets one process in."""
+"""Tests of runs.py: the names of run folders, their files, and their lock."""
 
 import json
 import resource
@@ -60,7 +60,7 @@ def summary(status: str) -> records.Summary:
     )
 
 
-def test_a_run_is_named_after_its_data_network_mode_seed_and_whatever_differs():
+def test_a_name_has_data_network_mode_seed_and_the_options_that_differ():
     assert run_name(Options(), "cifar10") == "cifar10-resnet32-bn_only-s0"
     options = Options(arch="resnet14_w2", mode="bn+output", seed=3, lr=1e-3, milestones=(1, 2))
     options = replace(options, init_from="../w/a.pt", reset_bn=True, data_dir="/x", memory="recompute")
@@ -71,7 +71,7 @@ def test_a_run_is_named_after_its_data_network_mode_seed_and_whatever_differs():
     assert quick == "cifar10-resnet32-bn_only-s0-quick-presetbest-epochs2"
 
 
-def test_characters_that_a_file_name_might_not_have_are_replaced():
+def test_characters_unsafe_in_file_names_are_replaced():
     options = replace(config.defaults(quick=True), mode="bn+output", init_from="../w/a (1).pt")
     name = run_name(options, "my set")
     assert name == "my_set-resnet32-bn+output-s0-quick-init_froma__1_"
@@ -96,14 +96,14 @@ LONG = Options(
 
 @pytest.mark.parametrize("data", ["cifar10", "a data set with a name " * 9, "\N{SNOWMAN}" * 90])
 @pytest.mark.parametrize("options", [Options(), Options(seed=2**64 - 1), LONG], ids=["short", "seed", "long"])
-def test_a_name_has_at_most_100_characters_and_is_one_that_a_file_system_takes(data, options, tmp_path):
+def test_a_name_is_a_valid_file_name_of_at_most_100_characters(data, options, tmp_path):
     name = run_name(options, data)
     assert len(name) <= 100 and name == run_name(options, data)
     assert f"-s{options.seed}" in name and all(c.isalnum() or c in "._+-" for c in name)
     (tmp_path / name).mkdir()
 
 
-def test_runs_with_other_options_have_other_names_however_long_they_are():
+def test_different_options_give_different_names_even_if_shortened():
     others = [
         LONG,
         replace(LONG, lr=0.0123457),
@@ -118,7 +118,7 @@ def test_runs_with_other_options_have_other_names_however_long_they_are():
     assert len(set(names)) == len(names)
 
 
-def test_options_that_change_only_where_and_how_fast_a_run_goes_leave_its_name():
+def test_logistics_options_do_not_change_the_name():
     logistics = {
         "data_dir": "/x",
         "device": "cpu",
@@ -131,7 +131,7 @@ def test_options_that_change_only_where_and_how_fast_a_run_goes_leave_its_name()
     assert run_name(replace(LONG, **logistics), "cifar10") == run_name(LONG, "cifar10")
 
 
-def test_several_runs_have_a_name_in_which_their_seeds_are_not_counted():
+def test_the_names_of_several_seeds_differ_only_in_the_seed():
     for options in (Options(lr=0.5), LONG):
         own, several = run_name(options, "cifar10"), run_name(options, "cifar10", seed="SEED")
         assert several == own.replace(f"-s{options.seed}", "-sSEED")
@@ -152,7 +152,7 @@ def test_an_existing_run_is_refused_resumed_or_overwritten(tmp_path):
         assert run.load_last() is None and run.config is None
 
 
-def test_a_run_killed_between_its_two_files_loses_no_epoch(tmp_path, monkeypatch):
+def test_a_kill_between_last_pt_and_metrics_jsonl_loses_no_epoch(tmp_path, monkeypatch):
     with runs.open_run(tmp_path / "a") as run:
         run.end_epoch(epoch(1), {})
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
@@ -168,7 +168,7 @@ def test_a_run_killed_between_its_two_files_loses_no_epoch(tmp_path, monkeypatch
     assert list(records.read_epochs(tmp_path / "a")) == [epoch(1), epoch(2)]
 
 
-def test_a_run_without_its_configuration_counts_as_begun(tmp_path):
+def test_a_run_without_config_json_counts_as_existing(tmp_path):
     with runs.open_run(tmp_path / "a") as run:
         run.end_epoch(epoch(1), {})
     with pytest.raises(records.RunError, match="--resume"), runs.open_run(tmp_path / "a"):
@@ -177,11 +177,11 @@ def test_a_run_without_its_configuration_counts_as_begun(tmp_path):
         assert run.load_last() is None
 
 
-def test_a_full_disk_keeps_the_last_epoch(tmp_path):
+def test_a_full_disk_does_not_lose_the_last_epoch(tmp_path):
     with runs.open_run(tmp_path / "a") as run:
         run.end_epoch(epoch(1), {"x": 1})
         before, (_, most) = set(run.path.iterdir()), resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, most))  # bytes a file; fails as a full disk does
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, most))  # bytes per file; fails like a full disk
         try:
             with pytest.raises(OSError, match=r"File too large: .*/a/last\.pt'$"):
                 run.end_epoch(epoch(2), {"x": torch.zeros(100_000)})
@@ -191,14 +191,14 @@ def test_a_full_disk_keeps_the_last_epoch(tmp_path):
         assert run.load_last() == {"x": 1} and run.rows == [epoch(1)]
 
 
-def test_a_done_run_that_was_killed_before_it_removed_last_pt_has_it_removed_at_the_next_look(tmp_path):
+def test_tidy_removes_last_pt_of_a_done_run_that_no_process_uses(tmp_path):
     with runs.open_run(tmp_path / "a") as run:
         run.end_epoch(epoch(1), {})
         run.finish(summary("interrupted"))
-        runs.tidy(tmp_path / "a")  # which is in use
+        runs.tidy(tmp_path / "a")  # does nothing, as the folder is in use
         assert run.last.exists()
     runs.tidy(tmp_path / "a")
-    assert run.last.exists()  # to resume from
+    assert run.last.exists()  # kept, because the run can be resumed
     run.write("summary.json", summary("done").to_json())
     with runs.open_run(tmp_path / "a", resume=True):
         runs.tidy(tmp_path / "a")
@@ -215,7 +215,7 @@ def test_a_second_process_is_kept_out(tmp_path):
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_rubbish_in_a_run_folder_is_named(tmp_path):
+def test_an_error_names_the_damaged_file_of_a_run(tmp_path):
     with runs.open_run(tmp_path / "a") as run:
         (run.path / "last.pt").write_bytes(b"rubbish")
         with pytest.raises(records.RunError, match=r"last\.pt cannot be resumed from"):
@@ -226,7 +226,7 @@ def test_rubbish_in_a_run_folder_is_named(tmp_path):
                 run.summary  # noqa: B018
 
 
-def test_last_pt_is_removed_when_the_run_is_done_and_kept_when_it_failed(tmp_path):
+def test_last_pt_is_removed_when_the_run_is_done_and_kept_if_it_diverged(tmp_path):
     with runs.open_run(tmp_path / "a") as run:
         run.end_epoch(epoch(1), {})
         run.finish(summary("diverged"))
@@ -236,13 +236,13 @@ def test_last_pt_is_removed_when_the_run_is_done_and_kept_when_it_failed(tmp_pat
         assert run.summary == summary("done")
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+def test_a_folder_that_cannot_be_created_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(records.RunError, match="--out"), runs.open_run(tmp_path / "file" / "a"):
         pass
 
 
-def test_an_onlooker_reads_what_is_there_and_changes_nothing(tmp_path):
+def test_open_run_without_writes_reads_the_run_and_changes_no_file(tmp_path):
     with runs.open_run(tmp_path / "name") as run:
         run.begin(CONFIG)
         run.end_epoch(epoch(1), {})

@@ -1,4 +1,4 @@
-"""Training gives the same bits as before its modules were rebuilt, on the machine that recorded them."""
+"""Training gives the recorded weights, bit for bit, on the kind of machine that recorded them."""
 
 import json
 import os
@@ -34,7 +34,7 @@ for mode in json.loads(sys.argv[1]):
 """
 
 
-def test_every_mode_ends_with_the_weights_it_ended_with_before(tmp_path):
+def test_final_weights_equal_the_recorded_ones(tmp_path):
     here = device.maker_name(torch.device("cpu")), torch.__version__, torch.cpu._is_avx512_bf16_supported()
     if here != RECORDED_ON:
         pytest.skip(f"recorded on {RECORDED_ON}, and this is {here}: other machines round otherwise")

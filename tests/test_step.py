@@ -1,4 +1,4 @@
-"""The step is that of its optimiser on what trains, and its metrics are those of the batch."""
+"""A step updates the trained parameters as its optimiser should, and its metrics describe the epoch."""
 
 import copy
 import math
@@ -49,7 +49,7 @@ def test_metrics_are_the_mean_over_the_epochs_images():
     assert step.metrics() == (0.0, 0.0)
 
 
-def test_the_first_step_whose_loss_is_not_finite_is_remembered():
+def test_diverged_at_is_the_first_step_with_a_non_finite_loss():
     step, (images, labels) = Step(network()), batch()
     step(images, labels, lr=0.1)
     assert step.diverged_at() is None
@@ -58,7 +58,7 @@ def test_the_first_step_whose_loss_is_not_finite_is_remembered():
     assert step.diverged_at() == 1
 
 
-def test_a_step_that_fp16_skips_leaves_momentum_as_it_was():
+def test_a_skipped_fp16_step_leaves_weights_and_momentum_unchanged():
     step, (images, labels) = Step(network(), dtype=torch.float16), batch()
     before = step.flat.detach().clone()
     step(images * math.inf, labels, lr=0.1)
@@ -66,8 +66,8 @@ def test_a_step_that_fp16_skips_leaves_momentum_as_it_was():
     assert not step.optimizer.state[step.flat]["momentum_buffer"].any()
 
 
-def test_a_state_from_another_device_keeps_this_ones_settings():
-    """Adam's step is captured on a GPU, which it refuses with the settings of a CPU."""
+def test_loading_a_state_keeps_this_devices_settings():
+    """On a GPU, Adam must be `capturable`, which is off in a state that a CPU has saved."""
     saved = Step(network(), Options(optimizer="adam")).state_dict()
     step = Step(network(), Options(optimizer="adam"))
     step.optimizer.param_groups[0]["capturable"] = True
@@ -75,7 +75,7 @@ def test_a_state_from_another_device_keeps_this_ones_settings():
     assert step.optimizer.param_groups[0]["capturable"] and step.optimizer.param_groups[0]["lr"] is step.lr
 
 
-TAKEN = {  # by each optimiser, of a momentum and a weight decay
+TAKEN = {  # which of momentum and weight decay each optimiser accepts
     "sgd": {"momentum", "weight_decay"},
     "rmsprop": {"momentum", "weight_decay"},
     "adam": {"weight_decay"},
@@ -87,7 +87,7 @@ TAKEN = {  # by each optimiser, of a momentum and a weight decay
 
 
 @pytest.mark.parametrize("optimizer", TAKEN)
-def test_an_optimiser_of_torch_gets_the_options_it_takes_and_trains(optimizer):
+def test_each_optimiser_gets_the_options_it_accepts_and_trains(optimizer):
     model, given = network(), {"momentum": 0.5, "weight_decay": 0.25}
     step, before = Step(model, Options(optimizer=optimizer, **given)), model.bn1.weight.detach().clone()
     taken = {name: step.optimizer.defaults[name] for name in given.keys() & step.optimizer.defaults.keys()}
@@ -98,7 +98,7 @@ def test_an_optimiser_of_torch_gets_the_options_it_takes_and_trains(optimizer):
         step(*batch(seed=seed), lr=0.01)
     assert step.diverged_at() is None and not torch.equal(model.bn1.weight, before)
 
-    again = Step(network(), Options(optimizer=optimizer, **given))  # goes on from what last.pt keeps
+    again = Step(network(), Options(optimizer=optimizer, **given))  # continues from that state
     again.load_state_dict(copy.deepcopy(step.state_dict()))
     again.flat.data.copy_(step.flat)
     for one in (step, again):
@@ -107,7 +107,7 @@ def test_an_optimiser_of_torch_gets_the_options_it_takes_and_trains(optimizer):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "rmsprop", "adamw"])
-def test_an_optimiser_does_what_torchs_own_does_on_each_parameter(optimizer):
+def test_updates_equal_those_of_torch_optim_on_each_parameter(optimizer):
     model, reference = network(), network()
     step = Step(model, Options(optimizer=optimizer, momentum=0.5, weight_decay=0.01))
     known = {"sgd": torch.optim.SGD, "rmsprop": torch.optim.RMSprop, "adamw": torch.optim.AdamW}[optimizer]
@@ -127,7 +127,7 @@ def test_an_optimiser_does_what_torchs_own_does_on_each_parameter(optimizer):
 
 
 def test_on_a_cpu_nothing_is_compiled(monkeypatch):
-    """Least of all _record: compiled for a CPU by torch 2.13, it drops the epoch's sum of losses."""
+    """Above all not `_record`: compiled for a CPU by torch 2.13, it loses the epoch's sum of losses."""
     monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiled"))
     step = Step(network(), compiled=True)
     assert step.record is steps._record and step.loss == step._loss and not step.captures
@@ -159,7 +159,7 @@ def test_half_precision_steps_stay_near_fp32(dtype):
 
 
 @pytest.mark.parametrize("settings", [{"memory": "recompute"}, {"memory": "stock"}, {"compiled": False}])
-def test_every_way_to_a_step_trains_alike(settings):
+def test_memory_and_compiled_settings_do_not_change_training(settings):
     results = []
     for way in ({}, settings):
         model = network()
@@ -172,7 +172,7 @@ def test_every_way_to_a_step_trains_alike(settings):
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-2, atol=1e-3)
 
 
-def test_recomputing_gives_the_very_same_step():
+def test_recomputing_gives_the_same_bits():
     gammas = []
     for memory in ("lean", "recompute"):
         model = network()
@@ -183,7 +183,7 @@ def test_recomputing_gives_the_very_same_step():
 
 
 @pytest.mark.parametrize("mode", ["all", "bn_only", "random", "output"])
-def test_the_trained_parameters_are_one_vector_and_keep_their_names_and_values(mode):
+def test_flattening_keeps_values_and_only_trained_parameters_change(mode):
     model = network()
     freeze.freeze(model, mode)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -196,7 +196,7 @@ def test_the_trained_parameters_are_one_vector_and_keep_their_names_and_values(m
     assert changed == {name for name, p in model.named_parameters() if p.requires_grad}
 
 
-def test_what_a_gpu_compiles_gives_the_same_loss_and_metrics():
+def test_compiled_loss_and_metrics_equal_eager_ones():
     results = []
     for compiled in (False, True):
         torch.compiler.reset()
@@ -212,8 +212,8 @@ def test_what_a_gpu_compiles_gives_the_same_loss_and_metrics():
 
 @pytest.mark.parametrize("resident", [True, False])
 @pytest.mark.parametrize("mode", ["bn_only", "random", "none"])
-def test_a_step_that_fetches_its_own_batch_and_rate_equals_one_that_is_given_them(resident, mode):
-    """What a GPU captures, here called anew each time instead of replayed."""
+def test_an_epoch_equals_separate_steps_on_its_batches(resident, mode):
+    """A GPU captures and replays the step of `epoch`, which is here called each time instead."""
     results, lrs = [], [0.1, 0.05, 0.2]
     for given in (True, False):
         model = network()
@@ -232,7 +232,7 @@ def test_a_step_that_fetches_its_own_batch_and_rate_equals_one_that_is_given_the
 
 
 class Batches:
-    """A loader of three batches of 8, others in every epoch."""
+    """A loader of three batches of 8 images, which differ between epochs."""
 
     batch_size = 8
 

@@ -1,4 +1,4 @@
-"""The learning rate follows the published schedules, and a run stops early only where it is told to."""
+"""The learning rate follows the schedule in the options, and training stops early only if they say so."""
 
 import pytest
 
@@ -45,7 +45,7 @@ def test_plateau_cuts_down_to_a_floor_and_survives_a_resume():
     assert Schedule(1, Options(schedule="cosine", lr=1.0, min_lr=0.1, epochs=10)).lr(10) == pytest.approx(0.1)
 
 
-def test_early_stopping_counts_from_the_best_epoch_whatever_the_rate_does():
+def test_early_stopping_counts_from_the_best_epoch_despite_rate_cuts():
     schedule = Schedule(1, Options(schedule="plateau", lr=1.0, patience=2, early_stop=4))
     ends = []
     for accuracy in (10.0, 20.0, 19.0, 20.0, 21.0, 21.0, 20.0, 21.0, 20.0):

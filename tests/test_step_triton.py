@@ -1,4 +1,4 @@
-"""Steps and an evaluation by the Triton passes equal PyTorch's. Without a GPU, they are interpreted."""
+"""Steps and an evaluation with the Triton passes equal PyTorch's. Without a GPU, Triton interprets them."""
 
 import interpreted
 import pytest
@@ -18,7 +18,7 @@ if DEVICE == "cpu":
 
 
 def by_largest_patch():
-    """Return a chooser that takes patches of 2x2 where a convolution can be computed so, else of 1x1."""
+    """Return a function that chooses patches of 2x2 for each convolution that allows them, else of 1x1."""
     chosen = {}
 
     def choose(key, attempt):
@@ -43,7 +43,7 @@ def by_largest_patch():
     ],
 )
 def test_two_steps_and_an_evaluation_equal_pytorchs(mode, dtype, tolerance, monkeypatch):
-    """The second step, and the evaluation, see every weight as the first step has left it."""
+    """The second step and the evaluation must use the weights that the step before has updated."""
     found = []
     for ours in (CudaPasses(by_largest_patch()), TorchPasses()):
         for module in (step, kernels):

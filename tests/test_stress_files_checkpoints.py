@@ -1,4 +1,4 @@
-"""No seed checkpoint, however altered, is evaluated, rebuilt or begun with: it is refused by name."""
+"""Stress tests of altered seed checkpoints: scripts that evaluate, rebuild or train refuse them by name."""
 
 import functools
 import json
@@ -24,13 +24,13 @@ NAN, INF = float("nan"), float("inf")
 
 @functools.cache
 def sealed() -> bytes:
-    """The seed checkpoint of a network after two steps."""
+    """Return the seed checkpoint of a network after two steps."""
     return checkpoint.seed_checkpoint(*trained_for(2), steps=2)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def warm(tiny_folder):
-    """What is imported on first use, once, and not in every fork."""
+    """Do once what every fork would otherwise do on first use, such as imports."""
     sealed()
     data.open_dataset(str(tiny_folder), tiny_folder.parent / "prepared", say=lambda line: None)
     models.check_batches("resnet8", "projection", 32, 16)
@@ -38,7 +38,7 @@ def warm(tiny_folder):
 
 @pytest.fixture
 def work(tmp_path) -> Path:
-    """The working folder of a case; what lies beside it is watched, too."""
+    """Return the working folder of a case; what is written beside it is noticed, too."""
     (tmp_path / "work").mkdir()
     return tmp_path / "work"
 
@@ -64,7 +64,7 @@ def metadata(**texts: object) -> bytes:
 
 
 def spec(**values: object) -> bytes:
-    """The same tensors, of a network with other words for it."""
+    """Return the checkpoint with these values changed in its spec."""
     of = json.loads(whole()[0]["__metadata__"]["spec"])
     return metadata(spec=json.dumps(of | values))
 
@@ -74,21 +74,21 @@ def tensor(**values: object) -> bytes:
 
 
 def resealed(name: str, value: float) -> bytes:
-    """A checkpoint whose digests are those of a network with this value in it."""
+    """Return a checkpoint of a network that has `value` in the tensor `name`; its digests fit."""
     model, of = trained_for(1)
     model.state_dict()[name].view(-1)[0] = value
     return checkpoint.seed_checkpoint(model, of, steps=1)
 
 
 def of_sizes(**values: object) -> bytes:
-    """A checkpoint of a network that is right, with a spec of sizes that no run has."""
+    """Return a checkpoint with valid tensors and digests, and these values in its spec."""
     model, of = trained_for(1)
     return checkpoint.seed_checkpoint(model, of.model_copy(update=values), steps=1)
 
 
 BN, VAR = "layer1.0.bn1.weight", "layer1.0.bn1.running_var"
 TWICE = b', "bn1.bias": {"dtype": "F32", "shape": [16], "data_offsets": [4, 68]}}'
-SIZE = 64  # bytes of one of the 16 channels' tensors
+SIZE = 64  # bytes of a tensor with one float32 for each of 16 channels
 FILES = {
     "nothing": lambda: b"",
     "zeros": lambda: bytes(10**5),
@@ -192,11 +192,11 @@ SCRIPTS = {
     ),
     "train": lambda file, images: (train, [*small_options(images), "--init-from", file]),
 }
-PLAIN = {"no metadata"}  # which is a file of plain weights, of other classes
+PLAIN = {"no metadata"}  # train.py reads such a file as plain weights
 
 
 @pytest.mark.parametrize("case", FILES)
-def test_a_checkpoint_that_was_altered_is_refused(work, tiny_folder, case):
+def test_an_altered_checkpoint_is_refused(work, tiny_folder, case):
     scripts = list(SCRIPTS)
     of = scripts[list(FILES).index(case) % 3] if case not in PLAIN else "evaluation"
     (work / "w.safetensors").write_bytes(FILES[case]())
@@ -218,14 +218,14 @@ PLACES = {
 
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("case", PLACES)
-def test_what_is_no_file_of_a_checkpoint_is_refused(work, tiny_folder, case, script):
+def test_a_path_that_is_not_a_plain_checkpoint_file_is_refused(work, tiny_folder, case, script):
     PLACES[case](work / "w.safetensors")
     module, arguments = SCRIPTS[script](work / "w.safetensors", tiny_folder)
     assert "w.safetensors" in refused(module, arguments, work)
 
 
-def test_a_batch_size_that_no_run_had_takes_no_memory(work, tiny_folder):
-    """The network is right, and so it is evaluated, in batches of as many images as there are."""
+def test_an_enormous_batch_size_takes_no_memory(work, tiny_folder):
+    """The network is valid and is evaluated, in batches with at most as many images as there are."""
     sizes = {"classes": ("ash", "elm", "oak", "yew"), "image_size": 16, "batch_size": 2**31}
     of = SPEC.model_copy(update=sizes)
     (work / "w.safetensors").write_bytes(checkpoint.seed_checkpoint(checkpoint.create(of), of, steps=0))

@@ -1,4 +1,4 @@
-"""Odd pictures in folders are read right, or refused by name; what is no picture is ignored or refused."""
+"""Stress tests of image folders: unusual images are read, bad ones refused by name, other files ignored."""
 
 import io
 import os
@@ -28,7 +28,7 @@ GREY = (0x80, 0x80, 0x80)
 
 @pytest.fixture
 def work(tmp_path) -> Path:
-    """The working folder of a case: a folder of pictures, and beside it what is prepared of them."""
+    """Return the working folder of a case, an image folder; `data` beside it is for prepared files."""
     (tmp_path / "data").mkdir()
     write_images(tmp_path / "work", each=1, size=(SIDE, SIDE))
     return tmp_path / "work"
@@ -55,16 +55,16 @@ def grey(dtype: str, value: float, size: tuple[int, int] = (SIDE, SIDE)) -> Imag
 
 
 def others(count: int) -> dict:
-    """Further frames of an animation, which are black."""
+    """Return settings that save `count` more frames, which are black."""
     return {"save_all": True, "append_images": [Image.new("RGB", (SIDE, SIDE))] * count}
 
 
 def clear(form: str) -> Callable[[], bytes]:
-    """A palette with a transparency for each of its colours."""
+    """Return a function that saves PICTURE with a palette in which each colour has its own transparency."""
     return lambda: saved(PICTURE.quantize(4), form, transparency=bytes([0, 128, 255, 255]))
 
 
-READ = {  # the suffix, the file, and its one colour
+READ = {  # suffix, content and colour of a file
     "a JPEG that is called PNG": (".png", lambda: saved(PICTURE, "JPEG", quality=95), COLOUR),
     "a PNG that is called JPEG": (".JPeG", lambda: saved(PICTURE, "PNG"), COLOUR),
     "a JPEG in CMYK": (".jpg", lambda: saved(PICTURE.convert("CMYK"), "JPEG", quality=95), COLOUR),
@@ -127,7 +127,7 @@ READ = {  # the suffix, the file, and its one colour
 
 
 @pytest.mark.parametrize("case", READ)
-def test_a_picture_of_an_unusual_kind_is_read_right(work, case):
+def test_an_image_of_an_unusual_kind_is_read_correctly(work, case):
     suffix, make, colour = READ[case]
     (work / "train" / "cat" / f"9{suffix}").write_bytes(make())
     outcome = attempt(data, [work, "--data-dir", work.parent / "data", "--image-size", SIDE], work)
@@ -203,7 +203,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_picture_that_is_damaged_or_too_large_is_refused_by_name(work, case):
+def test_a_damaged_or_too_large_image_is_refused_by_name(work, case):
     suffix, make = REFUSED[case]
     (work / "train" / "dog" / f"9{suffix}").write_bytes(make())
     said = refused(data, [work, "--data-dir", work.parent / "data", "--image-size", SIDE], work)
@@ -229,7 +229,7 @@ IGNORED = {
 
 
 @pytest.mark.parametrize("case", IGNORED)
-def test_what_is_no_file_of_a_picture_is_ignored_and_a_line_says_so(work, case, monkeypatch):
+def test_other_files_are_ignored_and_a_line_says_so(work, case, monkeypatch):
     monkeypatch.chdir(work.parent)
     IGNORED[case](work / "train" / "cat" / "9.png")
     before = listing(work)
@@ -240,6 +240,6 @@ def test_what_is_no_file_of_a_picture_is_ignored_and_a_line_says_so(work, case, 
     assert listing(work) == before
 
 
-def test_a_picture_that_is_a_link_to_itself_is_named(work):
+def test_an_image_that_is_a_link_to_itself_is_refused_by_name(work):
     (work / "train" / "cat" / "9.png").symlink_to("9.png")
     assert "train/cat/9.png" in refused(data, [work, "--data-dir", work.parent / "data"], work)

@@ -1,4 +1,4 @@
-"""Whatever the JSON files of runs, of prepared data and of the caches hold, they are refused or made anew."""
+"""Stress tests of hostile files of runs, prepared data and caches: they are refused or made again."""
 
 import json
 import os
@@ -26,7 +26,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module", autouse=True)
 def begun(tiny_folder, tmp_path_factory) -> Path:
-    """The folder of a run that was interrupted after its first epoch, and its prepared data beside it."""
+    """Return the folder of a run interrupted after its first epoch; ../../data has its prepared data."""
     out = tmp_path_factory.mktemp("begun")
     options = [*small_options(tiny_folder), "--data-dir", str(out / "data"), "--out", str(out / "runs")]
     interrupt_after_an_epoch(options)
@@ -35,12 +35,12 @@ def begun(tiny_folder, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def work(tmp_path) -> Path:
-    """The working folder of a case; what lies beside it is watched, too."""
+    """Return the working folder of a case; what is written beside it is noticed, too."""
     (tmp_path / "work").mkdir()
     return tmp_path / "work"
 
 
-TEXTS = {  # of JSON files
+TEXTS = {  # contents for a JSON file
     "nothing": b"",
     "a zero byte": b"\0",
     "half an object": b'{"a": ',
@@ -65,7 +65,7 @@ TEXTS = {  # of JSON files
     "HTML": b"<html>404</html>",
     "code": b"__import__('os').system('touch canary')",
 }
-KINDS = {  # of what is no plain file
+KINDS = {  # what can be in place of a small plain file
     "a link out": lambda file: file.symlink_to("/etc/passwd"),
     "a link to itself": lambda file: file.symlink_to(file.name),
     "a fifo": os.mkfifo,
@@ -79,7 +79,7 @@ CASES = [*TEXTS, *KINDS, "a byte order mark"]
 
 
 def replace(file: Path, case: str) -> None:
-    """Put what this case says in a file's place."""
+    """Replace a file as this case says."""
     honest = file.read_bytes()
     file.unlink()
     if case in KINDS:
@@ -89,7 +89,7 @@ def replace(file: Path, case: str) -> None:
 
 
 FILES = ("config.json", "summary.json", "metrics.jsonl", "analysis.json")
-SAME = {("metrics.jsonl", "nothing")}  # a run of which no epoch was kept
+SAME = {("metrics.jsonl", "nothing")}  # a run may have no epochs
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -121,7 +121,7 @@ def test_a_run_with_a_hostile_file_is_not_resumed(work, begun, tiny_folder, name
 
 
 BIG = 10**400
-VALUES = [  # of a packed run, whose texts and numbers agree with each other
+VALUES = [  # places in a valid packed run, and what to put there
     ("config__options__preset", "no such preset"),
     ("config__options__schedule", "[red]"),
     ("config__options__epochs", BIG),
@@ -164,7 +164,6 @@ def test_a_hostile_line_of_packed_runs_is_left_out_by_its_number(work, case):
     line = TEXTS.get(case)
     if line is None:
         path, value = VALUES[int(case)]
-        (work / "bad.json").write_text(json.dumps(bad))
         keys = [int(key) if key.isdigit() else key for key in path.split("__")]
         of = bad
         for key in keys[:-1]:
@@ -183,11 +182,11 @@ def test_a_hostile_line_of_packed_runs_is_left_out_by_its_number(work, case):
     assert outcome.said.startswith("report.py: left out runs.jsonl, line 1:") and len(outcome.lines) == 1
 
 
-HARMLESS = {"summary__why", "config__versions"}  # texts, however long, that are made printable
+HARMLESS = {"summary__why", "config__versions"}  # texts of any length, which are made printable
 
 
 @pytest.mark.parametrize("case", KINDS)
-def test_packed_runs_that_are_no_file_are_no_runs(work, case):
+def test_a_hostile_file_of_packed_runs_is_left_out_or_refused(work, case):
     write_run(work / "runs", seed=1)
     KINDS[case](work / "runs" / "more.jsonl")
     before = listing(work.parent)
@@ -204,7 +203,7 @@ def test_packed_runs_that_are_no_file_are_no_runs(work, case):
 
 
 def reopened(work: Path, tiny_folder: Path, begun: Path, harm) -> tuple[Path, Path]:
-    """Prepared data after `harm`, opened again; the same data untouched."""
+    """Copy prepared data, apply `harm` and open it again; return the paths of the copy and the original."""
     whole = begun.parents[1] / "data" / "beton"
     beton = Path(shutil.copytree(whole, work / "data" / "beton"))
     harm(beton)
@@ -215,7 +214,7 @@ def reopened(work: Path, tiny_folder: Path, begun: Path, harm) -> tuple[Path, Pa
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "a folder"])
-def test_an_index_of_prepared_data_that_is_none_is_made_anew(work, tiny_folder, begun, case):
+def test_an_invalid_index_of_prepared_data_is_made_again(work, tiny_folder, begun, case):
     beton, whole = reopened(work, tiny_folder, begun, lambda beton: replace(beton / "index.json", case))
     assert (beton / "index.json").read_bytes() == (whole / "index.json").read_bytes()
     assert not (beton / "index.json").is_symlink() and listing(beton).keys() == listing(whole).keys()
@@ -225,7 +224,7 @@ def test_an_index_of_prepared_data_that_is_none_is_made_anew(work, tiny_folder, 
 @pytest.mark.parametrize(
     "case", [*(case for case in KINDS if case != "a folder"), "nothing", "HTML", "no labels"]
 )
-def test_prepared_images_that_are_none_are_made_anew(work, tiny_folder, begun, split, case):
+def test_invalid_prepared_images_are_made_again(work, tiny_folder, begun, split, case):
     def harm(beton: Path) -> None:
         (file,) = beton.glob(f"*-{split}.beton")
         if case == "no labels":
@@ -241,16 +240,15 @@ def test_prepared_images_that_are_none_are_made_anew(work, tiny_folder, begun, s
 # ---- caches ----
 
 
-@pytest.mark.parametrize(
-    "case", [case for case in TEXTS if case != "100,000 names"]
-)  # which may be of layers
-def test_choices_of_kernels_that_are_none_are_measured_anew(tmp_path, case):
+# "100,000 names" is left out because its entries, null by name, are valid choices.
+@pytest.mark.parametrize("case", [case for case in TEXTS if case != "100,000 names"])
+def test_invalid_choices_of_kernels_are_not_used(tmp_path, case):
     (tmp_path / "kernels.json").write_bytes(TEXTS[case])
     assert choices.Choices(tmp_path / "kernels.json").made == {}
 
 
 def plant(library: Path, content: bytes, honest_digest: bool = False, mode: int = 0o600) -> None:
-    """Put another library in place of the one that was kept, and its digest."""
+    """Replace the cached library and, unless `honest_digest`, its digest; `mode` is the library's."""
     library.unlink()
     library.write_bytes(content)
     library.chmod(mode)
@@ -273,7 +271,7 @@ def in_a_linked_folder(library: Path) -> None:
     folder.chmod(0o770)
 
 
-LIBRARIES = {  # what is done to a cache: its library, and one that would run code as it is loaded
+LIBRARIES = {  # what is done to the cached library; `code` is one that runs code when it is loaded
     "other code, with the old digest": lambda kept, code: plant(kept, code, honest_digest=True),
     "other code, without a digest": lambda kept, code: (plant(kept, code), digest(kept).unlink()),
     "other code that its group may write to": lambda kept, code: plant(kept, code, mode=0o660),

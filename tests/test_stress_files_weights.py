@@ -1,4 +1,4 @@
-"""No weight file, however hostile, is run or believed: what torch.save wrote is refused by name."""
+"""Stress tests of hostile weight files and last.pt: nothing in them runs, and they are refused by name."""
 
 import functools
 import io
@@ -25,7 +25,7 @@ NAN, INF = float("nan"), float("inf")
 
 @pytest.fixture(scope="module", autouse=True)
 def begun(tiny_folder, tmp_path_factory) -> dict[str, Path]:
-    """By optimiser, the folder of a run that was interrupted after its first epoch."""
+    """Return a run's folder for each entry of OPTIMISERS; the run was interrupted after its first epoch."""
     out = tmp_path_factory.mktemp("begun")
     folders = {}
     for kind, more in OPTIMISERS.items():
@@ -39,16 +39,16 @@ OPTIMISERS = {"sgd": [], "adam": ["--optimizer", "adam"], "fp16": ["--dtype", "f
 
 @pytest.fixture
 def work(tmp_path) -> Path:
-    """The working folder of a case; what lies beside it is watched, too."""
+    """Return the working folder of a case; what is written beside it is noticed, too."""
     (tmp_path / "work").mkdir()
     return tmp_path / "work"
 
 
-# ---- what torch.save writes ----
+# ---- files in torch.save's format ----
 
 
 def zipped(content: bytes, storage: bytes = bytes(16), **more: bytes) -> bytes:
-    """A file as torch.save writes it, with these bytes for its pickle."""
+    """Return a file as torch.save writes it, with the pickle `content`; `__` in a name stands for a slash."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as file:
         for name, part in {"data.pkl": content, "version": b"3\n", "data/0": storage, **more}.items():
@@ -58,7 +58,7 @@ def zipped(content: bytes, storage: bytes = bytes(16), **more: bytes) -> bytes:
 
 @functools.cache
 def bomb() -> bytes:
-    """Such a file whose pickle is a gigabyte of zeros, packed."""
+    """Return a file in torch.save's format whose pickle is a compressed gigabyte of zeros."""
     out, megabytes = io.BytesIO(), 1000
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
         with file.open("archive/data.pkl", "w") as part:
@@ -75,7 +75,7 @@ def saved(what: object) -> bytes:
 
 
 def given() -> dict[str, torch.Tensor]:
-    """The weights of a network of four classes, as it begins."""
+    """Return the floating-point tensors of a new network of four classes, by name."""
     model = models.build("resnet8", 4)
     models.initialise(model, seed=1)
     return {name: t for name, t in model.state_dict().items() if t.is_floating_point()}
@@ -131,8 +131,8 @@ PTH = {
 
 
 @pytest.mark.parametrize("case", [*CODE, *PTH])
-def test_a_weight_file_that_cannot_be_begun_with_is_refused(work, tiny_folder, case):
-    """Also by each route by which a pickle runs code, in a zip and without."""
+def test_an_invalid_or_hostile_weight_file_is_refused(work, tiny_folder, case):
+    """Pickles that would run code are in a zip or bare, by turns."""
     file, canary = work / ("w.pth" if len(case) % 2 else "w.pt"), work.parent / "canary"
     if case in CODE:
         code = b"\x80\x04}" + b"X\1\0\0\0a" + payloads(canary)[case] + b"s."
@@ -147,7 +147,7 @@ def test_a_weight_file_that_cannot_be_begun_with_is_refused(work, tiny_folder, c
 
 
 def put(path: str, make: Callable[[object], object]) -> Callable[[dict], None]:
-    """What changes the value at a/b/c of last.pt."""
+    """Return a function that replaces a value of last.pt by what `make` makes of it; `path` is like a/b/c."""
 
     def apply(state: dict) -> None:
         *parents, last = path.split("/")
@@ -164,7 +164,7 @@ def as_it_is(value: object) -> Callable[[object], object]:
 
 
 MOMENTUM, SECOND = "step/optimizer/state/0/momentum_buffer", "step/optimizer/state/0/exp_avg_sq"
-KEPT = {  # by optimiser, what is done to last.pt
+KEPT = {  # a key of OPTIMISERS, and what is done to the last.pt of its run
     "no model": ("sgd", put("model", as_it_is({}))),
     "a model of text": ("sgd", put("model", as_it_is("x"))),
     "a model that is a list": ("sgd", put("model", as_it_is([]))),
@@ -233,7 +233,7 @@ KEPT = {  # by optimiser, what is done to last.pt
     ),
     "100,000 rows": ("sgd", put("rows", lambda rows: rows * 10**5)),
 }
-HARMS = {  # to the file as a whole
+HARMS = {  # what is done to the file as a whole
     "a link out": lambda file: file.symlink_to("/etc/passwd"),
     "a fifo": os.mkfifo,
     "a folder": Path.mkdir,
@@ -245,7 +245,7 @@ HARMS = {  # to the file as a whole
 
 
 @pytest.mark.parametrize("case", [*KEPT, *HARMS, *CODE])
-def test_a_run_is_not_resumed_from_a_last_pt_that_it_did_not_write(work, begun, tiny_folder, case):
+def test_a_run_is_not_resumed_from_an_invalid_or_hostile_last_pt(work, begun, tiny_folder, case):
     kind, harm = KEPT.get(case, ("sgd", None))
     folder = Path(shutil.copytree(begun[kind], work / "runs" / begun[kind].name))
     file, canary = folder / "last.pt", work.parent / "canary"
@@ -264,8 +264,8 @@ def test_a_run_is_not_resumed_from_a_last_pt_that_it_did_not_write(work, begun, 
 
 
 @pytest.mark.parametrize("place", ["model", MOMENTUM])
-def test_a_run_that_goes_on_from_nan_ends_as_diverged(work, begun, tiny_folder, place):
-    """Because a run may have kept them itself: they came about in the last step of an epoch."""
+def test_a_run_resumed_from_nan_ends_as_diverged(work, begun, tiny_folder, place):
+    """NaN is not refused, because the run itself may have saved it after the last step of an epoch."""
     folder = Path(shutil.copytree(begun["sgd"], work / "runs" / begun["sgd"].name))
     state = torch.load(folder / "last.pt", weights_only=True)
     put(place, filled(NAN))(state)

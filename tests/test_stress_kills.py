@@ -1,6 +1,6 @@
-"""Runs killed at every change of their folder and at random moments: resumed, they lose nothing.
+"""Stress tests: runs are killed at every change of their folder and at random moments, and lose nothing.
 
-Each is small, and its process is forked, see forked.py. Every mode and both optimisers take turns.
+The runs are small, and their processes are forked (see forked.py). The modes and optimisers take turns.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
 
 
 class Runs:
-    """Runs of each kind in folders of their own, and how they end undisturbed."""
+    """Starts runs, resumes them, and compares what they leave with what undisturbed runs leave."""
 
     def __init__(self, root: Path, images: Path):
         self.root, self.log, self.number = root, root / "log", itertools.count()
@@ -52,7 +52,7 @@ class Runs:
         return process
 
     def whole(self, kind: list[str]) -> dict[int, dict]:
-        """By its seed, what an undisturbed run of this kind leaves."""
+        """Return, by seed, what undisturbed runs of this kind leave; see `left`."""
         if kind[1] not in self.undisturbed:
             out, began = self.new(), time.monotonic()
             assert end(self.begin(kind, SEEDS[1], out)) == 0
@@ -61,16 +61,17 @@ class Runs:
         return self.undisturbed[kind[1]]
 
     def check(self, kind: list[str], seeds: list[str], out: Path) -> None:
-        """Resume the runs, and compare what they leave with what undisturbed ones do."""
+        """Resume the runs, and assert that they leave what undisturbed runs leave."""
         assert end(self.begin(kind, seeds, out)) == 0
         found = {seed: left(folder) for seed, folder in folders(out).items()}
         assert found == {int(seed): self.whole(kind)[int(seed)] for seed in seeds}
         assert "Traceback" not in self.log.read_text()
 
     def in_shared_memory(self) -> list[str]:
-        """What is new there, and neither bears the number of another process nor is the forking process's.
+        """Return the names of new files in /dev/shm that our runs may have left.
 
-        That one removes its locks, `sem.mp-*`, when it ends; train.py by itself has none with a name.
+        A name torch_PID_* contains the id of its process. The process from which the runs are forked removes
+        its locks, sem.mp-*, when it ends; train.py has no named locks.
         """
         new = set(os.listdir("/dev/shm")) - self.shared_memory
         numbers = {name: re.match(r"torch_(\d+)_", name) for name in new if not name.startswith("sem.mp-")}
@@ -82,7 +83,7 @@ def folders(out: Path) -> dict[int, Path]:
 
 
 def left(folder: Path) -> dict:
-    """All that a run leaves but times, and which options it was given that do not change its result."""
+    """Return what a run leaves, except times and those options that do not change its result."""
     found = config(folder)
     return {
         "files": sorted(file.name for file in folder.iterdir()),
@@ -101,14 +102,14 @@ def small_runs(tiny_folder, tmp_path_factory):
     assert not made.in_shared_memory()
 
 
-def test_the_undisturbed_runs_leave_their_files_alone(small_runs):
+def test_undisturbed_runs_leave_exactly_the_expected_files(small_runs):
     for kind in KINDS:
         assert all(run["files"] == FILES for run in small_runs.whole(kind).values())
 
 
 @pytest.mark.parametrize("seeds", SEEDS, ids=" ".join)
-def test_killed_before_any_change_of_its_folder_a_run_ends_as_undisturbed(small_runs, seeds, record_property):
-    """And killed once more, at the change of the same number, when it was resumed."""
+def test_a_run_killed_before_any_change_of_its_folder_loses_nothing(small_runs, seeds, record_property):
+    """If it has one seed, the resumed run is killed again, before its change of the same number."""
     kills = 0
     for number in itertools.count(1):
         kind, out, survived = KINDS[number % len(KINDS)], small_runs.new(), False
@@ -129,7 +130,7 @@ def test_killed_before_any_change_of_its_folder_a_run_ends_as_undisturbed(small_
     )
 
 
-def test_ended_at_any_moment_a_run_is_resumed_to_the_same_bytes(small_runs, record_property):
+def test_a_run_ended_at_any_moment_resumes_to_the_same_bytes(small_runs, record_property):
     drawn, ended, numbers = random.Random(0), {number: [] for number in SIGNALS}, itertools.cycle(SIGNALS)
     small_runs.whole(KINDS[0])
     for kind, seeds, _ in itertools.product(KINDS, SEEDS, range(2)):
@@ -138,7 +139,7 @@ def test_ended_at_any_moment_a_run_is_resumed_to_the_same_bytes(small_runs, reco
             number = next(numbers)
             process = small_runs.begin(kind, seeds, out)
             time.sleep(drawn.uniform(0, small_runs.seconds))
-            with contextlib.suppress(ProcessLookupError):  # it has ended
+            with contextlib.suppress(ProcessLookupError):  # the process has already ended
                 os.kill(process.pid, number)
             status = end(process, seconds=10)
             assert status in (0, -number, 1 if number != signal.SIGKILL else 0)
@@ -154,7 +155,7 @@ MANY = ["--epochs", "100000", "--milestones"]
 
 
 def begun(small_runs: Runs, seeds: list[str], out: Path, **first):
-    """A process of runs without end, when each has kept an epoch more than before."""
+    """Start or resume runs of 100,000 epochs, and return their process once it has saved another epoch."""
     before = epochs_kept(out)
     process = small_runs.begin(KINDS[3], seeds, out, *MANY, **first)
     deadline = time.monotonic() + 60
@@ -173,7 +174,7 @@ def epochs_kept(out: Path, of=max) -> int:
 
 @pytest.mark.parametrize("seeds", SEEDS, ids=" ".join)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-def test_told_to_end_a_run_keeps_its_epochs_and_ends_with_status_1(small_runs, number, seeds):
+def test_a_run_told_to_end_keeps_its_epochs_and_ends_with_status_1(small_runs, number, seeds):
     out = small_runs.new()
     for _ in range(2):
         process, began = begun(small_runs, seeds, out), time.monotonic()
@@ -186,7 +187,7 @@ def test_told_to_end_a_run_keeps_its_epochs_and_ends_with_status_1(small_runs, n
 
 
 def ends_slowly() -> None:
-    """Let it take a minute to write how a run ended."""
+    """Patch this process: Run.finish takes a minute, and writes nothing."""
     runs.Run.finish = lambda *_: time.sleep(60)
 
 
@@ -196,7 +197,7 @@ def test_a_second_ctrl_c_ends_a_run_at_once(small_runs, seeds):
     process = begun(small_runs, seeds, out, first=ends_slowly)
     os.kill(process.pid, signal.SIGINT)
     process.join(1)
-    for _ in seeds[1:]:  # one for each run that it would still tell
+    for _ in seeds[1:]:  # the further runs take one Ctrl-C each
         assert process.is_alive(), "it takes its time to write"
         os.kill(process.pid, signal.SIGINT)
         process.join(1)

@@ -1,4 +1,4 @@
-"""What surrounds the scripts, taken away: room on disks, memory, a home, a compiler, streams, the locale."""
+"""Stress tests of scripts without disk space, memory, a home, a compiler, open streams or a UTF-8 locale."""
 
 import contextlib
 import fcntl
@@ -55,7 +55,7 @@ def world(prepared, tmp_path, monkeypatch) -> World:
 # ---- disks ----
 
 
-def test_a_disk_of_any_size_ends_a_run_in_a_line_and_with_room_it_goes_on(world, tmp_path):
+def test_a_run_that_fills_a_disk_ends_in_a_line_and_resumes_with_room(world, tmp_path):
     there, sizes = tmp_path / "disk", (0, *range(4, 49, 4))
     for kilobytes in sizes:
         with disk(there, max(4, kilobytes)) as mount:
@@ -71,7 +71,7 @@ def test_a_disk_of_any_size_ends_a_run_in_a_line_and_with_room_it_goes_on(world,
 
 @pytest.mark.parametrize("how", ["full", "read-only"])
 @pytest.mark.parametrize("name", WRITING)
-def test_what_cannot_be_written_is_told_and_with_room_it_is_written(world, tmp_path, name, how):
+def test_an_unwritable_disk_is_reported_and_used_once_it_has_room(world, tmp_path, name, how):
     there, script = tmp_path / "disk", world.commands("")[name][0]
     with disk(there, 300) as mount:
         shutil.copytree(world.run, there / world.run.name)
@@ -87,9 +87,7 @@ def test_what_cannot_be_written_is_told_and_with_room_it_is_written(world, tmp_p
 
 
 @pytest.mark.parametrize("kilobytes", [8, 80, 96])
-def test_images_for_which_there_is_no_room_are_told_of_and_with_room_they_are_prepared(
-    world, tmp_path, kilobytes
-):
+def test_images_are_prepared_once_there_is_room_and_until_then_refused(world, tmp_path, kilobytes):
     there = tmp_path / "disk"
     argv = [*world.train(tmp_path / "runs", "--overwrite"), "--data-dir", str(there)]
     with disk(there, kilobytes) as mount:
@@ -104,7 +102,7 @@ def test_images_for_which_there_is_no_room_are_told_of_and_with_room_they_are_pr
 
 
 @pytest.mark.parametrize("options", ["remount,size=4k", "remount,ro"])
-def test_without_room_for_compiled_code_or_temporary_files_runs_are_done(world, tmp_path, options):
+def test_runs_need_no_room_for_compiled_code_or_temporary_files(world, tmp_path, options):
     there = tmp_path / "disk"
     with disk(there, 4) as mount:
         fill(there)
@@ -113,7 +111,7 @@ def test_without_room_for_compiled_code_or_temporary_files_runs_are_done(world, 
             of = world.ends("train", tmp_path / name, **{name: str(there)})
             told_well("train", of, (0,))
             assert compiles or "PyTorch's slower kernels are used" in of.err
-            assert of.err.count("\n") <= 3  # a warning has two
+            assert of.err.count("\n") <= 3  # a warning takes two
 
 
 # ---- limits ----
@@ -124,13 +122,13 @@ def at_most(kind: int, size: int) -> None:
 
 
 def more_memory(size: int) -> None:
-    """Let the process take so many bytes more, and no more."""
+    """Limit the process to `size` bytes of address space beyond what it has now."""
     used = int(re.search(r"VmSize:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
     at_most(resource.RLIMIT_AS, used + size)
 
 
 @pytest.mark.parametrize("name", WRITING)
-def test_a_limit_on_the_size_of_files_is_told(world, tmp_path, name):
+def test_a_limit_on_the_size_of_files_is_reported(world, tmp_path, name):
     script, out = world.commands("")[name][0], tmp_path / "out"
     shutil.copytree(world.run, out / world.run.name)
     for size in (0, 1000, 10_000) if name == "train" else (300,):
@@ -141,7 +139,7 @@ def test_a_limit_on_the_size_of_files_is_told(world, tmp_path, name):
     whole(out)
 
 
-def test_a_limit_on_the_size_of_files_is_told_by_the_loader_of_others(world, tmp_path):
+def test_a_limit_on_the_size_of_files_is_reported_with_a_dataloader(world, tmp_path):
     script, argv = world.commands(tmp_path)["stock"]
     limit = functools.partial(at_most, resource.RLIMIT_FSIZE, 300)
     outcome = fresh(script, argv, limit, **world.environment)
@@ -149,11 +147,11 @@ def test_a_limit_on_the_size_of_files_is_told_by_the_loader_of_others(world, tmp
 
 
 @pytest.mark.parametrize("more", [[], ["--mode", "all"], ["--memory", "stock", "--no-compile"]])
-def test_too_little_memory_names_the_batch_size_and_what_would_fit(world, tmp_path, more):
+def test_out_of_memory_names_the_batch_size_and_how_to_find_one_that_fits(world, tmp_path, more):
     large = ["--data", "synthetic", "--arch", "resnet14", "--train-subset", "4000", "--batch-size", "4000"]
     large += ["--epochs", "1", "--milestones", "--eval-every", "9", *more]
     argv, said = [*world.train(tmp_path / "runs", "--overwrite"), *large], ""
-    for megabytes in (450, 600, 750):  # the least may not suffice to begin with
+    for megabytes in (450, 600, 750):  # the smallest may not suffice to start
         of = ended("train", argv, functools.partial(more_memory, megabytes << 20), **world.environment)
         told_well("train", of, (1,), "out of memory.* try a smaller")
         said += of.err
@@ -165,7 +163,7 @@ def test_too_little_memory_names_the_batch_size_and_what_would_fit(world, tmp_pa
 
 
 @pytest.mark.parametrize("home", [None, "/proc/none", "/proc"])
-def test_without_a_home_every_script_does_its_work(world, tmp_path, home):
+def test_train_and_report_work_without_a_home(world, tmp_path, home):
     nothing = dict.fromkeys(("XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"))
     for name in ("train", "report") if home == "/proc" else ("train",):
         script, argv = world.commands(tmp_path / "out")[name]
@@ -175,7 +173,7 @@ def test_without_a_home_every_script_does_its_work(world, tmp_path, home):
         assert (home is None) or ("compiled kernels are not cached there" in of.err)
 
 
-def test_without_a_compiler_pytorchs_kernels_are_used_and_torch_compile_is_refused(world, tmp_path):
+def test_without_a_compiler_train_works_and_torch_compile_is_refused(world, tmp_path):
     nothing = {"PATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
     of = world.ends("train", tmp_path / "out", **nothing)
     told_well("train", of, (0,))
@@ -188,7 +186,7 @@ def test_without_a_compiler_pytorchs_kernels_are_used_and_torch_compile_is_refus
 
 
 def streams(closed: tuple[int, ...] = (), full: tuple[int, ...] = ()) -> None:
-    """Make of standard streams what Python finds where a shell has closed them, or sent them to /dev/full."""
+    """Close standard streams, by number, or send them to /dev/full, as if a shell had done so."""
     for number in (*closed, *full):
         os.close(number)
         setattr(sys, ("stdin", "stdout", "stderr")[number], None)
@@ -202,12 +200,12 @@ FEW = {"input closed": {"closed": (0,)}, "output closed": {"closed": (1,)}, "err
 
 
 @pytest.mark.parametrize("how", STREAMS | FEW)
-def test_streams_that_are_closed_or_full_end_nothing_in_a_traceback(world, tmp_path, how):
+def test_closed_or_full_streams_cause_no_traceback(world, tmp_path, how):
     for name in NAMES if how in STREAMS else ("train", "memory", "rebuild"):
         script, out = world.commands("")[name][0], tmp_path / name
         shutil.copytree(world.run, out / world.run.name)
         of = world.ends(name, out, functools.partial(streams, **(STREAMS | FEW)[how]))
-        fails = how == "output full" and name != "report"  # which prints nothing
+        fails = how == "output full" and name != "report"  # report prints nothing
         told_well(script, of, (1,) if fails else (0,), "No space left on device, where its output goes")
         whole(out)
         if name == "train":
@@ -217,10 +215,10 @@ def test_streams_that_are_closed_or_full_end_nothing_in_a_traceback(world, tmp_p
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_ascii_locale_and_a_folder_that_it_cannot_name_end_nothing(world, tmp_path, name):
+def test_scripts_work_in_an_ascii_locale_and_a_folder_with_accents(world, tmp_path, name):
     script, argv = world.commands(out := tmp_path / "\N{LATIN SMALL LETTER E WITH ACUTE}t\xe9")[name]
     shutil.copytree(world.run, out / world.run.name)
-    argv = [argument for argument in argv if argument != "--list"]  # its cells are trained
+    argv = [argument for argument in argv if argument != "--list"]  # so that sweep.py trains
     told_well(script, fresh(script, argv, **world.environment, **ASCII), (0,))
     whole(out)
 

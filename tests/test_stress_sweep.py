@@ -1,4 +1,4 @@
-"""A sweep, data preparation, rebuild and report, killed: the next call ends as if nothing had happened."""
+"""Stress tests: after a sweep, data preparation, rebuild or report is killed, the next call completes it."""
 
 import contextlib
 import importlib.util
@@ -39,7 +39,7 @@ def served():
 
 
 def send(process: BaseProcess, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):  # it has ended
+    with contextlib.suppress(ProcessLookupError):  # the process has already ended
         os.kill(process.pid, number)
 
 
@@ -56,7 +56,7 @@ CELLS = len(VARIANTS) * SEEDS
 
 
 class ForkedTrainer(multiprocessing.get_context("fork").Process):
-    """In the place of subprocess.Popen: train.py as a fork of the sweep, which has imported it."""
+    """A replacement for subprocess.Popen: runs train.py in a fork of the sweep, which has imported it."""
 
     def __init__(self, command, env, stdin, stdout, stderr, process_group, preexec_fn):
         super().__init__(
@@ -85,7 +85,7 @@ popen = subprocess.Popen
 
 
 def two_hundred_cells() -> None:
-    """Let this process's sweep be of 200 cells, which it trains by forks of itself, of prepared images."""
+    """Patch this process: its sweep has 200 cells, trains them in forks of itself, and prepares no data."""
     sweep.GRIDS["cells"] = {"VARIANTS": VARIANTS, "ARCHS": "resnet8", "MODES": "bn_only"}
     seeds = " ".join(map(str, range(SEEDS)))
     os.environ.update(GRID="cells", SEEDS=seeds, JOBS="6", REPLICAS="2")
@@ -95,7 +95,7 @@ def two_hundred_cells() -> None:
 
 
 def epochs_trained(logs: Path) -> Counter:
-    """How often each epoch of each cell was trained: counts of (lr, seed, epoch)."""
+    """Return how often the logs say that each (learning rate, seed, epoch) was trained to its end."""
     counts = Counter()
     for log in logs.glob("*.log"):
         for line in log.read_text().splitlines():
@@ -108,7 +108,7 @@ def epochs_trained(logs: Path) -> Counter:
 
 
 def trainers(process: BaseProcess) -> list[int]:
-    """The process ids of what a sweep has started."""
+    """Return the ids of a sweep's child processes."""
     with contextlib.suppress(OSError):
         return [
             int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -126,10 +126,8 @@ def wait_for(condition, process: BaseProcess, seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
-def test_a_sweep_whose_processes_are_killed_ends_with_every_cell_done_or_failed_by_name(
-    tiny_folder, tmp_path, record_property
-):
-    """All is real, but that train.py's processes are forks of the sweep's, and images are prepared before."""
+def test_a_killed_sweep_ends_with_every_cell_done_or_named_as_failed(tiny_folder, tmp_path, record_property):
+    """Unlike in a real sweep, train.py runs in forks of the sweep, and the data is prepared before."""
     out, log, drawn, kills = tmp_path / "runs", tmp_path / "log", random.Random(0), Counter()
     images = ["--data", str(tiny_folder), "--data-dir", str(tmp_path / "prepared")]
     options = [*images, *SMALL[4:], "--epochs", "2", "--milestones", "1", "--out", str(out)]
@@ -152,7 +150,7 @@ def test_a_sweep_whose_processes_are_killed_ends_with_every_cell_done_or_failed_
     assert 0 < statuses(out)["done"] < CELLS - 2 * SEEDS, "it was killed on its way"
 
     process = start("sweep", options, tmp_path / "before", first=two_hundred_cells)
-    for _ in range(10):  # and goes on whatever is killed
+    for _ in range(10):  # it goes on although its processes are killed
         wait_for(lambda: trainers(process), process)
         for pid in trainers(process)[:1]:
             kill(pid, signal.SIGKILL, "a cell's process")
@@ -182,7 +180,7 @@ def test_a_sweep_whose_processes_are_killed_ends_with_every_cell_done_or_failed_
     )
 
 
-# ---- what writes files ----
+# ---- data preparation, rebuild and report ----
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -190,7 +188,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 class Killed:
-    """A script that writes into the folder after its last option: killed, called again, compared."""
+    """A script that is killed and called again, and must then leave the same files as an undisturbed call.
+
+    Each trial has a new folder under `root`. The path of this folder, or of the file `name` in it, follows
+    `options` on the command line. `first` is as in forked.start.
+    """
 
     def __init__(self, script: str, options: list[str], root: Path, name: str = "", first=None):
         self.script, self.options, self.name, self.first = script, options, name, first
@@ -215,9 +217,10 @@ class Killed:
         assert contents(out) == self.undisturbed
 
     def at_changes(self, numbers: Iterator[int], together: int = 1) -> int:
-        """Kill it before a change of each of the numbers, until it has fewer; returns the last number.
+        """Kill calls before their n-th change of files, for each n in `numbers`, until one has fewer changes.
 
-        After `together` kills in one folder it is called again, and leaves what it does undisturbed.
+        `numbers` is endless. After every `together` kills in one folder, call the script again and check its
+        files. Returns n - 1 for the first n that a call does not reach.
         """
         out = self.new()
         for count, number in enumerate(numbers, start=1):
@@ -231,12 +234,9 @@ class Killed:
                 self.again(out)
                 self.check(out)
                 out = self.new()
-        self.again(out)
-        self.check(out)
-        return number
 
     def at_random(self, count: int) -> None:
-        """Ended at random moments, by each of the signals in turn."""
+        """End `count` calls at random moments, by each signal in turn; check the files after another call."""
         drawn = random.Random(0)
         for number in itertools.islice(itertools.cycle(SIGNALS), count):
             out = self.new()
@@ -250,7 +250,7 @@ class Killed:
             self.check(out)
 
     def two_at_once(self, count: int) -> None:
-        """Two in one folder, of which the first is ended at a random moment, but for one time in four."""
+        """Start `count` pairs of calls in one folder; in three of four pairs, end the first by a signal."""
         drawn = random.Random(1)
         for number in itertools.islice(itertools.cycle([*SIGNALS, None]), count):
             out = self.new()
@@ -269,7 +269,7 @@ class Killed:
         return f"{what}: {told}, {pairs} pairs at once; lost: nothing"
 
 
-def test_data_preparation_that_is_killed_is_made_up_for(tiny_folder, tmp_path, record_property):
+def test_a_call_completes_killed_data_preparation(tiny_folder, tmp_path, record_property):
     if not importlib.util.find_spec("ffcv"):
         pytest.skip("needs ffcv, without which no prepared data is written")
     data = Killed("data", [str(tiny_folder), "--data-dir"], tmp_path)
@@ -286,7 +286,7 @@ def test_data_preparation_that_is_killed_is_made_up_for(tiny_folder, tmp_path, r
     record_property("tried", data.tried("data preparation", f"each of {changes}", 12))
 
 
-def test_a_rebuild_that_is_killed_is_made_up_for(tiny_folder, tmp_path, record_property):
+def test_a_call_completes_a_killed_rebuild(tiny_folder, tmp_path, record_property):
     images = ["--data", str(tiny_folder), "--data-dir", str(tmp_path / "prepared")]
     options = [*SMALL, *images, "--epochs", "1", "--milestones", "--out", str(tmp_path / "runs")]
     assert end(start("train", options, tmp_path / "log")) == 0
@@ -300,18 +300,18 @@ def test_a_rebuild_that_is_killed_is_made_up_for(tiny_folder, tmp_path, record_p
 
 
 def draws_nothing() -> None:
-    """Let figures, which take most of a report's time, be empty files."""
+    """Patch the report to write empty figures, because drawing them takes most of its time."""
     report.render = lambda figure: dict.fromkeys(("png", "pdf", "webp"), b"")
 
 
-def test_a_report_that_is_killed_is_made_up_for(tmp_path, record_property):
+def test_a_call_completes_a_killed_report(tmp_path, record_property):
     for seed in range(2):
         write_run(tmp_path / "runs", "resnet14", "bn_only", seed, analysis=False)
     options = [str(tmp_path / "runs"), "--out"]
     killed = Killed("report", options, tmp_path, first=draws_nothing)
-    changes = killed.at_changes(itertools.count(1, 4), together=10)  # of a file there are five
+    changes = killed.at_changes(itertools.count(1, 4), together=10)  # a file takes five changes
     assert changes > 4 * len(killed.undisturbed)
-    write_run(tmp_path / "runs", "resnet14", "bn_only", 0, epochs=6, analysis=False)  # another section
+    write_run(tmp_path / "runs", "resnet14", "bn_only", 0, epochs=6, analysis=False)  # adds a section
     (tmp_path / "two").mkdir()
     two = Killed("report", options, tmp_path / "two")
     assert len(two.undisturbed) > len(killed.undisturbed)

@@ -1,4 +1,4 @@
-"""sweep.sh: the cells of a grid, shared out, failing, killed, going on (see also test_sweep_slurm.py)."""
+"""Tests of sweep.py: the grids, and cells that are shared, fail, are killed or resume."""
 
 import dataclasses
 import os
@@ -23,7 +23,7 @@ EPOCHS = 12
 
 @pytest.fixture
 def small(tiny_folder, tmp_path, monkeypatch):
-    """Options of cells of a second, and the environment of a grid of four."""
+    """Set the environment of a grid of four small cells, and return their train.py options."""
     for name in ("GRID", "JOBS", "REPLICAS", "SLURM_ARRAY_TASK_ID"):
         monkeypatch.delenv(name, raising=False)
     chosen = {"ARCHS": "resnet8", "MODES": "bn_only random", "SEEDS": "0 1", "OMP_NUM_THREADS": "1"}
@@ -43,13 +43,13 @@ def end(process: subprocess.Popen, status: int) -> str:
     try:
         said, _ = process.communicate(timeout=600)
     finally:
-        process.kill()  # its runs end with it
+        process.kill()  # its train.py processes end with it
     assert process.returncode == status, said
     return said
 
 
 def main(options: list[str]) -> int:
-    """The exit status of `python sweep.py`, in this process."""
+    """Return the exit status of `python sweep.py`, run in this process."""
     return progress.run("sweep.py", lambda: sweep.main(options))
 
 
@@ -58,14 +58,14 @@ def folders(out: Path) -> list[Path]:
 
 
 def epochs_trained(out: Path) -> dict[str, list[int]]:
-    """The epochs that each log's processes trained, in that order."""
+    """Return for each log, by its name, the epochs that its processes trained, in order."""
     logs = (out / "logs").glob("*.log")
     return {
         log.stem: [int(e) for e in re.findall(rf"epoch (\d+)/{EPOCHS} ", log.read_text())] for log in logs
     }
 
 
-def test_the_named_grids_are_those_of_the_paper(monkeypatch):
+def test_the_named_grids_have_the_expected_cells(monkeypatch):
     for name in ("ARCHS", "MODES", "SEEDS"):
         monkeypatch.delenv(name, raising=False)
     counts = {name: len(make_grid({"GRID": name}, [])) for name in ("", *sweep.GRIDS)}
@@ -84,7 +84,7 @@ def test_the_named_grids_are_those_of_the_paper(monkeypatch):
 
 
 def write_config(cell: sweep.Cell, **options) -> None:
-    """config.json of a run with a cell's options, but for `options`."""
+    """Write config.json of a run with the cell's options, changed by `options`."""
     asked = dataclasses.replace(cell.options, **options)
     spec = {
         name: getattr(asked, name) for name in records.NetworkSpec.model_fields if hasattr(asked, name)
@@ -115,7 +115,7 @@ def write_config(cell: sweep.Cell, **options) -> None:
 
 
 def write_summary(cell: sweep.Cell, status: str, test_acc: float | None = None) -> None:
-    """summary.json of a run that ended like that."""
+    """Write summary.json of a run of the cell with this status and accuracy (percent)."""
     summary = records.Summary(
         status=status,
         why=None,
@@ -141,20 +141,20 @@ def write_summary(cell: sweep.Cell, status: str, test_acc: float | None = None) 
 
 
 def metrics(epochs: int) -> str:
-    """metrics.jsonl of so many epochs of a minute."""
+    """Return the text of metrics.jsonl after this many epochs of a minute each."""
     measured = {"train_loss": 1.0, "train_acc": 50.0, "test_loss": 1.0, "test_acc": 50.0, "images_per_s": 9.0}
     rows = [records.Epoch(epoch=epoch + 1, lr=0.1, epoch_s=60.0, **measured) for epoch in range(epochs)]
     return "".join(row.to_json(None) for row in rows)
 
 
-def test_the_list_shows_how_far_every_cell_is(small, tmp_path, capsys):
+def test_list_shows_the_status_and_progress_of_every_cell(small, tmp_path, capsys):
     cells = make_grid(os.environ, small)
     done, running, failed, begun = (cell.path for cell in cells)
     for cell in cells:
         cell.path.mkdir(parents=True)
         write_config(cell)
     (done / "metrics.jsonl").write_text(metrics(EPOCHS))
-    (done / "last.pt").touch()  # as of a run killed just before it removed it
+    (done / "last.pt").touch()  # as if the run was killed before it removed last.pt
     write_summary(cells[0], "done", 51.234)
     write_summary(cells[2], "diverged")
     (begun / "metrics.jsonl").write_text(metrics(2) + '{"epoch": 3, "epo')
@@ -178,7 +178,7 @@ def test_the_list_shows_how_far_every_cell_is(small, tmp_path, capsys):
     assert capsys.readouterr().out.split()[2] == "failed", "another run, that is done, is not this one"
 
 
-def test_a_summary_that_cannot_be_read_counts_as_failed_and_says_why(small):
+def test_a_cell_with_an_unreadable_summary_counts_as_failed(small):
     cell = make_grid(os.environ, small)[0]
     cell.path.mkdir(parents=True)
     (cell.path / "summary.json").write_text('{"status": "do')
@@ -186,7 +186,7 @@ def test_a_summary_that_cannot_be_read_counts_as_failed_and_says_why(small):
     assert cell.status == "failed" and cell.why.startswith(f"{cell.path / 'summary.json'}: ")
 
 
-def test_killed_twice_a_sweep_ends_with_every_cell_trained_once(small, tmp_path):
+def test_a_sweep_that_is_killed_twice_trains_every_cell_once(small, tmp_path):
     out = tmp_path / "runs"
     for kill, status in ((signal.SIGTERM, 1), (signal.SIGKILL, -signal.SIGKILL)):
         before = sum(map(len, epochs_trained(out).values()))
@@ -196,14 +196,14 @@ def test_killed_twice_a_sweep_ends_with_every_cell_trained_once(small, tmp_path)
             time.sleep(0.05)
         process.send_signal(kill)
         end(process, status)
-        for path in folders(out):  # also of a sweep that was given no time to stop them
+        for path in folders(out):  # even if the sweep had no time to stop them
             while runs.in_use(path) and time.monotonic() < deadline:
                 time.sleep(0.05)
             assert not runs.in_use(path), "no process is left behind"
     assert any(runs.Run(path).status == "interrupted" for path in folders(out))
     end(begin(small), 0)
     assert [runs.Run(path).status for path in folders(out)] == 4 * ["done"]
-    trained = epochs_trained(out)  # without the line of an epoch that was written as the signal came
+    trained = epochs_trained(out)  # the signal may have prevented the line of a saved epoch
     assert len(trained) == 4 and all(sorted(set(epochs)) == epochs for epochs in trained.values())
     for path in folders(out):
         assert [row.epoch for row in records.read_epochs(path)] == list(range(1, EPOCHS + 1))
@@ -220,7 +220,7 @@ def test_two_sweeps_share_the_cells(small, tmp_path, monkeypatch):
     assert len(trained) == 2 and all(epochs == list(range(1, EPOCHS + 1)) for epochs in trained.values())
 
 
-def test_seeds_train_together_and_several_processes_at_once(small, tmp_path, monkeypatch):
+def test_replicas_share_a_process_and_jobs_run_at_once(small, tmp_path, monkeypatch):
     monkeypatch.setenv("JOBS", "2")
     monkeypatch.setenv("REPLICAS", "2")
     said = end(begin(small), 0)
@@ -246,7 +246,7 @@ def test_every_visible_gpu_gets_its_processes(monkeypatch):
     assert [place["CUDA_VISIBLE_DEVICES"] for place in sweep.places("auto", 1)] == ["MIG-a", "MIG-b"]
 
 
-def test_seeds_spread_over_free_places_before_they_share_one(small, monkeypatch):
+def test_seeds_spread_over_free_places_before_they_share_a_process(small, monkeypatch):
     monkeypatch.setenv("SEEDS", "0 1 2")
     cells = make_grid(os.environ, small)
     at_work = sweep.Sweep(cells, 4 * [{}], 3)
@@ -272,7 +272,7 @@ def test_a_cell_that_fails_is_named_and_the_rest_go_on(small, tmp_path, monkeypa
 
 @pytest.fixture
 def chained(small, monkeypatch):
-    """A grid whose cells go on from others: everything, then BatchNorm alone or everything on top of it."""
+    """Set the environment of a grid of one cell and six that start from it, and return the options."""
     monkeypatch.setenv("GRID", "retrain")
     monkeypatch.setenv("MODES", "all")
     monkeypatch.setenv("SEEDS", "0")
@@ -286,7 +286,7 @@ def test_cells_whose_parent_failed_are_not_tried(chained, tmp_path):
     assert len(folders(tmp_path / "runs")) == 1
 
 
-def test_a_cell_waits_for_its_parent_which_its_slurm_task_trains_first(chained, monkeypatch):
+def test_a_slurm_task_trains_the_parent_of_its_cell_first(chained, monkeypatch):
     first, *rest = make_grid(os.environ, chained)
     assert first.parent is None and [cell.parent for cell in rest] == [first.path] * 6
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
@@ -300,7 +300,7 @@ def test_a_cell_waits_for_its_parent_which_its_slurm_task_trains_first(chained, 
     assert config.parent.run == first.path.name and config.options.reset_bn
 
 
-def test_batchnorm_first_ends_with_the_epoch_that_everything_ends_with(monkeypatch):
+def test_the_runs_of_a_warm_start_have_160_epochs_together(monkeypatch):
     cells = make_grid({"GRID": "warmstart", "SEEDS": "0 1", "ARCHS": "resnet14"}, [])
     later = [cell for cell in cells if cell.parent]
     by_path = {cell.path: cell for cell in cells}
@@ -313,7 +313,7 @@ def test_batchnorm_first_ends_with_the_epoch_that_everything_ends_with(monkeypat
 
 
 @pytest.mark.parametrize("name", ["warmstart", "retrain"])
-def test_a_warm_up_ends_with_a_shorter_run(name):
+def test_a_run_shorter_than_the_warm_up_shortens_it(name):
     cells = make_grid({"GRID": name, "SEEDS": "0", "ARCHS": "resnet14"}, ["--warmup-epochs", "30"])
     assert {cell.options.warmup_epochs for cell in cells} == (
         {0, 5, 10, 20, 30} if name == "warmstart" else {20, 30}
@@ -321,8 +321,8 @@ def test_a_warm_up_ends_with_a_shorter_run(name):
 
 
 @pytest.mark.parametrize("name", ["warmstart", "retrain"])
-def test_what_goes_on_from_a_cell_keeps_its_batchnorm(name):
-    """Were it drawn anew as that of the user's own parent, nothing would be left of what the cell trained."""
+def test_reset_bn_does_not_apply_to_cells_that_start_from_a_cell(name):
+    """--reset-bn would discard the BatchNorm that the parent cell has trained."""
     own = ["--init-from", __file__, "--reset-bn", "--schedule", "cosine", "--min-lr", "0.05"]
     cells = make_grid({"GRID": name, "SEEDS": "0", "ARCHS": "resnet14"}, own)
     later = [cell for cell in cells if str(cell.parent) != __file__]
@@ -340,7 +340,7 @@ def test_a_slurm_task_runs_its_own_cell(small, tmp_path, monkeypatch, capsys):
     assert "no cell 4 in the grid: give --array=0-3" in capsys.readouterr().err
 
 
-def test_a_terminal_shows_what_runs(small, monkeypatch):
+def test_a_terminal_shows_live_progress(small, monkeypatch):
     monkeypatch.setenv("SEEDS", "0")
     monkeypatch.setenv("MODES", "bn_only")
     pty = "import pty, sys; sys.exit(pty.spawn(sys.argv[1:]) >> 8)"
@@ -370,7 +370,7 @@ def test_a_terminal_shows_what_runs(small, monkeypatch):
         ({}, ["--data", "nowhere"], "--data nowhere: no such folder"),
     ],
 )
-def test_what_no_run_could_use_is_refused_before_the_first(environment, options, named, monkeypatch, capfd):
+def test_unusable_settings_are_refused_before_the_first_run(environment, options, named, monkeypatch, capfd):
     for name in ("ARCHS", "MODES", "SEEDS", "GRID", "JOBS", "SLURM_ARRAY_TASK_ID"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
@@ -380,7 +380,7 @@ def test_what_no_run_could_use_is_refused_before_the_first(environment, options,
     assert named in said and said.count("\n") <= 2
 
 
-def test_the_shell_script_starts_it_from_anywhere(tmp_path):
+def test_the_shell_script_works_from_any_folder(tmp_path):
     if not (ROOT / ".venv" / ".ready").exists():
         pytest.skip("needs the environment that run.sh makes")
     command = ["bash", str(ROOT / "sweep.sh"), "--list"]
@@ -388,12 +388,12 @@ def test_the_shell_script_starts_it_from_anywhere(tmp_path):
     assert listed.splitlines()[26].split()[:2] == ["26", "cifar10-resnet110-random-s2"]
 
 
-def test_an_interruption_that_is_lost_while_a_process_is_started_ends_the_sweep(small, monkeypatch, capsys):
+def test_an_interruption_lost_while_a_process_starts_ends_the_sweep(small, monkeypatch, capsys):
     started = sweep.Job.__init__
 
     def start_and_lose(*given):
         started(*given)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all that `progress.interrupt` leaves then
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the only trace of a lost `progress.interrupt`
 
     monkeypatch.setattr(sweep.Job, "__init__", start_and_lose)
     assert main(small) == 1 and "interrupted" in capsys.readouterr().err

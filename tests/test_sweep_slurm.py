@@ -1,4 +1,4 @@
-"""sweep.sh as an array job of a real Slurm, which the test starts on this machine, in a folder of its own."""
+"""Tests of sweep.sh as an array job of a real Slurm, which a fixture starts in a temporary folder."""
 
 import os
 import pwd
@@ -28,7 +28,7 @@ def free_port() -> int:
 
 
 def wait_for(what: str, condition, seconds: float = 300):
-    """The first true value of `condition()`."""
+    """Return the first true value of `condition()`; fail the test if there is none within `seconds`."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if value := condition():
@@ -39,7 +39,7 @@ def wait_for(what: str, condition, seconds: float = 300):
 
 @pytest.fixture(scope="module")
 def cluster():
-    """The environment of Slurm's commands, with munged, slurmctld and slurmd running."""
+    """Yield the environment variables for Slurm's commands while munged, slurmctld and slurmd run."""
     if missing := [
         tool for tool in TOOLS if not shutil.which(tool, path=os.environ["PATH"] + ":/usr/sbin:/sbin")
     ]:
@@ -88,7 +88,7 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
     daemons = []
 
     def daemon(*command: str) -> None:
-        log = open(home / f"{len(daemons)}.log", "w")  # noqa: SIM115, the daemon's
+        log = open(home / f"{len(daemons)}.log", "w")  # noqa: SIM115, the daemon writes to it
         daemons.append(
             subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         )
@@ -127,7 +127,7 @@ def epochs_trained(log: str) -> list[int]:
     return [int(epoch) for epoch in re.findall(rf"epoch (\d+)/{EPOCHS} ", log)]
 
 
-def test_an_array_job_runs_a_cell_per_task_and_goes_on_when_requeued(cluster, tiny_folder, tmp_path):
+def test_an_array_job_runs_a_cell_per_task_and_resumes_when_requeued(cluster, tiny_folder, tmp_path):
     prepared, out = tiny_folder.parent / "prepared", tmp_path / "runs"
     options = ["--data", str(tiny_folder), "--data-dir", str(prepared), "--out", str(out), "--device", "cpu"]
     options += ["--batch-size", "32", "--epochs", str(EPOCHS), "--milestones", "20", "--no-compile"]
@@ -150,7 +150,7 @@ def test_an_array_job_runs_a_cell_per_task_and_goes_on_when_requeued(cluster, ti
         folders = sorted(out.glob(f"*-{('bn_only', 'random')[task // 2]}-s{task % 2}-*"))
         return len(list(records.read_epochs(folders[0]))) if folders else 0
 
-    # A requeued job gets SIGTERM; one whose time runs out gets SIGUSR1 before, and asks to be requeued.
+    # Slurm sends SIGTERM to a requeued job, and SIGUSR1 to a job near its time limit, which requeues itself.
     for task, command in ((0, ["scontrol", "requeue"]), (3, ["scancel", "--batch", "--signal=USR1"])):
         wait_for(f"task {task} to train", lambda task=task: epochs(task) > 2)
         slurm(cluster, *command, f"{array}_{task}")
@@ -174,7 +174,7 @@ def test_an_array_job_runs_a_cell_per_task_and_goes_on_when_requeued(cluster, ti
         started = re.findall(r"^started (\S+)$", output, re.MULTILINE)
         assert started == [folder.name] * (1 + restarted), "a task runs its own cell, and no other"
         log = (out / "logs" / f"{folder.name}.log").read_text()
-        trained = epochs_trained(log)  # without the line of an epoch that was written as the signal came
+        trained = epochs_trained(log)  # the signal may have prevented the line of a saved epoch
         assert sorted(set(trained)) == trained, "no epoch is trained twice"
         assert [row.epoch for row in records.read_epochs(folder)] == list(range(1, EPOCHS + 1))
         assert ("continuing" in log) == restarted

@@ -1,4 +1,4 @@
-"""train.py through its command line: modes, the files of a run, validation, presets, what a person sees."""
+"""Tests of train.py's command line: modes, the files of a run, validation, presets, output and trackers."""
 
 import json
 import os
@@ -31,7 +31,7 @@ MODES += ("gamma", "beta")
 def test_every_mode_runs(small, mode, capsys):
     (options,), _ = parse_options([*small, "--mode", mode], "")
     before = frozen(mode, seed=0, classes=tuple("abcd"))
-    if mode == "bn_only":  # from the command line
+    if mode == "bn_only":  # in a process of its own
         ended = cli([*small, "--mode", mode])
         status, said = ended.returncode, ended.stdout
     else:
@@ -48,7 +48,7 @@ def test_every_mode_runs(small, mode, capsys):
     assert len(re.findall(r"^\[tiny\] epoch \d/3  lr ", said, re.MULTILINE)) == 3
 
 
-def test_a_run_leaves_the_files_that_people_rely_on(small):
+def test_a_done_run_leaves_the_documented_files_and_fields(small):
     assert exit_status(small) == 0
     folder = only_run()
     assert {entry.name for entry in folder.iterdir()} == {
@@ -95,7 +95,7 @@ def test_eval_every_skips_evaluations_but_not_the_last(small):
     assert [row["test_acc"] is None for row in metrics(only_run())] == [True, False, False]
 
 
-def test_what_is_chosen_is_chosen_on_validation_images(small):
+def test_early_stopping_and_the_chosen_epoch_use_validation_images(small):
     options = ["--mode", "all", "--epochs", "12", "--early-stop", "2", "--val-split", "16"]
     assert exit_status([*small, *options]) == 0
     rows, result = metrics(only_run()), summary(only_run())
@@ -114,7 +114,7 @@ def test_what_is_chosen_is_chosen_on_validation_images(small):
     checkpoint.restore(only_run())
 
 
-def test_the_epoch_that_validation_chose_is_tested_whatever_eval_every_is(small):
+def test_epochs_with_a_new_best_validation_accuracy_are_always_tested(small):
     options = ["--mode", "all", "--epochs", "7", "--val-split", "16", "--eval-every", "7"]
     assert exit_status([*small, *options]) == 0
     rows, result = metrics(only_run()), summary(only_run())
@@ -127,8 +127,8 @@ def test_the_epoch_that_validation_chose_is_tested_whatever_eval_every_is(small)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_test_images_enter_no_decision_of_any_preset(small, tiny_folder, tmp_path, preset):
-    """Other test images, same training images: the same epochs, rates and weights, bit for bit."""
+def test_test_images_affect_no_decision_of_any_preset(small, tiny_folder, tmp_path, preset):
+    """Runs that differ only in their test images have bitwise equal epochs, learning rates and weights."""
     other = tmp_path / "other" / "tiny"
     other.parent.mkdir()
     subprocess.run(["cp", "-r", str(tiny_folder), str(other)], check=True)
@@ -155,7 +155,7 @@ def test_test_images_enter_no_decision_of_any_preset(small, tiny_folder, tmp_pat
     assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
 
 
-def test_a_preset_is_other_defaults_and_is_recorded(small):
+def test_a_preset_changes_the_defaults_and_is_recorded(small):
     options = ["--preset", "000-3", "--arch", "resnet18", "--data", small[small.index("--data") + 1]]
     options += ["--data-dir", small[small.index("--data-dir") + 1], "--image-size", "48", "--epochs", "2"]
     options += ["--batch-size", "24", "--train-subset", "48", "--device", "cpu"]
@@ -171,7 +171,7 @@ def test_a_preset_is_other_defaults_and_is_recorded(small):
 
 
 def test_torchvisions_resnet18_is_frozen_and_its_batchnorm_trains(small, capsys):
-    """A state dict of 1,000 classes with torchvision's names, as its published file has it."""
+    """The weights have torchvision's names and 1,000 classes, like the published ones, but random values."""
     rng = torch.Generator().manual_seed(0)
     with torch.device("meta"):
         state = models.build("resnet18", 1000).state_dict()
@@ -193,7 +193,7 @@ def test_torchvisions_resnet18_is_frozen_and_its_batchnorm_trains(small, capsys)
     assert "layer2.0.conv1.weight (missing), layer2.0.conv9.weight (not in this network)" in said
 
 
-def test_more_than_ten_classes_have_a_top_5_accuracy(small, tmp_path):
+def test_more_than_ten_classes_give_a_top_5_accuracy(small, tmp_path):
     names = [f"class{i:03}" for i in range(1000)]
     write_images(tmp_path / "many", classes=names, each=1, size=(32, 32))
     options = ["--data", str(tmp_path / "many"), "--data-dir", str(tmp_path), "--batch-size", "100"]
@@ -207,7 +207,7 @@ def test_more_than_ten_classes_have_a_top_5_accuracy(small, tmp_path):
     assert scores.acc == row["test_acc"] and scores.top5_acc == row["test_top5_acc"]
 
 
-def test_quick_takes_synthetic_images_where_cifar10_cannot_be_had_and_says_so(tmp_path, monkeypatch, capsys):
+def test_quick_falls_back_to_synthetic_images_with_a_note(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     change_set(monkeypatch, "cifar10", url="http://127.0.0.1:9/cifar-10-python.tar.gz")
     small = ["--quick", "--arch", "resnet8", "--train-subset", "200", "--epochs", "1", "--no-compile"]
@@ -215,16 +215,16 @@ def test_quick_takes_synthetic_images_where_cifar10_cannot_be_had_and_says_so(tm
     said = capsys.readouterr()
     assert "synthetic" in said.err
     assert "[synthetic quick] epoch 1/1" in said.out
-    assert re.search(r"│ data +│ synthetic .*, --quick", said.out)  # in the table at the end
+    assert re.search(r"│ data +│ synthetic .*, --quick", said.out)  # in the table of results
     assert only_run().name.startswith("synthetic-resnet8-bn_only-s0-quick-")
     result = summary(only_run())
     assert result["data"] == "synthetic" and "synthetic" in result["data_title"]
     assert config(only_run()).options.quick
-    # Asked for by name, it has no substitute
+    # If --data names cifar10, nothing replaces it
     assert exit_status([*small, "--data", "cifar10", "--overwrite"]) == 2
 
 
-def test_a_reader_that_closes_the_pipe_ends_no_run(small):
+def test_a_closed_pipe_does_not_end_the_run(small):
     command = [sys.executable, str(ROOT / "train.py"), *small]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         running.stdout.readline()
@@ -244,7 +244,7 @@ def test_a_terminal_shows_live_progress(small):
         try:
             while chunk := os.read(ours, 65536):
                 seen += chunk
-        except OSError:  # the other side has closed
+        except OSError:  # train.py has closed its side
             pass
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen.decode())
     assert running.returncode == 0
@@ -252,7 +252,7 @@ def test_a_terminal_shows_live_progress(small):
 
 
 class FakeTracker:
-    """What wandb and trackio have in common, as far as train.py uses it; remembers what it is told."""
+    """The interface that train.py uses of wandb and trackio; it stores what it receives."""
 
     def __init__(self):
         self.told, self.finished = [], False
@@ -270,7 +270,7 @@ class FakeTracker:
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_a_tracker_gets_the_configuration_each_epoch_and_the_summary(small, monkeypatch, name):
+def test_a_tracker_receives_the_config_the_epochs_and_the_summary(small, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, tracker := FakeTracker())
     assert exit_status([*small, "--log", name, "--eval-every", "2"]) == 0
     folder = only_run()
@@ -284,16 +284,14 @@ def test_a_tracker_gets_the_configuration_each_epoch_and_the_summary(small, monk
     assert last == {f"summary/{k}": v for k, v in result.items() if v is not None}
 
 
-def test_a_tracker_is_told_of_a_run_that_failed(small, monkeypatch):
+def test_a_tracker_receives_the_status_of_a_diverged_run(small, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", tracker := FakeTracker())
     assert exit_status([*small, "--log", "wandb", "--mode", "all", "--lr", "1e30"]) == 1
     assert tracker.finished and tracker.told[-1][1]["summary/status"] == "diverged"
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_trained(
-    small, monkeypatch, capsys, name
-):
+def test_a_missing_tracker_is_refused_before_training(small, monkeypatch, capsys, name):
     monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
     assert exit_status([*small, "--log", name]) == 2
     said = capsys.readouterr().err

@@ -1,6 +1,6 @@
-"""train.py under torchrun: several processes train the network that one does, and none is left waiting.
+"""Tests of train.py under torchrun: two processes train the network that one trains, and none hangs.
 
-torchrun takes seconds to start, so that one start serves many runs: it runs this very file, see `in_each`.
+torchrun takes seconds to start, so one start serves many runs: torchrun runs this file, see `in_each`.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ LONG = ["--mode", "all", "--epochs", "12", "--milestones", "8", "--lr", "0.02"]
 
 
 def fp32(images: Path) -> list[str]:
-    """Options of a small run by our own kernels."""
+    """Return the options of a small fp32 run with our own kernels."""
     return [*(option for option in small_options(images) if option != "--no-compile"), "--dtype", "fp32"]
 
 
@@ -66,7 +66,11 @@ def torchrun(script: Path, *arguments: str) -> subprocess.Popen:
 
 
 def in_each(todo: str, out: str) -> None:
-    """What torchrun runs in each process: train.py with each list of options; keeps how each ended."""
+    """Run train.py in this process, one of torchrun's, with each list of options in the JSON object `todo`.
+
+    The file `out` followed by the rank gets, for each name in `todo`, the exit status and a list of hashes of
+    the trained networks. The list is empty if the run failed.
+    """
     endings = {}
     with distributed.joined() as group:
         distributed.joined = lambda: contextlib.nullcontext(group)
@@ -77,7 +81,7 @@ def in_each(todo: str, out: str) -> None:
         scores = train.Training.scores
 
         def scores_apart(training, evaluation):
-            """As if processes saw other validation accuracies, whose average is that of one process."""
+            """Return scores whose validation accuracy differs between processes, but is right on average."""
             found = scores(training, evaluation)
             if evaluation is not training.validation:
                 return found
@@ -93,7 +97,11 @@ def in_each(todo: str, out: str) -> None:
 
 @pytest.fixture(scope="module")
 def done(tiny_folder, tmp_path_factory):
-    """The folder of all runs, one/NAME by one process and two/NAME by two; and how each of these ended."""
+    """Return a folder of runs, the results of `in_each` in each process, and torchrun's standard error.
+
+    One process trains the runs in one/NAME, and two processes those in two/NAME. In two/resumed and
+    two/other number, one process has trained before.
+    """
     folder = tmp_path_factory.mktemp("processes")
     options = fp32(tiny_folder)
     two = {name: [*options, "--sync-bn", *more] for name, more in SYNCED.items()}
@@ -108,7 +116,7 @@ def done(tiny_folder, tmp_path_factory):
     two["other number"] = [*options, "--resume"]
     two["diverged"] = [*options, "--mode", "all", "--lr", "1e30"]
     two = {name: [*given, "--out", str(folder / "two" / name)] for name, given in two.items()}
-    two["refused"] = two["lean"]  # the last, for with it the first process leaves
+    two["refused"] = two["lean"]  # must be last: after it, the processes are out of step
     running = torchrun(Path(__file__), json.dumps(two), str(folder / "ended"))
     _, said = running.communicate(timeout=120)
     assert running.returncode == 0, said
@@ -117,10 +125,10 @@ def done(tiny_folder, tmp_path_factory):
 
 
 def compare(folder: Path, rows: list[dict], tensors: dict[str, torch.Tensor]) -> None:
-    """The run in `folder` has these metrics, and these trained tensors and statistics.
+    """Assert that the run in `folder` has these metrics, trained tensors and statistics, up to fp32 rounding.
 
-    Up to fp32 rounding: metrics were seen to differ by 2e-5 (relative), tensors by 3e-4, just as those of one
-    process with and without --no-compile do: a sign that rounding turns is a whole element's gradient.
+    Observed differences are 2e-5 (relative) in metrics and 3e-4 in tensors, as for one process with and
+    without --no-compile: if rounding changes the sign of a ReLU's input, a whole gradient element changes.
     """
     for row, expected in zip(metrics(folder), rows, strict=True):
         for name in {"train_loss", "train_acc", "test_loss", "test_acc", "val_acc", "lr"} & expected.keys():
@@ -130,26 +138,29 @@ def compare(folder: Path, rows: list[dict], tensors: dict[str, torch.Tensor]) ->
 
 
 @pytest.mark.parametrize("way", SYNCED)
-def test_with_sync_bn_two_processes_train_the_network_of_one(done, way):
+def test_with_sync_bn_two_processes_train_the_same_network_as_one(done, way):
     one = only_run(done[0] / "one" / way)
     compare(only_run(done[0] / "two" / way), metrics(one), checkpoint.read_checkpoint(one)[0])
 
 
-def test_processes_choose_alike_though_each_sees_other_accuracies(done):
+def test_processes_with_different_accuracies_make_the_same_decisions(done):
     one, two = (only_run(done[0] / count / "chosen") for count in ("one", "two"))
     assert len({row["lr"] for row in metrics(one)}) > 1, "something was decided"
     results = [{k: summary(run)[k] for k in ("epochs_done", "chosen_epoch", "why")} for run in (one, two)]
     assert results[0] == results[1]
 
 
-def test_without_it_each_normalises_its_own_part_and_running_statistics_are_averaged(done, tiny_folder):
+def test_without_sync_bn_each_part_is_normalised_and_statistics_averaged(done, tiny_folder):
     spec = config(only_run(done[0] / "two/own statistics")).spec
     rows, model = trained_in_halves(spec, tiny_folder)
     compare(only_run(done[0] / "two/own statistics"), rows, model.state_dict())
 
 
 def trained_in_halves(spec: records.NetworkSpec, images: Path) -> tuple[list[dict], torch.nn.Module]:
-    """What two processes should do, in plain PyTorch: a copy of the network for each half of the batch."""
+    """Train in plain PyTorch as two processes should, and return the metrics per epoch and the network.
+
+    Each half of a batch has its own copy of the network.
+    """
     dataset = data.open_dataset(str(images), images.parent / "prepared", say=lambda line: None)
     rng = functools.partial(models.stream, 0)
     settings = {"device": "cpu", "dtype": torch.float32, "batch_size": 32}
@@ -185,36 +196,36 @@ def trained_in_halves(spec: records.NetworkSpec, images: Path) -> tuple[list[dic
     return rows, model
 
 
-def test_every_process_has_the_same_network_to_the_bit(done):
+def test_the_networks_of_all_processes_are_bitwise_equal(done):
     _, (first, second), _ = done
     networks = [network for _, network in first.values()]
     assert networks == [network for _, network in second.values()]
     assert [len(network) for network in networks] == [1] * 7 + [0] * 3
 
 
-def test_one_process_speaks_and_the_others_end_where_it_refuses(done):
+def test_only_one_process_prints_and_the_others_end_when_it_refuses(done):
     _, (first, second), said = done
     ended = {name: [ending[name][0] for ending in (first, second)] for name in first}
     failed = {name: statuses for name, statuses in ended.items() if any(statuses)}
     assert failed == {"other number": [2, 2], "diverged": [1, 1], "refused": [2, 1]}
-    # once each: what ended badly, "continuing" of "resumed", and the milestones that its plateaus do not heed
+    # once each: three errors, "continuing" of "resumed", and that --milestones of "chosen" has no effect
     assert said.count("train.py: ") == 5 and "exists; add --resume" in said
     assert said.count("without effect: --milestones") == 1
 
 
-def test_another_number_of_processes_resumes_with_sync_bn_only(done):
+def test_resuming_with_another_number_of_processes_needs_sync_bn(done):
     folder, _, said = done
     assert "was run with processes 1, not 2" in said and "continuing" in said
     assert config(only_run(folder / "two/resumed")).spec.processes == 2
 
 
-def test_a_loss_that_diverges_ends_every_process(done):
+def test_a_diverging_loss_ends_every_process(done):
     folder, _, said = done
     assert summary(only_run(folder / "two/diverged"))["status"] == "diverged"
     assert "the loss is not finite at epoch 1, step 2" in said
 
 
-def test_a_killed_run_resumes_to_the_same_bits(done, tmp_path, tiny_folder):
+def test_an_interrupted_run_resumes_to_the_same_bits(done, tmp_path, tiny_folder):
     options = [*fp32(tiny_folder), *LONG, "--out", str(tmp_path / "runs")]
     running = torchrun(ROOT / "train.py", *options)
     while running.poll() is None and not list(tmp_path.glob("runs/*/last.pt")):
@@ -242,7 +253,7 @@ def test_a_killed_run_resumes_to_the_same_bits(done, tmp_path, tiny_folder):
         ("--sync-bn --memory stock", "--sync-bn"),
     ],
 )
-def test_what_two_processes_cannot_share_is_refused_in_a_line(options, named):
+def test_options_that_two_processes_cannot_share_are_refused_in_a_line(options, named):
     each, _ = parse_options(options.split(), "")
     with pytest.raises(OptionError, match=named) as refused:
         train.check_group(each, Group(0, 2, 2))
@@ -257,11 +268,11 @@ def test_more_processes_than_gpus_are_refused_in_a_line(monkeypatch):
         each, _ = parse_options(["--device", device], "")
         with pytest.raises(OptionError, match=f"--device {device}: 2 processes"):
             train.check_group(each, Group(0, 2, 2))
-        train.check_group(each, Group(0, 2, 1))  # on two machines
+        train.check_group(each, Group(0, 2, 1))  # one process on each of two machines
     train.check_group(parse_options(["--device", "cpu"], "")[0], Group(0, 2, 2))
 
 
-def test_alone_nothing_is_sent():
+def test_a_single_process_sends_nothing():
     with distributed.joined() as group:
         assert group is distributed.ALONE and group.leads and not torch.distributed.is_initialized()
         for sync_bn in (False, True):
@@ -271,7 +282,7 @@ def test_alone_nothing_is_sent():
         group.stop_together()
 
 
-def test_alone_sync_bn_changes_nothing(done, tiny_folder, tmp_path):
+def test_sync_bn_changes_nothing_in_a_single_process(done, tiny_folder, tmp_path):
     assert exit_status([*fp32(tiny_folder), *SYNCED["lean"], "--out", str(tmp_path / "runs")]) == 0
     without, synced = only_run(tmp_path / "runs"), only_run(done[0] / "one/lean")
     assert without_times(without) == without_times(synced)
@@ -280,7 +291,7 @@ def test_alone_sync_bn_changes_nothing(done, tiny_folder, tmp_path):
 
 
 @pytest.mark.gpu
-def test_a_group_over_nccl_takes_the_step_that_is_taken_without(tmp_path):
+def test_steps_in_an_nccl_group_of_one_match_steps_without_a_group(tmp_path):
     torch.distributed.init_process_group(
         "cpu:gloo,cuda:nccl", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
     )

@@ -1,4 +1,4 @@
-"""How train.py fails: what is unusable is refused at once, and a run that breaks says where, in a line."""
+"""Tests of train.py's errors: unusable options are refused at once, and a run that fails says why."""
 
 import re
 from pathlib import Path
@@ -30,7 +30,7 @@ import train
         ("--arch resnet18 --batch-size 1", "--batch-size"),
     ],
 )
-def test_an_error_the_user_can_mend_is_a_line_or_two_and_exit_status_2(small, capsys, options, named):
+def test_unusable_options_give_a_line_or_two_and_exit_status_2(small, capsys, options, named):
     Path("file").write_text("")
     assert exit_status([*small, *options.format(file="file").split(" ")]) == 2
     said = capsys.readouterr()
@@ -43,12 +43,12 @@ def test_asking_for_cuda_without_a_gpu_is_refused(small, capsys):
     assert "no CUDA GPU" in capsys.readouterr().err
 
 
-def test_milestones_past_the_end_are_pointed_out(small, capsys):
+def test_milestones_past_the_last_epoch_give_a_note(small, capsys):
     assert exit_status([*small, "--milestones", "80", "120"]) == 0
     assert "the learning rate stays at 0.1" in capsys.readouterr().err
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_at_once(small, capsys):
+def test_a_non_finite_loss_ends_the_run_at_once(small, capsys):
     assert exit_status([*small, "--mode", "all", "--lr", "1e30"]) == 1
     error = capsys.readouterr().err
     assert re.search(r"the loss is not finite at epoch 1, step 2\b", error), error
@@ -57,13 +57,13 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_once(small, capsys):
     assert not (only_run() / "model.safetensors").exists()
 
 
-def test_a_network_that_breaks_in_its_last_step_has_diverged_too(small, capsys):
+def test_a_non_finite_last_test_loss_counts_as_diverged(small, capsys):
     assert exit_status([*small, "--mode", "all", "--lr", "1e30", "--epochs", "1", "--batch-size", "96"]) == 1
     assert "the last test loss is not finite" in capsys.readouterr().err
     assert summary(only_run())["status"] == "diverged"
 
 
-def test_a_disk_that_fills_up_ends_the_run_in_a_line(small, monkeypatch, capsys):
+def test_a_full_disk_ends_the_run_with_a_message(small, monkeypatch, capsys):
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
@@ -75,9 +75,7 @@ def test_a_disk_that_fills_up_ends_the_run_in_a_line(small, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()])
-def test_too_little_memory_names_the_batch_size_and_the_command_that_says_what_would_fit(
-    small, monkeypatch, capsys, error
-):
+def test_out_of_memory_suggests_smaller_batches_and_a_bench_command(small, monkeypatch, capsys, error):
     def step(*_):
         raise error
 

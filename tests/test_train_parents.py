@@ -1,4 +1,4 @@
-"""Runs with --init-from: what they take from their parent run, and what they remember of it."""
+"""Tests of --init-from: what a run takes from its parent run, and what it records about it."""
 
 import re
 import shutil
@@ -12,7 +12,7 @@ import data
 import freeze
 
 
-def test_a_run_goes_on_from_another_and_is_restored_through_both(small, tmp_path, monkeypatch, capsys):
+def test_a_run_starts_from_its_parent_run_and_is_restored_from_both(small, tmp_path, monkeypatch, capsys):
     assert exit_status([*small, "--mode", "all", "--seed", "3", "--out", "first"]) == 0
     parent = only_run(Path("first"))
     trained = freeze.full_state(checkpoint.restore(parent)[0])
@@ -32,7 +32,7 @@ def test_a_run_goes_on_from_another_and_is_restored_through_both(small, tmp_path
             same = torch.equal(state[name], tensor)
             statistics_or_gamma = re.search(r"bn\d|downsample\.1", name) and "num_batches" not in name
             assert same == (kept or not statistics_or_gamma) or "num_batches" in name, name
-        checkpoint.restore(folder)  # through its parent run, to the last bit
+        checkpoint.restore(folder)  # from its parent run; verifies every bit
     first_of_two = ["--seed", "3", "--init-from", str(folders[0] / "model.safetensors"), "--out", "third"]
     assert exit_status([*small, *first_of_two]) == 0
     third = only_run(Path("third"))
@@ -41,7 +41,7 @@ def test_a_run_goes_on_from_another_and_is_restored_through_both(small, tmp_path
     assert (of.run, of.epochs, of.epochs_in_all, of.epochs_done_in_all) == (folders[0].name, 3, 6, 6)
     monkeypatch.chdir(tmp_path.parent)
     checkpoint.restore(tmp_path / folders[0], init_from=str(tmp_path / parent))
-    for folder in (parent, *folders, third):  # moved, all of them
+    for folder in (parent, *folders, third):  # as if all were moved
         shutil.copytree(tmp_path / folder, tmp_path / "moved" / folder.name, dirs_exist_ok=True)
     checkpoint.restore(tmp_path / "moved" / third.name)
     monkeypatch.chdir(tmp_path)
@@ -52,8 +52,8 @@ def test_a_run_goes_on_from_another_and_is_restored_through_both(small, tmp_path
     assert "a run writes it when it is done" in capsys.readouterr().err
 
 
-def test_the_epochs_of_the_parent_run_use_up_their_draws(small, monkeypatch):
-    """So that the batches are those of the later epochs of one long run."""
+def test_the_epochs_are_counted_on_from_the_parent_run(small, monkeypatch):
+    """A batch depends on the epoch's number, so the batches are those of the later epochs of one long run."""
     seen, start = [], data._ResidentLoader.start
 
     def noted(loader, epoch):
@@ -67,7 +67,7 @@ def test_the_epochs_of_the_parent_run_use_up_their_draws(small, monkeypatch):
     assert seen == [3, 4, 5]
 
 
-def test_images_that_the_parent_run_trained_on_are_said_to_validate(small, capsys):
+def test_validating_on_the_parents_training_images_gives_a_note(small, capsys):
     for split in ("0", "16"):
         assert exit_status([*small, "--mode", "all", "--val-split", split, "--out", f"first{split}"]) == 0
         parent = str(only_run(Path(f"first{split}")))

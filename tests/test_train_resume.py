@@ -1,4 +1,4 @@
-"""Runs that stop and go on: resumed to the same bits, refused where anything else has changed."""
+"""Tests of --resume: a stopped run resumes to the same bits, and is refused if anything has changed."""
 
 import ctypes
 import os
@@ -56,8 +56,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(small, monkeypatch, settings)
     assert exit_status([*small, *settings, "--resume"]) == 0
     whole = only_run(Path("whole"))
     assert without_times(whole) == without_times(halved)
-    assert checkpoint.read_checkpoint(whole)[1] == checkpoint.read_checkpoint(halved)[1]  # with its SHA-256
-    checkpoint.restore(halved)  # every weight is what that says
+    assert checkpoint.read_checkpoint(whole)[1] == checkpoint.read_checkpoint(halved)[1]  # has a SHA-256
+    checkpoint.restore(halved)  # verifies all weights by that SHA-256
 
 
 @pytest.mark.parametrize("kill, status", [(signal.SIGTERM, "interrupted"), (signal.SIGKILL, None)])
@@ -83,7 +83,7 @@ def test_a_killed_run_resumes(small, kill, status):
     checkpoint.restore(folder)
 
 
-def test_a_run_interrupted_while_it_keeps_an_epoch_goes_on_after_the_one_before(small, monkeypatch, capsys):
+def test_a_run_interrupted_while_saving_resumes_after_the_epoch_before(small, monkeypatch, capsys):
     save = torch.save
 
     def interrupted(state, path):
@@ -101,10 +101,10 @@ def test_a_run_interrupted_while_it_keeps_an_epoch_goes_on_after_the_one_before(
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_whose_exception_c_code_drops_still_ends_the_run(small, monkeypatch, heeds_ctrl_c, number):
+def test_a_signal_ends_the_run_even_if_c_code_drops_its_exception(small, monkeypatch, heeds_ctrl_c, number):
     def called_back():
         os.kill(os.getpid(), number)
-        time.sleep(0.01)  # the handler runs, and raises in here
+        time.sleep(0.01)  # the handler runs and raises here
 
     drops, step = ctypes.CFUNCTYPE(None)(called_back), progress.Display.step
     monkeypatch.setattr(progress.Display, "step", lambda *given: (step(*given), drops()))
@@ -112,7 +112,7 @@ def test_a_signal_whose_exception_c_code_drops_still_ends_the_run(small, monkeyp
     assert summary(only_run())["status"] == "interrupted" and summary(only_run())["epochs_done"] == 0
 
 
-def test_a_run_that_stopped_early_is_not_resumed_past_its_end(small, monkeypatch):
+def test_resuming_a_run_that_stopped_early_adds_no_epochs(small, monkeypatch):
     options = ["--mode", "all", "--epochs", "12", "--early-stop", "2"]
     with monkeypatch.context() as patched:
         patched.setattr(checkpoint, "seed_checkpoint", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -128,7 +128,7 @@ def test_a_done_run_is_not_run_again(small, capsys):
     before = (only_run() / "metrics.jsonl").stat().st_mtime_ns
     assert exit_status(small) == 2
     assert "--overwrite" in capsys.readouterr().err
-    (only_run() / "last.pt").write_bytes(b"")  # as of a run killed just before it removed it
+    (only_run() / "last.pt").write_bytes(b"")  # as if the run was killed before it removed last.pt
     assert exit_status([*small, "--resume"]) == 0
     assert not (only_run() / "last.pt").exists()
     assert "test accuracy" in capsys.readouterr().out
@@ -158,8 +158,8 @@ def test_resuming_on_other_frozen_weights_is_refused(small, capsys):
     assert "sha256" in capsys.readouterr().err
 
 
-def test_resuming_goes_on_from_the_same_weights_and_draws(small, tmp_path, capsys):
-    """Of the parent run a copy of its weights is enough; other weights under its name are refused."""
+def test_resuming_needs_only_the_weights_of_the_parent_run(small, tmp_path, capsys):
+    """What the run recorded about its parent is kept. Other weights under the parent's name are refused."""
     options = [*small, "--mode", "all", "--init-from"]
     for seed in ("3", "4"):
         assert exit_status([*small, "--mode", "all", "--seed", seed, "--out", f"first{seed}"]) == 0
@@ -229,7 +229,7 @@ def test_a_damaged_run_folder_is_refused_in_two_lines(small, capsys, harm):
 
 
 @pytest.mark.parametrize("name, value", KEPT, ids=lambda value: str(value)[:40])
-def test_a_run_is_not_resumed_from_numbers_and_rows_that_no_run_keeps(begun, capsys, name, value):
+def test_a_last_pt_with_impossible_numbers_or_rows_is_refused(begun, capsys, name, value):
     state = torch.load(begun / "last.pt", weights_only=True)
     assert state["rows"] and name in state
     torch.save(state | {name: value}, begun / "last.pt")
@@ -255,7 +255,7 @@ MISFITS = {
 
 
 @pytest.mark.parametrize("harm", MISFITS)
-def test_a_run_is_not_resumed_from_tensors_that_are_not_its_own(small, tmp_path, begun, capsys, harm):
+def test_a_last_pt_with_tensors_that_do_not_fit_is_refused(small, tmp_path, begun, capsys, harm):
     folder = Path(shutil.copytree(begun, tmp_path / "runs" / begun.name))
     state = torch.load(folder / "last.pt", weights_only=True)
     MISFITS[harm](state, state["step"]["optimizer"]["state"][0])
@@ -270,13 +270,13 @@ def test_a_run_is_not_resumed_from_tensors_that_are_not_its_own(small, tmp_path,
 
 @pytest.fixture(scope="module")
 def begun(tiny_folder, tmp_path_factory):
-    """The folder of a run that was interrupted after its first epoch."""
+    """Return the folder of a run that was interrupted after its first epoch."""
     out = tmp_path_factory.mktemp("begun") / "runs"
     interrupt_after_an_epoch([*small_options(tiny_folder), "--out", str(out)])
     return only_run(out)
 
 
-def test_a_done_run_without_its_results_is_refused(small, capsys):
+def test_a_done_run_whose_summary_lacks_a_result_is_refused(small, capsys):
     options = [*small, "--epochs", "1", "--val-split", "4"]
     assert exit_status(options) == 0
     whole = (only_run() / "summary.json").read_text()
@@ -291,7 +291,7 @@ def test_a_done_run_without_its_results_is_refused(small, capsys):
     assert exit_status([*options, "--resume"]) == 0, "it may have been chosen before it was tested"
 
 
-def test_texts_of_a_summary_are_shown_as_they_are(small, capsys):
+def test_brackets_in_a_summary_are_shown_verbatim(small, capsys):
     assert exit_status([*small, "--epochs", "1"]) == 0
     change("summary.json", arch="[red]a[/blue]", why="[/]", data_title="[b]")(only_run())
     capsys.readouterr()
@@ -300,7 +300,7 @@ def test_texts_of_a_summary_are_shown_as_they_are(small, capsys):
     assert "[red]a[/blue]" in said and "[/]" in said and "[b]" in said
 
 
-def test_a_done_run_that_has_lost_its_configuration_is_refused_too(small, capsys):
+def test_a_done_run_without_config_json_is_refused(small, capsys):
     assert exit_status(small) == 0
     (only_run() / "config.json").unlink()
     assert exit_status([*small, "--resume"]) == 2

@@ -1,4 +1,4 @@
-"""Seeds: the same one gives the same run, and several train side by side in one process."""
+"""Tests of --seed: the same seed gives the same run, and several seeds train side by side in a process."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from records import files
 
 @pytest.fixture
 def seeds(small):
-    """Options of three runs side by side."""
+    """Return the options of three runs side by side."""
     return [*small, "--seed", "0", "1", "2"]
 
 
@@ -21,7 +21,7 @@ def folders() -> dict[int, Path]:
     return {summary(folder)["seed"]: folder for folder in Path("runs").iterdir()}
 
 
-def test_seeds_give_different_runs_and_the_same_seed_the_same(small):
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(small):
     for out, seed in (("a", "0"), ("b", "0"), ("c", "1")):
         assert exit_status([*small, "--epochs", "1", "--out", out, "--seed", seed]) == 0
     a, b, c = (metrics(only_run(Path(out)))[0]["train_loss"] for out in "abc")
@@ -78,7 +78,7 @@ def test_a_seed_that_fails_does_not_stop_the_others(seeds, monkeypatch, capsys):
     assert "No space left on device" in capsys.readouterr().err
 
 
-def test_a_seed_whose_folder_cannot_be_written_to_does_not_stop_the_others(seeds, monkeypatch, capsys):
+def test_an_unwritable_folder_of_one_seed_does_not_stop_the_others(seeds, monkeypatch, capsys):
     write = files.write_atomically
 
     def full(path, content):
@@ -93,7 +93,7 @@ def test_a_seed_whose_folder_cannot_be_written_to_does_not_stop_the_others(seeds
     assert capsys.readouterr().err.count("No space left on device") == 1
 
 
-def test_no_seed_starts_where_one_of_them_is_refused(small, seeds, capsys):
+def test_no_seed_starts_if_one_of_them_is_refused(small, seeds, capsys):
     assert exit_status([*small, "--seed", "2"]) == 0
     assert exit_status(seeds) == 2
     assert "--resume" in capsys.readouterr().err
