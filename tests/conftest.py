@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from layouts import ROWS, ROWS_100, change_set
+from layouts import ROWS, ROWS_100, change_set, tiny_cifar10, write_python
 from PIL import Image
 
 from datasets import prepare, sources
@@ -88,6 +88,13 @@ def tiny_folder(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture
+def cifar10(tmp_path) -> Path:
+    """Return a folder that has a tiny CIFAR-10 in the layout for Python."""
+    write_python(tmp_path / "cifar-10-batches-py", tiny_cifar10())
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def cifar10_folder() -> Path:
     """Return the folder named by CIFAR10_FOLDER, which has CIFAR-10 in any layout, or skip the test."""
@@ -115,3 +122,10 @@ def small(tiny_folder, tmp_path, monkeypatch) -> list[str]:
 
     monkeypatch.chdir(tmp_path)
     return small_options(tiny_folder)
+
+
+@pytest.fixture
+def work(tmp_path) -> Path:
+    """Return an empty working folder; a test sees what is written beside it, too."""
+    (tmp_path / "work").mkdir()
+    return tmp_path / "work"

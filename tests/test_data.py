@@ -15,7 +15,6 @@ from layouts import (
     silent,
     stream,
     tiny_cifar10,
-    write_python,
 )
 from PIL import Image
 
@@ -24,12 +23,6 @@ import progress
 from datasets import sources
 
 pytestmark = pytest.mark.usefixtures("small_and_offline")
-
-
-@pytest.fixture
-def cifar10(tmp_path):
-    write_python(tmp_path / "cifar-10-batches-py", tiny_cifar10())
-    return tmp_path
 
 
 def test_an_unreadable_file_is_reported(cifar10, monkeypatch):

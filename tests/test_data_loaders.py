@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from layouts import naive_crop_and_flip, silent, stream, tiny_cifar10, write_python
+from layouts import naive_crop_and_flip, silent, stream
 
 import data
 from datasets import prepare
@@ -32,12 +32,6 @@ def numbered(count: int, size: int = 8) -> data.Dataset:
 def loader_of(dataset, split="train", **options):
     options = {"batch_size": 16, "device": "cpu", "dtype": torch.float32, "rng": stream(0), **options}
     return data.make_loader(dataset, split, **options)
-
-
-@pytest.fixture
-def cifar10(tmp_path):
-    write_python(tmp_path / "cifar-10-batches-py", tiny_cifar10())
-    return tmp_path
 
 
 def same_batches(first, second) -> bool:

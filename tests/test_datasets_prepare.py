@@ -34,12 +34,6 @@ from datasets import prepare, sources
 pytestmark = pytest.mark.usefixtures("small_and_offline")
 
 
-@pytest.fixture
-def cifar10(tmp_path):
-    write_python(tmp_path / "cifar-10-batches-py", tiny_cifar10())
-    return tmp_path
-
-
 def files_in(folder: Path) -> set[str]:
     return {path.name for path in (folder / "beton").iterdir() if path.name != ".lock"}
 

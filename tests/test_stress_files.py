@@ -32,13 +32,6 @@ pytestmark = [
 PIXELS, LABELS = tiny_cifar10()["data_batch_3"]
 
 
-@pytest.fixture
-def work(tmp_path) -> Path:
-    """Return the working folder of a case; what is written beside it is noticed, too."""
-    (tmp_path / "work").mkdir()
-    return tmp_path / "work"
-
-
 # ---- pickles ----
 
 

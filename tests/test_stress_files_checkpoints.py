@@ -36,13 +36,6 @@ def warm(tiny_folder):
     models.check_batches("resnet8", "projection", 32, 16)
 
 
-@pytest.fixture
-def work(tmp_path) -> Path:
-    """Return the working folder of a case; what is written beside it is noticed, too."""
-    (tmp_path / "work").mkdir()
-    return tmp_path / "work"
-
-
 def packed(header: dict | bytes, data: bytes = b"") -> bytes:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + data

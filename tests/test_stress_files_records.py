@@ -33,13 +33,6 @@ def begun(tiny_folder, tmp_path_factory) -> Path:
     return only_run(out / "runs")
 
 
-@pytest.fixture
-def work(tmp_path) -> Path:
-    """Return the working folder of a case; what is written beside it is noticed, too."""
-    (tmp_path / "work").mkdir()
-    return tmp_path / "work"
-
-
 TEXTS = {  # contents for a JSON file
     "nothing": b"",
     "a zero byte": b"\0",

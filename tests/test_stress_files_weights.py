@@ -37,13 +37,6 @@ def begun(tiny_folder, tmp_path_factory) -> dict[str, Path]:
 OPTIMISERS = {"sgd": [], "adam": ["--optimizer", "adam"], "fp16": ["--dtype", "fp16"]}
 
 
-@pytest.fixture
-def work(tmp_path) -> Path:
-    """Return the working folder of a case; what is written beside it is noticed, too."""
-    (tmp_path / "work").mkdir()
-    return tmp_path / "work"
-
-
 # ---- files in torch.save's format ----
 
 
