@@ -1,5 +1,6 @@
 """Options, links and commands in the documentation match the code."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -11,6 +12,7 @@ import config
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "results").glob("*.md")])
 IN_WORDS = ("dtype", "loader", "nonzeros")  # described in words: they depend on the machine or the network
+MODES = ("bn_only", "random", "all")  # the columns of README's table of accuracies
 on_every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
@@ -56,6 +58,22 @@ def test_train_accepts_the_documented_commands():
     for command in commands:
         arguments = re.sub(r"\$\w+", "1", command)
         parser.parse_args(shlex.split(arguments, comments=True))
+
+
+def test_the_readmes_accuracies_are_those_of_results():
+    text, found, shown = (ROOT / "README.md").read_text(), {}, {}
+    for file in (ROOT / "results" / "runs").glob("*/summary.json"):
+        summary = json.loads(file.read_text())
+        if (summary["epochs_done"], summary["seed"], summary["variant"]) == (160, 0, {}):
+            found[summary["arch"], summary["mode"]] = summary
+    for row in re.findall(r"^\| ResNet-(\d+ \|.*) \|$", text, re.MULTILINE):
+        depth, parameters, *accs = (cell.strip(" *%") for cell in row.split("|")[:5])
+        of = found[f"resnet{depth}", "bn_only"]
+        share = of["params_trained"] / of["params_total"]
+        assert parameters == f"{of['params_trained']:,} ({share:.2%})".replace("%", " %")
+        shown |= {(f"resnet{depth}", mode): float(acc) for mode, acc in zip(MODES, accs, strict=True) if acc}
+    assert shown == pytest.approx({key: found[key]["final_test_acc"] for key in shown}, abs=0.0501)
+    assert shown.keys() == {key for key in found if key[1] in MODES}
 
 
 def test_the_readme_has_at_most_900_words():
