@@ -41,6 +41,7 @@ def pytest_terminal_summary(terminalreporter):
     reports = [
         each for each in told if isinstance(each, pytest.TestReport)
     ]  # no deselected tests, no warnings
+    reports = [report for report in reports if not report.skipped]
     failed = {report.nodeid for report in reports if report.failed}
     cases, lines = {}, set()
     for report in reports:

@@ -49,6 +49,7 @@ def test_the_compiled_passes_equal_pytorchs(n, channels, size, dtype):
         assert off.float().mean() < share, (out, expected)
 
 
+@needs_compiler
 def test_the_compiled_passes_do_not_depend_on_the_number_of_threads():
     z, bn = torch.randn(8, 16, 32, 32).contiguous(memory_format=torch.channels_last), nn.BatchNorm2d(16)
     before, norms = torch.get_num_threads(), []

@@ -48,8 +48,11 @@ def test_the_fastest_correct_config_is_chosen(timed, tmp_path):
 def test_a_config_that_gives_nan_is_not_chosen(timed, tmp_path):
     times, last = timed
     times[CONFIGS[0]] = 1.0
-    attempt = lambda config: [torch.full((2,), float("nan") if config else 1.0)]  # noqa: E731
-    last.append(CONFIGS[0])
+
+    def attempt(config):
+        last.append(config)
+        return [torch.full((2,), float("nan") if config else 1.0)]
+
     assert Choices(tmp_path / "kernels.json")("layer", attempt) is None
 
 

@@ -30,23 +30,26 @@ class Threads(Group):
 
 @pytest.mark.parametrize("memory", ["lean", "recompute"])
 @pytest.mark.parametrize("trained", [("bn",), ("conv", "bn"), ("values",)])
-def test_synced_parts_have_the_gradients_and_statistics_of_the_whole_batch(memory, trained):
+def test_synced_parts_equal_the_whole_batch(memory, trained):
     shape = BASIC | {"kernels": [3, 1], "trained": trained, "size": 8}
-    x, units, _, dy = make(shape)
+    x, _, _, dy = make(shape)
     x.data += 10
-    kernels.stock(x, units, x).backward(dy)
-    whole = x.grad, [t for unit in units for module in unit for t in module.parameters()], units
 
+    def run(x, dy, execution):
+        """Return y and the gradient of x in one tensor, the parameters, and the units."""
+        _, units, _, _ = make(shape)
+        y = kernels.conv_bn_relu(x, units, x, execution=execution)
+        y.backward(dy)
+        parameters = [t for unit in units for module in unit for t in module.parameters()]
+        return torch.cat([y.detach(), x.grad], 1), parameters, units
+
+    whole = run(x, dy, Execution("stock"))
     group, parts = Threads(), [None, None]
 
     def part(rank: int) -> None:
-        own, units, _, _ = make(shape)
-        own = (
-            (own.detach() + 10).chunk(2)[rank].contiguous(memory_format=torch.channels_last).requires_grad_()
-        )
-        y = kernels.conv_bn_relu(own, units, own, execution=Execution(memory, False, group))
-        y.backward(dy.chunk(2)[rank])
-        parts[rank] = own.grad, [t for unit in units for module in unit for t in module.parameters()], units
+        own, own_dy = (t.detach().chunk(2)[rank] for t in (x, dy))
+        own = own.contiguous(memory_format=torch.channels_last).requires_grad_()
+        parts[rank] = run(own, own_dy, Execution(memory, False, group))
 
     threads = [threading.Thread(target=part, args=(rank,)) for rank in (0, 1)]
     for thread in threads:
@@ -54,7 +57,7 @@ def test_synced_parts_have_the_gradients_and_statistics_of_the_whole_batch(memor
     for thread in threads:
         thread.join()
     close = functools.partial(torch.testing.assert_close, rtol=1e-10, atol=1e-10)
-    close(torch.cat([gradient for gradient, *_ in parts]), whole[0])
+    close(torch.cat([parts[0][0], parts[1][0]]), whole[0])
     for one, first, second in zip(whole[1], parts[0][1], parts[1][1], strict=True):
         if one.grad is not None:  # the gradient of a sum; that of a mean would be their average
             close(first.grad + second.grad, one.grad)
