@@ -13,6 +13,7 @@
     stock_workers  stock with one DataLoader worker per core, at most 16, instead of two
     amp            eager autocast, channels_last, images resident on the device
     compiled       amp with torch.compile of the whole network
+    graphed        compiled, with each whole step replayed from a CUDA graph (on a GPU)
 with this project's step:
     plain          train.py's step without its own kernels, differentiated by autograd
     lean           train.py's step: a frozen network keeps each convolution's output once, and nothing else
@@ -67,7 +68,7 @@ from progress import OptionError
 from records import measured
 from step import Step
 
-STEPS = ("stock", "stock_workers", "amp", "compiled", "plain", "lean", "recompute")
+STEPS = ("stock", "stock_workers", "amp", "compiled", "graphed", "plain", "lean", "recompute")
 WORKERS = {"stock": 2, "stock_workers": min(16, len(os.sched_getaffinity(0)))}  # worker processes
 IMPLS = {
     "speed": STEPS,
@@ -142,7 +143,7 @@ def network(impl: str, arch: str, mode: str, num_classes: int, device: torch.dev
     model.to(device, memory_format=torch.contiguous_format if impl in WORKERS else torch.channels_last)
     own_kernels = impl in ("lean", "recompute")
     kernels.configure(model, memory=impl if own_kernels else "stock", compiled=own_kernels)
-    if impl == "compiled":
+    if impl in ("compiled", "graphed"):
         model.compile(dynamic=False)
     return model
 
@@ -167,13 +168,36 @@ def training(impl: str, arch: str, mode: str, dataset: data.Dataset, options: Na
     scaler = torch.amp.GradScaler(options.device.type, enabled=dtype == torch.float16)
     # stock has torch's defaults: TF32, which train.py turns off, and no search for the fastest algorithm.
     flags = {"enabled": True, "benchmark": impl not in WORKERS, "allow_tf32": True}
-    for images, labels in batches(impl, dataset, options):
+
+    def step(images: torch.Tensor, labels: torch.Tensor) -> None:
         with torch.backends.cudnn.flags(**flags):
             optimizer.zero_grad()
             scaler.scale(loss_of(model, images, labels, dtype)).backward()
             scaler.step(optimizer)
             scaler.update()
+
+    step = replayed(step, options.device) if impl == "graphed" else step
+    for batch in batches(impl, dataset, options):
+        step(*batch)
         yield
+
+
+def replayed(step: Callable[..., None], device: torch.device) -> Callable[..., None]:
+    """Return `step`, replayed from a CUDA graph, into whose own tensors each batch is copied."""
+    held = []
+
+    def replay() -> None:
+        step(*held)
+
+    replay = kernels.device.Captured(replay) if device.type == "cuda" else replay
+
+    def copy_and_replay(*batch: torch.Tensor) -> None:
+        held.extend(map(torch.clone, batch[len(held) :]))
+        for tensor, new in zip(held, batch, strict=True):
+            tensor.copy_(new)
+        replay()
+
+    return copy_and_replay
 
 
 # ---- how steps are timed ----
@@ -437,6 +461,9 @@ def parse_options(argv: list[str] | None) -> Namespace:
     part, options.device = options.part, kernels.device.choose(options.device)
     on_gpu = options.device.type == "cuda"
     skipped = {"stock_workers"} if WORKERS["stock_workers"] <= 2 or part == "memory" else set()
+    dtype = options.dtype or kernels.device.default_dtype(options.device)
+    if part == "memory" or not on_gpu or dtype == "fp16":  # fp16 reads its loss scale between steps
+        skipped |= {"graphed"}
     if part == "memory" and not on_gpu:
         skipped |= {"compiled", "plain"}  # compiling takes minutes, and plain keeps what amp keeps
     if part == "data" and not prepare.import_ffcv():
@@ -444,7 +471,7 @@ def parse_options(argv: list[str] | None) -> Namespace:
     defaults = {
         "impl": ["lean"] if part == "profile" else [i for i in IMPLS[part] if i not in skipped],
         "mode": {"speed": ["bn_only", "all"], "memory": ["bn_only", "random", "all"]}.get(part, ["bn_only"]),
-        "dtype": "bf16" if part == "memory" else kernels.device.default_dtype(options.device),
+        "dtype": "bf16" if part == "memory" else dtype,
         "repeats": 3 if part == "startup" else 5,
         # On a GPU, a turn is an epoch of CIFAR-10, so that each turn prepares one epoch.
         "steps": None if part == "data" else max(1, 50_000 // max(1, options.batch_size)) if on_gpu else 4,

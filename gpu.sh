@@ -6,17 +6,20 @@
 #   bash gpu.sh --list                 what each slice does, how long it took, and on which device
 #   bash gpu.sh --dry-run [SLICE ...]  the same commands on a CPU, with a few steps each
 #
-# Measurements go to RESULTS [results/gpu], and compiled and chosen kernels to CACHE [.gpu-cache]. PACK names a .tar.gz
-# from which both are unpacked at the start and into which both are packed after each slice, to continue on another
-# machine. DATA_DIR [data] has the images of DATA [cifar10]. No network is needed. Without .venv, python3 is used.
+# Measurements and what each slice prints go to RESULTS [results/gpu], and compiled and chosen kernels to CACHE
+# [.gpu-cache]; a dry run has folders of its own. PACK names a folder for archives of both: they are unpacked at the start
+# and written after each slice, to continue on another machine. At SIGINT or SIGTERM, as from `timeout 500 bash gpu.sh`,
+# the running slice saves its state, and the archives are written. DATA_DIR [data] has the images of DATA [cifar10].
+# GIT_COMMIT names the commit where there is no repository. No network is needed. Without .venv, python3 is used.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-ABOUT="tests    the most telling tests of the kernels: bf16, whole steps, captured graphs, sums, batch and head
+ABOUT="smoke    which kernels this GPU runs; a step of each kind of training
+tests    the most telling tests of the kernels: bf16, whole steps, captured graphs, sums, batch and head
 short    three epochs of ResNet-32 with empty and with full caches; time per kernel; the chosen kernels
+full     ResNet-32, bn_only, 160 epochs
 speed    images/s next to the usual alternatives, batches of 128, bn_only and all
 large    images/s in batches of 1,024
-full     ResNet-32, bn_only, 160 epochs
 seeds    the same, eight seeds side by side
 deep     ResNet-866, three epochs
 memory   bytes kept for the backward pass; images/s of the loaders
@@ -24,9 +27,8 @@ startup  seconds to the first step, with empty and with full caches
 rest     all other tests that use a GPU
 grid     the grid of results/, as far as time allows; call it again to continue"
 SLICES=$(awk '{print $1}' <<<"$ABOUT")
-MOST="captured or two_steps_and or bfloat16-8 or passes_are_tritons or head_gives or batch_of_resident or many_programs"
+MOST="captured_block or two_steps_and or bfloat16-8 or passes_are_tritons or head_gives or batch_of_resident or many_programs"
 
-RESULTS=${RESULTS:-results/gpu} CACHE=${CACHE:-.gpu-cache}
 DATA=${DATA:-cifar10} DATA_DIR=${DATA_DIR:-data}
 python=python3
 [[ ! -x .venv/bin/python ]] || python=$PWD/.venv/bin/python
@@ -38,6 +40,16 @@ bench() { # NAME PART [OPTIONS]: write the rows to NAME.jsonl
     "${turns[@]}" "${@:3}"
 }
 
+smoke() {
+  "$python" -W always -c "
+import sys, kernels
+passes = kernels.passes_for(sys.argv[1])
+print('kernels:', passes.name, '(dependent launch)' if getattr(passes, 'pdl', False) else '')" "$device"
+  local mode
+  for mode in bn_only random all; do
+    train --arch resnet8 --mode "$mode" --train-subset 640 --epochs 1 --milestones --overwrite --out "$RESULTS/smoke"
+  done
+}
 tests() {
   [[ $device == cpu ]] || "$python" -c "import xdist" 2>/dev/null || collect=() # without xdist, one test at a time
   "$python" -m pytest -m gpu -q "${collect[@]}" -k "${1:-$MOST}"
@@ -50,9 +62,17 @@ short() {
     train --arch "$small" --epochs 3 --milestones --overwrite --out "$RESULTS/$caches"
   done
   bench profile profile --arch "$small"
-  cp "$CACHE"/batchnorm-only/kernels-*.json "$RESULTS/" 2>/dev/null || say "no kernel was chosen"
+  cp "$CACHE"/batchnorm-only/kernels-*.{json,log} "$RESULTS/" 2>/dev/null || say "no kernel was chosen"
 }
-speed() { bench "speed-${1:-$batch}" speed --arch "$small" --batch-size "${1:-$batch}" "${impls[@]}"; }
+speed() { # [BATCH SIZE]
+  local mode name
+  for mode in bn_only all; do
+    name=speed-${1:-$batch}-$mode
+    bench "$name" speed --arch "$small" --mode "$mode" --batch-size "${1:-$batch}" "${impls[@]}"
+    # By itself, because it is not our code that would have to mend it if a step cannot be captured.
+    [[ $device == cpu ]] || bench "$name-graphed" speed --arch "$small" --mode "$mode" --batch-size "${1:-$batch}" --impl compiled graphed lean
+  done
+}
 large() { speed "$large_batch"; }
 full() { train --arch "$small" "${epochs[@]}" --out "$RESULTS/runs" --resume; }
 seeds() { train --arch "$small" "${epochs[@]}" --seed "${eight[@]}" --out "$RESULTS/seeds" --resume; }
@@ -67,19 +87,17 @@ grid() {
   ARCHS=${ARCHS:-$grid_archs} SEEDS=${SEEDS:-0 1 2} "$python" sweep.py "${options[@]}"
 }
 
-device=cuda small=resnet32 deepest=resnet866 few=() turns=() collect=(-n 8) batch=128 large_batch=1024 epochs=()
-eight=(0 1 2 3 4 5 6 7) impls=() grid_archs="resnet14 resnet32 resnet56 resnet110 resnet218" asked=() dry=() only=
+device=cuda small=resnet32 deepest=resnet866 few=() turns=(--repeats 3) collect=(-n 8) batch=128 large_batch=1024
+epochs=() eight=(0 1 2 3 4 5 6 7) impls=(--impl stock stock_workers amp compiled plain lean recompute) asked=() dry=()
+grid_archs="resnet14 resnet32 resnet56 resnet110 resnet218" only= list=
 for argument; do
   case $argument in
-    --list)
-      echo "$ABOUT"
-      [[ ! -f $RESULTS/slices.txt ]] || cat "$RESULTS/slices.txt"
-      exit
-      ;;
+    --list) list=yes ;;
     --dry-run)
       device=cpu small=resnet8 deepest=resnet8 few=(--train-subset 640 --batch-size 64 --dtype fp32)
       turns=(--repeats 1 --steps 1 --warm-up 1 --batch-size 16) collect=(--collect-only) batch=16 large_batch=32 eight=(0 1) impls=(--impl stock amp lean)
       epochs=(--epochs 1 --milestones) grid_archs=resnet8 SEEDS=0 DATA=synthetic dry=(--dry-run)
+      RESULTS=${RESULTS:-runs/gpu-dry-run/results} CACHE=${CACHE:-runs/gpu-dry-run/cache}
       ;;
     --only) only=yes ;; # internal: this script calls itself for each slice
     *)
@@ -92,6 +110,12 @@ for argument; do
   esac
 done
 
+RESULTS=${RESULTS:-results/gpu} CACHE=${CACHE:-.gpu-cache}
+if [[ -n $list ]]; then
+  echo "$ABOUT"
+  [[ ! -f $RESULTS/slices.txt ]] || cat "$RESULTS/slices.txt"
+  exit
+fi
 [[ $CACHE == /* ]] || CACHE=$PWD/$CACHE
 export RESULTS CACHE XDG_CACHE_HOME=$CACHE
 if [[ -n $only ]]; then
@@ -100,7 +124,23 @@ if [[ -n $only ]]; then
   exit
 fi
 
-[[ -z ${PACK:-} || ! -f $PACK ]] || tar -xzf "$PACK"
+mkdir -p "$RESULTS" "$CACHE" ${PACK:+"$PACK"}
+declare -A packed=([results]=$RESULTS [cache]=$CACHE)
+for archive in ${PACK:+"${!packed[@]}"}; do
+  [[ ! -f $PACK/$archive.tar.gz ]] || tar -xzf "$PACK/$archive.tar.gz" -C "${packed[$archive]}" ||
+    say "$PACK/$archive.tar.gz is damaged; what could be read of it is used" >&2
+done
+pack() {
+  local archive
+  for archive in ${PACK:+"${!packed[@]}"}; do
+    mkdir -p "${packed[$archive]}"
+    # Triton's intermediate files are twice the size of the kernels, and are not read again.
+    tar -czf "$PACK/$archive.part" -C "${packed[$archive]}" --exclude='*.ttir' --exclude='*.ttgir' --exclude='*.llir' \
+      --exclude='*.ptx' --exclude='*.source' . || say "${packed[$archive]}: could not all be packed" >&2
+    mv "$PACK/$archive.part" "$PACK/$archive.tar.gz"
+  done
+}
+
 "$python" -c "import bench, pytest, sweep" || {
   say "$python lacks packages; pip install -r requirements.txt" >&2
   exit 2
@@ -111,25 +151,35 @@ if [[ $device == cuda ]]; then
     say "torch finds no CUDA GPU here; --dry-run runs the same at a small scale on a CPU" >&2
     exit 2
   }
+  name+=", driver $(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1)"
 fi
-mkdir -p "$RESULTS" "$CACHE"
+name+=", $(git describe --always --dirty 2>/dev/null || echo "${GIT_COMMIT:-commit unknown}")"
 if ((!${#asked[@]})); then
   for slice in $SLICES; do
     grep -qs "^$slice .*, done" "$RESULTS/slices.txt" || asked+=("$slice")
   done
 fi
 
-# Triton's intermediate files are twice the size of the kernels, and are not read again.
-not_packed=(--exclude='*.ttir' --exclude='*.ttgir' --exclude='*.llir' --exclude='*.ptx' --exclude='*.source')
-failed=0
+failed=0 stopped=
 for slice in "${asked[@]}"; do
+  [[ -z $stopped ]] || break
   say "$slice: $(sed -n "s/^$slice *//p" <<<"$ABOUT")"
-  began=$SECONDS status=done
-  timeout -k 20 530 bash gpu.sh "${dry[@]}" --only "$slice" || status="stopped or failed ($?)"
-  [[ $status == done ]] || failed=1
+  case $slice in smoke) longest=150 ;; tests) longest=240 ;; *) longest=530 ;; esac # a hang must not cost more, in seconds
+  began=$SECONDS ended=0
+  # A signal for this script's process group must end neither the slice before it has saved, nor what it prints.
+  timeout -k 20 "$longest" bash gpu.sh "${dry[@]}" --only "$slice" \
+    > >(trap '' INT TERM && exec tee -a "$RESULTS/$slice.log") 2>&1 &
+  running=$!
+  trap 'stopped=yes; kill -TERM $running 2>/dev/null' INT TERM
+  wait $running || ended=$?
+  while kill -0 $running 2>/dev/null; do # the first `wait` ends at a signal
+    wait $running && ended=0 || ended=$?
+  done
+  status=done
+  ((!ended)) || status="stopped or failed ($ended)" failed=1
   took="$slice $((SECONDS - began)) s, $status, $(date +%F), $name"
   echo "$took" >>"$RESULTS/slices.txt"
-  [[ -z ${PACK:-} ]] || tar -czf "$PACK" "${not_packed[@]}" "$RESULTS" "$(realpath --relative-to=. "$CACHE")"
+  pack
   next=$(sed -n "/^$slice\$/{n;p}" <<<"$SLICES")
   say "$took; left in $RESULTS${next:+; next: bash gpu.sh $next}"
 done

@@ -1,4 +1,4 @@
-"""Load the trained networks of results/ through torch.hub.
+"""Load the trained networks of results/runs through torch.hub.
 
     torch.hub.list("OWNER/REPOSITORY")     # the networks; torch.hub.help describes one of them
     model = torch.hub.load("OWNER/REPOSITORY", "resnet32_bn_only", seed=0)
@@ -72,10 +72,10 @@ def _entry(name: str, runs: dict[int, dict]):
 def _entries() -> dict:
     """Return, by name, a load function for each architecture and mode trained with the published options.
 
-    The first run found sets the images and the number of epochs; runs that differ in these are left out.
+    The first run in results/runs sets the images and the number of epochs; others that differ are left out.
     """
     found = {}
-    for file in sorted(_HERE.glob("results/**/model.safetensors")):
+    for file in sorted(_HERE.glob("results/runs/**/model.safetensors")):
         read = (file.with_name(f"{name}.json").read_bytes() for name in ("summary", "config"))
         summary, config = map(json.loads, read)
         run = config["options"] | summary | {"folder": file.parent}

@@ -3,8 +3,10 @@
 import contextlib
 import functools
 import json
+import os
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,10 +32,13 @@ class Config(NamedTuple):
 # Computes a convolution with a Config, or with cuDNN for None. It returns all results, without side effects.
 Attempt = Callable[[Config | None], Sequence[Tensor | None]]
 
+# With 64 rows or more, a pipelined product (wgmma, with its left factor in registers) may overwrite a factor
+# that is still being read (triton issue 9433). So configurations of several stages have 32 rows.
 CONFIGS = (
-    Config(64, 4, 1), Config(32, 8, 1), Config(64, 8, 1), Config(64, 8, 3),
-    Config(32, 4, 1, 2), Config(64, 8, 1, 2), Config(64, 8, 3, 2), Config(128, 4, 1, 2), Config(256, 8, 1, 2),
+    Config(64, 4, 1), Config(32, 8, 1), Config(64, 8, 1), Config(32, 8, 3),
+    Config(32, 4, 1, 2), Config(64, 8, 1, 2), Config(32, 4, 3, 2), Config(128, 4, 1, 2), Config(256, 8, 1, 2),
 )  # fmt: skip
+CALLS, ROUNDS = 10, 20  # calls that are timed at once, and how often; a GPU that was idle is slow at first
 TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 4e-2, torch.float16: 8e-3}  # cuDNN's fp32 may be TF32
 
 
@@ -41,10 +46,12 @@ class Choices:
     """The fastest correct Config for each key, measured on first use and kept in `file`; None means cuDNN.
 
     Nothing can be measured while a CUDA graph is captured, so a key that is still unmeasured then gets cuDNN.
+    The file of the same name that ends in .log says how long each Config took, or why it was not used. While
+    `compiling`, an attempt compiles its kernels and launches none.
     """
 
     def __init__(self, file: Path):
-        self.file = file
+        self.file, self.compiling = file, False
         self.made = self.read()
 
     def __call__(self, key: str, attempt: Attempt) -> Config | None:
@@ -54,17 +61,44 @@ class Choices:
             expected = attempt(None)
             if not all(bool(tensor.isfinite().all()) for tensor in expected if tensor is not None):
                 return None  # fp16's loss scale is still too high, so there is nothing to compare with
-            self.made[key] = self.fastest(attempt, expected)
+            self.made[key] = self.fastest(key, attempt, expected)
             self.write()
         return self.made[key] and Config(*self.made[key])
 
-    def fastest(self, attempt: Attempt, expected: Sequence[Tensor | None]) -> Config | None:
-        times = {None: seconds(lambda: attempt(None))}
+    def fastest(self, key: str, attempt: Attempt, expected: Sequence[Tensor | None]) -> Config | None:
+        self.compile(attempt)
+        pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
+        graphs, found = {None: recorded(functools.partial(attempt, None), pool)}, {}
         for config in CONFIGS:
-            with contextlib.suppress(Exception):  # it does not compile, or needs more than this GPU has
+            try:
                 if agrees(attempt(config), expected):
-                    times[config] = seconds(functools.partial(attempt, config))
+                    graphs[config] = recorded(functools.partial(attempt, config), pool)
+                else:
+                    found[config] = "differs from cuDNN"
+            except Exception as error:  # it does not compile, or needs more than this GPU has
+                found[config] = repr(error)
+        rounds = [{way: seconds(graph) for way, graph in graphs.items()} for _ in range(ROUNDS)]
+        times = {way: min(times[way] for times in rounds) / CALLS for way in graphs}
+        found |= {way: f"{1e6 * time:.2f} us" for way, time in times.items()}
+        with contextlib.suppress(OSError), self.file.with_suffix(".log").open("a") as log:
+            log.writelines(f"{key}: {tuple(way or ['cuDNN'])}: {what}\n" for way, what in found.items())
         return min(times, key=times.get)
+
+    def compile(self, attempt: Attempt) -> None:
+        """Compile the kernels of all Configs at once, a thread per core; failures show when they are used."""
+        from triton import AsyncCompileMode  # here, because importing Triton takes a second
+
+        self.compiling = True
+        try:
+            with (
+                ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads,
+                AsyncCompileMode(threads, ignore_errors=True),
+            ):
+                for config in CONFIGS:
+                    with contextlib.suppress(Exception):
+                        attempt(config)
+        finally:
+            self.compiling = False
 
     def read(self) -> dict[str, list[int] | None]:
         """Return the valid choices in the file. All other entries are ignored, and measured again."""
@@ -100,17 +134,20 @@ def agrees(out: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> b
     return all(near(a, b) for a, b in zip(out, expected, strict=True) if b is not None)
 
 
-def seconds(call: Callable[[], object], calls: int = 10, replays: int = 5) -> float:
-    """Return the seconds per call in the fastest of several replays of a CUDA graph of several calls."""
-    graph, times = torch.cuda.CUDAGraph(), []
-    with captured(graph):
-        for _ in range(calls):
+def recorded(call: Callable[[], object], pool: tuple[int, int] | None) -> torch.cuda.CUDAGraph:
+    """Return a CUDA graph of CALLS calls, whose memory is shared with other graphs of the same pool."""
+    graph = torch.cuda.CUDAGraph()
+    with captured(graph, pool=pool):
+        for _ in range(CALLS):
             call()
-    for _ in range(replays):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / calls)
-    return min(times)
+    return graph
+
+
+def seconds(graph: torch.cuda.CUDAGraph) -> float:
+    """Return the seconds that one replay of `graph` takes."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3

@@ -104,7 +104,8 @@ class CudaPasses(TorchPasses):
     def launch(self, kernel, grid: tuple[int, ...], *arguments, config: Config = ELEMENTWISE, **constants):
         options = {"num_warps": config.warps, "num_stages": config.stages}
         options |= {"launch_pdl": True} if self.pdl else {}
-        kernel[grid](*arguments, **constants, PDL=self.pdl, **options)
+        compile_only = getattr(self.choose, "compiling", False)
+        kernel.run(*arguments, grid=grid, warmup=compile_only, **constants, PDL=self.pdl, **options)
 
     def over(self, kernel, image: Tensor, *arguments, of=None, config: Config = ELEMENTWISE, **constants):
         """Launch `kernel` over the positions of `image`, or over its patches of side P.

@@ -169,16 +169,22 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 @contextlib.contextmanager
-def captured(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream | None = None) -> Iterator[None]:
+def captured(
+    graph: torch.cuda.CUDAGraph,
+    stream: torch.cuda.Stream | None = None,
+    pool: tuple[int, int] | None = None,
+) -> Iterator[None]:
     """Capture the work of the `with` block into `graph`, regardless of what a loader's threads do meanwhile.
 
     Garbage collection is off until the block ends, because no other graph may be freed before then.
     """
     gc.disable()
+    before = torch.cuda.current_stream()
     try:
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             yield
     finally:
+        torch.cuda.set_stream(before)  # a capture that fails does not return to it
         gc.enable()
 
 

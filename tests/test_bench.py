@@ -77,11 +77,24 @@ def test_speed_compares_implementations(small):
 
 
 @pytest.mark.stress
-def test_speed_measures_a_compiled_network(small):
+@pytest.mark.parametrize("impl", ["compiled", "graphed"])
+def test_speed_measures_a_compiled_network(small, impl):
     turns = ["--repeats", "1", "--steps", "1", "--mode", "bn_only"]
-    assert status_of("speed", *small, *turns, "--impl", "compiled") == 0
+    assert status_of("speed", *small, *turns, "--impl", impl) == 0
     (row,) = rows_in(small, "speed")
     assert row["images_per_s"] > 0 and row["ratio_to_stock"] is None
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_replayed_step_sees_every_batch(device):
+    total = torch.zeros(3, device=device)
+    step = bench.replayed(lambda a, b: total.add_(a * b), torch.device(device))
+    batches = [[torch.full((3,), float(x), device=device) for x in (i, i + 1)] for i in range(6)]
+    for batch in batches:
+        step(*batch)
+        for tensor in batch:
+            tensor.zero_()
+    assert total.tolist() == [sum(i * (i + 1) for i in range(6))] * 3
 
 
 @pytest.mark.parametrize(
@@ -337,9 +350,10 @@ def test_rows_are_shown_in_markdown(small, capsys):
 def test_gpu_rows_have_rates_share_of_floor_and_peak_memory(tiny_folder, tmp_path):
     options = ["--arch", "resnet8", "--batch-size", "16", "--json", str(tmp_path / "rows.jsonl")]
     options += ["--data", str(tiny_folder), "--data-dir", str(tiny_folder.parent / "prepared")]
-    assert status_of("speed", *options, "--repeats", "2", "--steps", "4", "--mode", "bn_only") == 0
+    options += ["--repeats", "2", "--steps", "4", "--mode", "bn_only"]
+    assert status_of("speed", *options, "--impl", "stock", "amp", "plain", "lean") == 0
     rows = rows_in(options, "speed")
-    assert rows[0]["bytes_per_s"] > 1e11 and rows[1]["flops_per_s"] > 1e12
+    assert len(rows) == 6 and rows[0]["bytes_per_s"] > 1e11 and rows[1]["flops_per_s"] > 1e12
     for row in rows[2:]:
         assert 0 < row["share_of_floor"] < 1 and row["peak_memory_bytes"] > 0
 

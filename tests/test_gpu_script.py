@@ -14,7 +14,8 @@ import torch
 import bench
 
 ROOT = Path(bench.__file__).parent
-SLICES = ["tests", "short", "speed", "large", "full", "seeds", "deep", "memory", "startup", "rest", "grid"]
+SLICES = ["smoke", "tests", "short", "full", "speed", "large", "seeds", "deep", "memory", "startup", "rest"]
+SLICES.append("grid")
 
 
 def run(*arguments: str, folder: Path) -> subprocess.CompletedProcess:
@@ -53,15 +54,57 @@ def test_at_its_time_limit_a_slice_waits_for_its_command_to_end(tmp_path):
         assert slice.wait() != 0 and (tmp_path / "saved").exists()
 
 
+STANDS_FOR_PYTHON = """#!/bin/bash
+[[ $1 == train.py ]] || exit 0
+echo training
+mkdir -p "$RESULTS/runs" "$CACHE/triton"
+touch "$CACHE/triton/kernel.cubin" "$CACHE/triton/kernel.ptx"
+trap 'sleep 1; echo saved; touch "$RESULTS/runs/last.pt"; exit 1' TERM
+touch begun
+sleep 60 & wait
+"""
+
+
+def test_a_signal_ends_it_after_the_slice_has_saved_and_is_packed_and_another_machine_continues(tmp_path):
+    machines = [tmp_path / "one", tmp_path / "other"]
+    for machine in machines:
+        machine.mkdir()
+        (machine / "gpu.sh").write_bytes((ROOT / "gpu.sh").read_bytes())
+        (machine / "python3").write_text(STANDS_FOR_PYTHON)
+        (machine / "python3").chmod(0o755)
+    one, other = machines
+    path = {"PATH": f"{one}:{os.environ['PATH']}", "GIT_COMMIT": "abc", "PACK": str(tmp_path / "pack")}
+    command, how = ["bash", "gpu.sh", "--dry-run", "full", "deep"], {"cwd": one, "env": os.environ | path}
+    with subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, text=True, **how) as ran:
+        while not (one / "begun").exists():
+            assert ran.poll() is None
+            time.sleep(0.05)
+        os.killpg(ran.pid, signal.SIGTERM)
+        said = ran.communicate()[0]
+    assert ran.returncode == 1 and "full 1 s, stopped or failed" in said.replace("full 2 s", "full 1 s")
+    assert "saved" in said and "gpu.sh: deep:" not in said
+    assert sorted(file.name for file in (tmp_path / "pack").iterdir()) == ["cache.tar.gz", "results.tar.gz"]
+    (tmp_path / "pack" / "cache.tar.gz").write_bytes(b"not an archive")
+    (other / "python3").write_text("#!/bin/bash\n")
+    path["PATH"] = f"{other}:{os.environ['PATH']}"
+    ended = subprocess.run(command[:3], cwd=other, env=os.environ | path, capture_output=True, text=True)
+    assert ended.returncode == 0 and "cache.tar.gz is damaged" in ended.stderr
+    results = other / "runs" / "gpu-dry-run" / "results"
+    assert (results / "runs" / "last.pt").exists() and "saved" in (results / "full.log").read_text()
+    lines = (results / "slices.txt").read_text().splitlines()
+    assert "stopped" in lines[0] and lines[0].endswith(", abc")
+    assert [line.split()[0] for line in lines[1:]] == SLICES
+
+
 def test_an_unknown_slice_and_a_missing_gpu_are_refused(tmp_path):
     ended = run("nonsense", folder=tmp_path)
-    assert ended.returncode == 2 and "there is no such slice; choose from tests short" in ended.stderr
+    assert ended.returncode == 2 and "there is no such slice; choose from smoke tests short" in ended.stderr
     if not torch.cuda.is_available():
         ended = run("speed", folder=tmp_path)
         assert ended.returncode == 2 and ended.stderr.count("\n") == 1 and "--dry-run" in ended.stderr
 
 
-IN_SMALL = [["short", "full", "seeds", "deep"], ["speed", "large", "memory", "startup"], ["grid"]]
+IN_SMALL = [["smoke", "short", "full", "seeds", "deep"], ["speed", "large", "memory", "startup"], ["grid"]]
 
 
 @pytest.mark.parametrize("slices", IN_SMALL)
@@ -74,6 +117,7 @@ def test_slices_run_at_a_small_scale_and_name_the_next_slice(tmp_path, slices):
         assert " s, done, " in said and said.endswith(
             f"next: bash gpu.sh {follows[0]}" if follows else "results"
         )
+        assert (tmp_path / "results" / f"{name}.log").stat().st_size > 0
     done = (tmp_path / "results" / "slices.txt").read_text().splitlines()
     assert [line.split()[0] for line in done] == slices
     for rows in (tmp_path / "results").glob("*.jsonl"):

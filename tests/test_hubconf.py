@@ -18,7 +18,7 @@ import freeze
 import hubconf
 
 
-def add_network(repository: Path, folder: str = "runs", mode: str = "bn+output", seed: int = 3, **more):
+def add_network(repository: Path, folder: str = "runs/these", mode: str = "bn+output", seed: int = 3, **more):
     """Write a resnet8, trained for two steps, as a run in results/; return its folder and full state."""
     model, spec = trained_for(2, mode=mode, seed=seed)
     run = write_run(repository / "results" / folder, "resnet8", mode, seed, analysis=False, **more)
@@ -54,10 +54,11 @@ def test_a_network_has_its_trained_weights_and_its_normalisation(repository):
 
 def test_there_is_an_entry_for_each_architecture_and_mode(repository):
     add_network(repository)
-    add_network(repository, "more", "random", final_test_acc=12.34)
-    add_network(repository, "more", "all", lr=0.3)  # not the published learning rate
-    add_network(repository, "more", "none", status="interrupted")
-    write_run(repository / "results", "resnet14")  # without a seed checkpoint
+    add_network(repository, "runs/more", "random", final_test_acc=12.34)
+    add_network(repository, "runs/more", "all", lr=0.3)  # not the published learning rate
+    add_network(repository, "runs/more", "none", status="interrupted")
+    add_network(repository, "gpu/cold", "bn_only")  # not among the finished runs
+    write_run(repository / "results" / "runs", "resnet14")  # without a seed checkpoint
     assert torch.hub.list("owner/name") == ["resnet8_bn_output", "resnet8_random"]
     shown = torch.hub.help("owner/name", "resnet8_random")
     assert "resnet8, trained with --mode random for 4 epochs" in shown and "12.34 % (seed 3)" in shown
@@ -66,8 +67,8 @@ def test_there_is_an_entry_for_each_architecture_and_mode(repository):
 
 def test_seed_selects_the_network_and_an_unknown_seed_lists_the_known(repository):
     states = {seed: add_network(repository, seed=seed)[1] for seed in (12, 3)}
-    add_network(repository, "zfp32", seed=3, dtype="fp32")  # the same run with another dtype
-    add_network(repository, "zlonger", seed=4, epochs=8)  # left out: it has another number of epochs
+    add_network(repository, "runs/zfp32", seed=3, dtype="fp32")  # the same run with another dtype
+    add_network(repository, "runs/zlonger", seed=4, epochs=8)  # left out: it has another number of epochs
     for seed, options in ((12, {"seed": 12}), (3, {"seed": 3}), (3, {})):
         model = load(repository, "resnet8_bn_output", **options)
         assert torch.equal(model.conv1.weight, states[seed]["conv1.weight"])
@@ -133,7 +134,7 @@ def test_every_imported_package_is_listed_as_a_dependency():
 @pytest.mark.parametrize("name", ["resnet14_random", "resnet14_bn_only", "resnet32_bn_only"])
 def test_networks_of_results_match_their_summaries(name):
     model = load(ROOT, name, seed=0)
-    stored = [file.with_name("summary.json") for file in ROOT.glob("results/**/model.safetensors")]
+    stored = [file.with_name("summary.json") for file in ROOT.glob("results/runs/**/model.safetensors")]
     every = [json.loads(file.read_text()) for file in stored]
     (summary,) = [of for of in every if (f"{of['arch']}_{of['mode']}", of["seed"]) == (name, 0)]
     assert freeze.frozen_sha256(model) == summary["frozen_sha256"]

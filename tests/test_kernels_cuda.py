@@ -20,11 +20,12 @@ def timed(monkeypatch):
     """
     times, last = {None: 5.0}, []
 
-    def seconds(call):
+    def recorded(call, pool):
         call()
-        return times.get(last[-1], 9.0)
+        return last[-1]
 
-    monkeypatch.setattr(choices, "seconds", seconds)
+    monkeypatch.setattr(choices, "recorded", recorded)
+    monkeypatch.setattr(choices, "seconds", lambda config: times.get(config, 9.0))
     return times, last
 
 
@@ -42,7 +43,34 @@ def test_the_fastest_correct_config_is_chosen(timed, tmp_path):
     times, last = timed
     times |= {CONFIGS[0]: 1.0, CONFIGS[1]: 2.0, CONFIGS[2]: 3.0, CONFIGS[3]: 4.0}
     attempt = attempt_of(last, wrong=CONFIGS[:1], failing=CONFIGS[1:2])
-    assert Choices(tmp_path / "made" / "kernels.json")("layer", attempt) == CONFIGS[2]
+    assert Choices(tmp_path / "kernels.json")("layer", attempt) == CONFIGS[2]
+    log = dict(line.split(": ", 2)[1:] for line in (tmp_path / "kernels.log").read_text().splitlines())
+    assert len(log) == 1 + len(CONFIGS) and log["('cuDNN',)"] == "500000.00 us\n".strip()
+    assert log[str(tuple(CONFIGS[0]))] == "differs from cuDNN"
+    assert log[str(tuple(CONFIGS[1]))] == "RuntimeError('out of resource: shared memory')"
+
+
+def test_every_config_is_compiled_before_the_first_is_tried(timed, tmp_path):
+    chooses, compiling = Choices(tmp_path / "kernels.json"), []
+    attempt = attempt_of(timed[1], failing=CONFIGS[:1])
+
+    def noted(config):
+        compiling.append((config, chooses.compiling))
+        return attempt(config)
+
+    chooses("layer", noted)
+    compiled = [(config, True) for config in CONFIGS]
+    assert compiling[: len(CONFIGS) + 1] == [(None, False), *compiled]
+    assert not any(compiles for _, compiles in compiling[len(CONFIGS) + 1 :])
+
+
+def test_while_kernels_compile_none_is_launched(tmp_path):
+    passes, ones = CudaPasses(Choices(tmp_path / "kernels.json")), torch.ones(4, 16, device=DEVICE)
+    out = torch.zeros_like(ones)
+    for passes.choose.compiling in (True, False):
+        assert not out.any()
+        passes.launch(cuda.triton_kernels.norm_of, (1,), *ones, out, 1e-5, C=16, BLOCK=16)
+    assert out[:3].all()  # the mean, rstd and scale
 
 
 def test_a_config_that_gives_nan_is_not_chosen(timed, tmp_path):
@@ -68,7 +96,7 @@ def test_choices_are_measured_once_and_kept_in_their_file(timed, tmp_path, faste
         assert again("layer", attempt_of(last)) == fastest
     assert len(last) == tried
     assert set(Choices(tmp_path / "kernels.json").made) == {"layer", "another layer"}
-    assert [path.name for path in tmp_path.iterdir()] == ["kernels.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kernels.json", "kernels.log"]
 
 
 RUBBISH = ["{", "[]", "1", "null", "[" * 100_000, '{"layer": ' * 5000 + "1" + "}" * 5000]

@@ -78,6 +78,59 @@ def test_a_step_and_an_evaluation_have_the_expected_launches(tmp_path):
     assert float(least) == 2e-6, "no launch is free"
 
 
+def test_no_config_overwrites_what_a_running_product_still_reads(tmp_path):
+    """A loop of wgmma waits for all of them in every iteration: registers may hold their left factors."""
+    program = r"""if True:
+        import re, torch
+        from kernels import cuda, sm90
+        read, like = sm90.read, torch.empty(0, dtype=torch.bfloat16, device="meta")
+        def noted(cubin, what):
+            text = read(cubin, what)
+            if what == "-sass":
+                waits = re.findall(r"WARPGROUP.DEPBAR.LE gsb0, (0x[0-9a-f]+)", text)
+                print(len(re.findall("HGMMA", text)), len(re.findall("HMMA", text)), *waits)
+            return text
+        sm90.read = noted
+        pipelined = [config for config in sm90.CONFIGS if config.stages > 1]
+        for config in (sm90.Config(64, 8, 1), *pipelined):
+            channels = 64 // config.patch**2
+            x = cuda.empty_image(like, (128, channels, 8, 8))
+            sm90.block(sm90.Forecast([config]), x, [(channels, 3, 1), (channels, 3, 1)], shortcut=x)
+    """
+    rows = [row.split() for row in run(program, tmp_path)]
+    products = [row for row in rows if row[:2] != ["0", "0"]]
+    assert len(products) >= 3 * 4 and any(row[0] != "0" for row in products)
+    for asynchronous, _, *waits in products:
+        assert bool(waits) == (asynchronous != "0") and set(waits) <= {"0x0"}
+
+
+def test_all_configs_of_a_convolution_compile_together_and_none_is_launched(tmp_path):
+    program = """if True:
+        import pathlib, torch
+        from triton.runtime import driver
+        from kernels import choices, cuda, sm90, triton_kernels
+        from kernels.reference import BatchNorm, Conv
+
+        class Hopper:  # stands for its driver; a launch would ask it for more
+            get_current_device = get_current_stream = lambda *_: 0
+            get_current_target = lambda _: sm90.HOPPER
+
+        driver.set_active(Hopper())
+        choices.CONFIGS = choices.CONFIGS[:1] + choices.CONFIGS[-1:]
+        chooses = choices.Choices(pathlib.Path("/dev/null/none"))
+        passes = cuda.CudaPasses(chooses)
+        chooses.fastest = lambda key, attempt, expected: chooses.compile(attempt)
+        x, weight = torch.ones(2, 16, 8, 8).bfloat16(), torch.ones(16, 16, 3, 3).bfloat16()
+        x, weight = (a.contiguous(memory_format=torch.channels_last) for a in (x, weight))
+        cuda.TorchPasses.convolve = lambda *_: (x, None)
+        passes.convolve(x, None, weight, Conv((1, 1), (1, 1)), BatchNorm.of(torch.nn.BatchNorm2d(16)))
+        (kept, *_), = triton_kernels.convolve.device_caches.values()
+        for kernel in kept.values():
+            print(type(kernel).__name__, kernel.metadata.num_warps)
+    """
+    assert sorted(run(program, tmp_path)) == ["CompiledKernel 4", "CompiledKernel 8"]
+
+
 def test_instructions_count_once_per_iteration_of_their_loop(tmp_path):
     program = '''if True:
         from kernels import sm90

@@ -44,6 +44,8 @@ def by_largest_patch():
 )
 def test_two_steps_and_an_evaluation_equal_pytorchs(mode, dtype, tolerance, monkeypatch):
     """The second step and the evaluation must use the weights that the step before has updated."""
+    if DEVICE == "cuda":  # where PyTorch's own fp32 convolutions may differ by more than on a CPU
+        tolerance = max(tolerance, 1e-4)
     found = []
     for ours in (CudaPasses(by_largest_patch()), TorchPasses()):
         for module in (step, kernels):
