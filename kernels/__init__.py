@@ -185,10 +185,15 @@ def passes_for(device_type: str, compiled: bool = True) -> TorchPasses:
 
 
 def _weight(conv: nn.Conv2d, dtype: torch.dtype) -> Tensor:
-    """Return the weight that `conv` applies, in `dtype`; a frozen weight is converted only once."""
+    """Return the weight that `conv` applies, in `dtype`; a frozen weight is converted only once.
+
+    One that trains requires a gradient even in evaluation, so that nothing made from it is kept.
+    """
     weight = conv.effective_weight() if hasattr(conv, "effective_weight") else conv.weight
-    if weight is not conv.weight or weight.dtype == dtype or weight.requires_grad:
-        return weight.to(dtype)
+    if weight is not conv.weight or weight.requires_grad:
+        return weight.to(dtype).requires_grad_()
+    if weight.dtype == dtype:
+        return weight
     key = (weight.data_ptr(), weight._version, dtype)
     if getattr(conv, "_converted", (None,))[0] != key:
         conv._converted = key, weight.detach().to(dtype)

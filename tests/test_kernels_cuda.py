@@ -151,7 +151,9 @@ def test_trained_and_frozen_weights_have_separate_choices(dtype):
         conv.to(DEVICE, memory_format=torch.channels_last)
         x = image(2, 16, 4, 4, dtype=dtype).requires_grad_()
         kernels.train_block(passes, x, [(conv, layer_of(16))], None, relu=True).sum().backward()
-    assert [len(made) for made in keys.values()] == [2, 2] and not {*keys[True]} & {*keys[False]}
+        with torch.no_grad():
+            kernels.infer_block(passes, x, [(conv, layer_of(16))], None)
+    assert [len(made) for made in keys.values()] == [4, 4] and not {*keys[True]} & {*keys[False]}
 
 
 def test_without_triton_pytorchs_passes_are_used_with_a_warning(monkeypatch):
