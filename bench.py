@@ -13,7 +13,7 @@
     stock_workers  stock with one DataLoader worker per core, at most 16, instead of two
     amp            eager autocast, channels_last, images resident on the device
     compiled       amp with torch.compile of the whole network
-    graphed        compiled, with each whole step replayed from a CUDA graph (on a GPU)
+    graphed        compiled, with each whole step replayed from a CUDA graph; only if --impl names it
 with this project's step:
     plain          train.py's step without its own kernels, differentiated by autograd
     lean           train.py's step: a frozen network keeps each convolution's output once, and nothing else
@@ -183,13 +183,15 @@ def training(impl: str, arch: str, mode: str, dataset: data.Dataset, options: Na
 
 
 def replayed(step: Callable[..., None], device: torch.device) -> Callable[..., None]:
-    """Return `step`, replayed from a CUDA graph, into whose own tensors each batch is copied."""
+    """Return `step`, replayed from a CUDA graph, into whose own tensors each batch is copied.
+
+    It runs on a stream of its own, because gradients remember the stream of the first backward pass, and the
+    default stream cannot be captured.
+    """
     held = []
 
     def replay() -> None:
         step(*held)
-
-    replay = kernels.device.Captured(replay) if device.type == "cuda" else replay
 
     def copy_and_replay(*batch: torch.Tensor) -> None:
         held.extend(map(torch.clone, batch[len(held) :]))
@@ -197,7 +199,18 @@ def replayed(step: Callable[..., None], device: torch.device) -> Callable[..., N
             tensor.copy_(new)
         replay()
 
-    return copy_and_replay
+    if device.type != "cuda":
+        return copy_and_replay
+    replay, stream = kernels.device.Captured(replay), torch.cuda.Stream(device)
+
+    def on_its_stream(*batch: torch.Tensor) -> None:
+        outer = torch.cuda.current_stream(device)
+        stream.wait_stream(outer)
+        with torch.cuda.stream(stream):
+            copy_and_replay(*batch)
+        outer.wait_stream(stream)
+
+    return on_its_stream
 
 
 # ---- how steps are timed ----
@@ -460,10 +473,9 @@ def parse_options(argv: list[str] | None) -> Namespace:
     options = parser.parse_args(argv)
     part, options.device = options.part, kernels.device.choose(options.device)
     on_gpu = options.device.type == "cuda"
-    skipped = {"stock_workers"} if WORKERS["stock_workers"] <= 2 or part == "memory" else set()
-    dtype = options.dtype or kernels.device.default_dtype(options.device)
-    if part == "memory" or not on_gpu or dtype == "fp16":  # fp16 reads its loss scale between steps
-        skipped |= {"graphed"}
+    skipped = {"graphed"}
+    if WORKERS["stock_workers"] <= 2 or part == "memory":
+        skipped |= {"stock_workers"}
     if part == "memory" and not on_gpu:
         skipped |= {"compiled", "plain"}  # compiling takes minutes, and plain keeps what amp keeps
     if part == "data" and not prepare.import_ffcv():
@@ -471,7 +483,7 @@ def parse_options(argv: list[str] | None) -> Namespace:
     defaults = {
         "impl": ["lean"] if part == "profile" else [i for i in IMPLS[part] if i not in skipped],
         "mode": {"speed": ["bn_only", "all"], "memory": ["bn_only", "random", "all"]}.get(part, ["bn_only"]),
-        "dtype": "bf16" if part == "memory" else dtype,
+        "dtype": "bf16" if part == "memory" else kernels.device.default_dtype(options.device),
         "repeats": 3 if part == "startup" else 5,
         # On a GPU, a turn is an epoch of CIFAR-10, so that each turn prepares one epoch.
         "steps": None if part == "data" else max(1, 50_000 // max(1, options.batch_size)) if on_gpu else 4,
@@ -492,14 +504,20 @@ def parse_options(argv: list[str] | None) -> Namespace:
     file = Path(options.json or "rows.jsonl").absolute()
     if options.json and (file.is_dir() or not file.parent.is_dir() or not os.access(file.parent, os.W_OK)):
         raise OptionError(f"--json {options.json}: name a file in a folder that exists and can be written to")
-    encoding = locale.getpreferredencoding(False)
-    if "compiled" in options.impl and codecs.lookup(encoding).name == "ascii":
-        what = f"--impl compiled: torch.compile cannot read its own files in this locale's {encoding}"
-        raise OptionError(f"{what};\nset PYTHONUTF8=1, or name others with --impl")
-    compiler = os.environ.get("CXX", "g++")
-    if "compiled" in options.impl and not on_gpu and not shutil.which(compiler):
-        what = f"--impl compiled: torch.compile finds no C++ compiler ({compiler})"
-        raise OptionError(f"{what}; install it, or name others with --impl")
+    if "graphed" in options.impl and on_gpu and options.dtype == "fp16":
+        raise OptionError(
+            "--impl graphed: fp16 needs its loss scale between steps; give --dtype bf16 or fp32"
+        )
+    if compiled := [impl for impl in ("compiled", "graphed") if impl in options.impl]:
+        encoding, compiler = locale.getpreferredencoding(False), os.environ.get("CXX", "g++")
+        if codecs.lookup(encoding).name == "ascii":
+            what = (
+                f"--impl {compiled[0]}: torch.compile cannot read its own files in this locale's {encoding}"
+            )
+            raise OptionError(f"{what};\nset PYTHONUTF8=1, or name others with --impl")
+        if not on_gpu and not shutil.which(compiler):
+            what = f"--impl {compiled[0]}: torch.compile finds no C++ compiler ({compiler})"
+            raise OptionError(f"{what}; install it, or name others with --impl")
     for arch, mode in itertools.product(options.arch, options.mode):
         with torch.device("meta"):  # check that both exist before minutes of measuring
             model = models.build(arch)

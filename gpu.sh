@@ -14,13 +14,13 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-ABOUT="smoke    which kernels this GPU runs; a step of each kind of training
+ABOUT="smoke    which kernels this GPU runs; a short epoch in each kind of training
 tests    the most telling tests of the kernels: bf16, whole steps, captured graphs, sums, batch and head
 short    three epochs of ResNet-32 with empty and with full caches; time per kernel; the chosen kernels
 full     ResNet-32, bn_only, 160 epochs
 speed    images/s next to the usual alternatives, batches of 128, bn_only and all
 large    images/s in batches of 1,024
-seeds    the same, eight seeds side by side
+seeds    like full, with eight seeds side by side
 deep     ResNet-866, three epochs
 memory   bytes kept for the backward pass; images/s of the loaders
 startup  seconds to the first step, with empty and with full caches
@@ -65,12 +65,14 @@ short() {
   cp "$CACHE"/batchnorm-only/kernels-*.{json,log} "$RESULTS/" 2>/dev/null || say "no kernel was chosen"
 }
 speed() { # [BATCH SIZE]
-  local mode name
+  local size=${1:-$batch} mode options
   for mode in bn_only all; do
-    name=speed-${1:-$batch}-$mode
-    bench "$name" speed --arch "$small" --mode "$mode" --batch-size "${1:-$batch}" "${impls[@]}"
-    # By itself, because it is not our code that would have to mend it if a step cannot be captured.
-    [[ $device == cpu ]] || bench "$name-graphed" speed --arch "$small" --mode "$mode" --batch-size "${1:-$batch}" --impl compiled graphed lean
+    options=(speed --arch "$small" --mode "$mode" --batch-size "$size")
+    bench "speed-$size-$mode" "${options[@]}" "${impls[@]}"
+  done
+  [[ $device == cpu ]] || for mode in bn_only all; do # last, in case PyTorch cannot capture such a step
+    options=(speed --arch "$small" --mode "$mode" --batch-size "$size")
+    bench "speed-$size-$mode-graphed" "${options[@]}" --impl compiled graphed lean
   done
 }
 large() { speed "$large_batch"; }
@@ -95,8 +97,9 @@ for argument; do
     --list) list=yes ;;
     --dry-run)
       device=cpu small=resnet8 deepest=resnet8 few=(--train-subset 640 --batch-size 64 --dtype fp32)
-      turns=(--repeats 1 --steps 1 --warm-up 1 --batch-size 16) collect=(--collect-only) batch=16 large_batch=32 eight=(0 1) impls=(--impl stock amp lean)
-      epochs=(--epochs 1 --milestones) grid_archs=resnet8 SEEDS=0 DATA=synthetic dry=(--dry-run)
+      turns=(--repeats 1 --steps 1 --warm-up 1 --batch-size 16) collect=(--collect-only) batch=16
+      large_batch=32 eight=(0 1) impls=(--impl stock amp lean) epochs=(--epochs 1 --milestones)
+      grid_archs=resnet8 SEEDS=0 DATA=synthetic dry=(--dry-run)
       RESULTS=${RESULTS:-runs/gpu-dry-run/results} CACHE=${CACHE:-runs/gpu-dry-run/cache}
       ;;
     --only) only=yes ;; # internal: this script calls itself for each slice
@@ -126,17 +129,21 @@ fi
 
 mkdir -p "$RESULTS" "$CACHE" ${PACK:+"$PACK"}
 declare -A packed=([results]=$RESULTS [cache]=$CACHE)
-for archive in ${PACK:+"${!packed[@]}"}; do
-  [[ ! -f $PACK/$archive.tar.gz ]] || tar -xzf "$PACK/$archive.tar.gz" -C "${packed[$archive]}" ||
+archives=(${PACK:+results cache})
+for archive in "${archives[@]}"; do
+  [[ ! -f $PACK/$archive.tar.gz ]] ||
+    tar -xzf "$PACK/$archive.tar.gz" -C "${packed[$archive]}" --no-same-owner \
+      --keep-newer-files --warning=no-ignore-newer ||
     say "$PACK/$archive.tar.gz is damaged; what could be read of it is used" >&2
 done
+# Triton's intermediate files are twice the size of the kernels, and are not read again; nor does `deep` resume.
+not_packed=(--exclude={'*.ttir','*.ttgir','*.llir','*.ptx','*.source','./deep/*/last.pt'})
 pack() {
   local archive
-  for archive in ${PACK:+"${!packed[@]}"}; do
+  for archive in "${archives[@]}"; do
     mkdir -p "${packed[$archive]}"
-    # Triton's intermediate files are twice the size of the kernels, and are not read again.
-    tar -czf "$PACK/$archive.part" -C "${packed[$archive]}" --exclude='*.ttir' --exclude='*.ttgir' --exclude='*.llir' \
-      --exclude='*.ptx' --exclude='*.source' . || say "${packed[$archive]}: could not all be packed" >&2
+    (trap '' INT TERM && exec tar -czf "$PACK/$archive.part" -C "${packed[$archive]}" "${not_packed[@]}" .) ||
+      say "${packed[$archive]}: could not all be packed" >&2
     mv "$PACK/$archive.part" "$PACK/$archive.tar.gz"
   done
 }
@@ -151,7 +158,8 @@ if [[ $device == cuda ]]; then
     say "torch finds no CUDA GPU here; --dry-run runs the same at a small scale on a CPU" >&2
     exit 2
   }
-  name+=", driver $(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1)"
+  driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null) || driver=unknown
+  name+=", driver ${driver%%$'\n'*}"
 fi
 name+=", $(git describe --always --dirty 2>/dev/null || echo "${GIT_COMMIT:-commit unknown}")"
 if ((!${#asked[@]})); then
@@ -160,21 +168,30 @@ if ((!${#asked[@]})); then
   done
 fi
 
-failed=0 stopped=
+failed=0 stopped= running=
+stop() {
+  stopped=yes
+  [[ -z $running ]] || kill -TERM "$running" 2>/dev/null || :
+}
+trap stop INT TERM
 for slice in "${asked[@]}"; do
   [[ -z $stopped ]] || break
   say "$slice: $(sed -n "s/^$slice *//p" <<<"$ABOUT")"
-  case $slice in smoke) longest=150 ;; tests) longest=240 ;; *) longest=530 ;; esac # a hang must not cost more, in seconds
+  case $slice in smoke) longest=150 ;; tests) longest=240 ;; *) longest=530 ;; esac # seconds that a hang may cost
   began=$SECONDS ended=0
   # A signal for this script's process group must end neither the slice before it has saved, nor what it prints.
-  timeout -k 20 "$longest" bash gpu.sh "${dry[@]}" --only "$slice" \
-    > >(trap '' INT TERM && exec tee -a "$RESULTS/$slice.log") 2>&1 &
+  exec {log}> >(trap '' INT TERM && exec tee -a "$RESULTS/$slice.log")
+  writer=$!
+  timeout -k 20 "$longest" bash gpu.sh "${dry[@]}" --only "$slice" >&"$log" 2>&1 {log}>&- &
   running=$!
-  trap 'stopped=yes; kill -TERM $running 2>/dev/null' INT TERM
+  [[ -z $stopped ]] || stop
   wait $running || ended=$?
   while kill -0 $running 2>/dev/null; do # the first `wait` ends at a signal
     wait $running && ended=0 || ended=$?
   done
+  running=
+  exec {log}>&-
+  timeout 5 tail --pid="$writer" -f /dev/null || : # until the log is written, unless some process holds it open
   status=done
   ((!ended)) || status="stopped or failed ($ended)" failed=1
   took="$slice $((SECONDS - began)) s, $status, $(date +%F), $name"
@@ -183,4 +200,5 @@ for slice in "${asked[@]}"; do
   next=$(sed -n "/^$slice\$/{n;p}" <<<"$SLICES")
   say "$took; left in $RESULTS${next:+; next: bash gpu.sh $next}"
 done
+[[ -z $stopped ]] || failed=1
 exit $failed

@@ -178,8 +178,8 @@ def captured(
 
     Garbage collection is off until the block ends, because no other graph may be freed before then.
     """
-    gc.disable()
     before = torch.cuda.current_stream()
+    gc.disable()
     try:
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             yield

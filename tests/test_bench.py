@@ -286,18 +286,20 @@ def test_the_largest_batch_fills_the_budget(small):
     assert [bench.to_bytes(text) for text in ("7", "1.5KB", "2 GiB")] == [7, 1500, 2**31]
 
 
-def test_compiling_in_an_ascii_locale_is_refused_before_measuring(small, monkeypatch, capsys):
+@pytest.mark.parametrize("impl", ["compiled", "graphed"])
+def test_compiling_in_an_ascii_locale_is_refused_before_measuring(small, monkeypatch, capsys, impl):
     """torch.compile reads torch's own files, which are in UTF-8, in the encoding of the locale."""
     monkeypatch.setattr(locale, "getpreferredencoding", lambda _: "ANSI_X3.4-1968")
-    assert status_of("speed", *small, "--impl", "compiled", "--mode", "bn_only") == 2
+    assert status_of("speed", *small, "--impl", impl, "--mode", "bn_only") == 2
     said = capsys.readouterr().err
     assert "PYTHONUTF8=1" in said and said.count("\n") == 2
     assert bench.parse_options(["speed", *small, "--impl", "lean"]).impl == ["lean"]
 
 
-def test_compiling_without_a_compiler_is_refused_before_measuring(small, monkeypatch, capsys):
+@pytest.mark.parametrize("impl", ["compiled", "graphed"])
+def test_compiling_without_a_compiler_is_refused_before_measuring(small, monkeypatch, capsys, impl):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert status_of("speed", *small, "--impl", "compiled", "--mode", "bn_only") == 2
+    assert status_of("speed", *small, "--impl", impl, "--mode", "bn_only") == 2
     said = capsys.readouterr().err
     assert "no-such-compiler" in said and "--impl" in said and said.count("\n") == 1
 

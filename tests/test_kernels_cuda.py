@@ -45,7 +45,7 @@ def test_the_fastest_correct_config_is_chosen(timed, tmp_path):
     attempt = attempt_of(last, wrong=CONFIGS[:1], failing=CONFIGS[1:2])
     assert Choices(tmp_path / "kernels.json")("layer", attempt) == CONFIGS[2]
     log = dict(line.split(": ", 2)[1:] for line in (tmp_path / "kernels.log").read_text().splitlines())
-    assert len(log) == 1 + len(CONFIGS) and log["('cuDNN',)"] == "500000.00 us\n".strip()
+    assert len(log) == 1 + len(CONFIGS) and log["('cuDNN',)"] == "500000.00 us"
     assert log[str(tuple(CONFIGS[0]))] == "differs from cuDNN"
     assert log[str(tuple(CONFIGS[1]))] == "RuntimeError('out of resource: shared memory')"
 

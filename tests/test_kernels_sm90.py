@@ -79,7 +79,7 @@ def test_a_step_and_an_evaluation_have_the_expected_launches(tmp_path):
 
 
 def test_no_config_overwrites_what_a_running_product_still_reads(tmp_path):
-    """A loop of wgmma waits for all of them in every iteration: registers may hold their left factors."""
+    """Every wait for wgmma waits for all of them, because registers may hold their left factors."""
     program = r"""if True:
         import re, torch
         from kernels import cuda, sm90
