@@ -505,15 +505,11 @@ def parse_options(argv: list[str] | None) -> Namespace:
     if options.json and (file.is_dir() or not file.parent.is_dir() or not os.access(file.parent, os.W_OK)):
         raise OptionError(f"--json {options.json}: name a file in a folder that exists and can be written to")
     if "graphed" in options.impl and on_gpu and options.dtype == "fp16":
-        raise OptionError(
-            "--impl graphed: fp16 needs its loss scale between steps; give --dtype bf16 or fp32"
-        )
+        raise OptionError("--impl graphed: fp16 needs its loss scale between steps; give another --dtype")
     if compiled := [impl for impl in ("compiled", "graphed") if impl in options.impl]:
         encoding, compiler = locale.getpreferredencoding(False), os.environ.get("CXX", "g++")
         if codecs.lookup(encoding).name == "ascii":
-            what = (
-                f"--impl {compiled[0]}: torch.compile cannot read its own files in this locale's {encoding}"
-            )
+            what = f"--impl {compiled[0]}: torch.compile cannot read its files in this locale's {encoding}"
             raise OptionError(f"{what};\nset PYTHONUTF8=1, or name others with --impl")
         if not on_gpu and not shutil.which(compiler):
             what = f"--impl {compiled[0]}: torch.compile finds no C++ compiler ({compiler})"

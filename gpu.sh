@@ -64,15 +64,12 @@ short() {
   bench profile profile --arch "$small"
   cp "$CACHE"/batchnorm-only/kernels-*.{json,log} "$RESULTS/" 2>/dev/null || say "no kernel was chosen"
 }
-speed() { # [BATCH SIZE]
-  local size=${1:-$batch} mode options
-  for mode in bn_only all; do
-    options=(speed --arch "$small" --mode "$mode" --batch-size "$size")
-    bench "speed-$size-$mode" "${options[@]}" "${impls[@]}"
-  done
+compare() { bench "speed-$1-$2" speed --arch "$small" --batch-size "$1" "${@:3}"; } # BATCH-SIZE NAME OPTIONS
+speed() { # [BATCH-SIZE]
+  local size=${1:-$batch} mode
+  for mode in bn_only all; do compare "$size" "$mode" --mode "$mode" "${impls[@]}"; done
   [[ $device == cpu ]] || for mode in bn_only all; do # last, in case PyTorch cannot capture such a step
-    options=(speed --arch "$small" --mode "$mode" --batch-size "$size")
-    bench "speed-$size-$mode-graphed" "${options[@]}" --impl compiled graphed lean
+    compare "$size" "$mode-graphed" --mode "$mode" --impl compiled graphed lean
   done
 }
 large() { speed "$large_batch"; }

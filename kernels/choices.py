@@ -76,9 +76,8 @@ class Choices:
                 else:
                     found[config] = "differs from cuDNN"
             except Exception as error:  # it does not compile, or needs more than this GPU has
-                found[config] = repr(
-                    error.with_traceback(None)
-                )  # Triton may keep the error, and so its frames
+                # Triton may keep the error; its traceback would keep these tensors and graphs.
+                found[config] = repr(error.with_traceback(None))
         rounds = [{way: seconds(graph) for way, graph in graphs.items()} for _ in range(ROUNDS)]
         times = {way: min(times[way] for times in rounds) / CALLS for way in graphs}
         found |= {way: f"{1e6 * time:.2f} us" for way, time in times.items()}

@@ -72,7 +72,7 @@ def device_rates(device: torch.device) -> tuple[float, float]:
     source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
     a, b = (torch.randn(side, side, dtype=torch.bfloat16, device=device) for _ in range(2))
     works = (lambda: target.copy_(source)), (lambda: a @ b)
-    for work in works:  # a GPU that was idle is slow at first
-        Timer("f()", globals={"f": work}).blocked_autorange(min_run_time=0.5)
-    copy_s, product_s = (Timer("f()", globals={"f": f}).blocked_autorange().median for f in works)
+    # A GPU that was idle is slow at first, which the median of a second leaves out.
+    timers = [Timer("f()", globals={"f": work}) for work in works]
+    copy_s, product_s = (timer.blocked_autorange(min_run_time=1).median for timer in timers)
     return 2 * size / copy_s, 2 * side**3 / product_s
