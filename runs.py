@@ -86,7 +86,7 @@ def read_parent(init_from: str) -> Parent | None:
     if not (of and summary and rows):
         return None
     before = [of.parent] if of.origin else []  # at most one run
-    timed = all(one.device_name == of.device_name and one.seconds_in_all is not None for one in before)
+    timed = all(one.device_name == of.devices and one.seconds_in_all is not None for one in before)
     held_out = of.options.seed, of.spec.val_images
     seconds = summary.epochs_done * statistics.median(row.epoch_s for row in rows)
     return Parent(
@@ -214,7 +214,14 @@ class Run:
                 raise RunError(f"{what};\nuse --overwrite or another --out")
 
     def begin(self, described: Config) -> None:
-        """Write config.json and remove the summary.json of an earlier attempt."""
+        """Write config.json and remove the summary.json of an earlier attempt.
+
+        A run that was resumed on another device keeps the names of those it trained on before.
+        """
+        if self.rows and (before := self.config):
+            moved = [before.device_name] if before.device_name != described.device_name else []
+            if earlier := (*before.earlier_devices, *moved):
+                described = described.model_copy(update={"earlier_devices": earlier})
         self.described = described
         self.write("config.json", described.to_json())
         if self.writes:

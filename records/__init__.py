@@ -157,7 +157,8 @@ class Config(Record):
     data_title: Text
     frozen_sha256: Sha256
     initial_sha256: Sha256 | None  # of all initial weights, with --init-from
-    device_name: Text
+    device_name: Text  # where it was last started
+    earlier_devices: tuple[Text, ...] = ()  # where it trained before, if it moved between starts
     passes: Text | None = None  # kernels used: "cpp", "triton" or "torch" (PyTorch's own)
     versions: dict[Text, Text | None]
     git_commit: Text | None
@@ -205,13 +206,18 @@ class Config(Record):
         return self.data_title, self.epochs_in_all, *images, spec.fingerprint
 
     @property
+    def devices(self) -> str:
+        """The devices that the run trained on, in order; with several, its times hold for none of them."""
+        return ", then ".join([*self.earlier_devices, self.device_name])
+
+    @property
     def machine(self) -> tuple[str, str, str]:
-        """The device, the dtype with the options that affect only time and memory, and torch's version."""
+        """The devices, the dtype with the options that affect only time and memory, and torch's version."""
         differing, processes = config.differing(self.options, Options(), "logistics"), self.spec.processes
         costs = [(name, differing[name]) for name in ("loader", "memory", "no_compile") if name in differing]
         shared = f"{processes} processes" if processes > 1 else ""
         computed = ", ".join(filter(None, [self.spec.dtype, variant_text(costs), shared]))
-        return self.device_name, computed, self.versions.get("torch") or "unknown"
+        return self.devices, computed, self.versions.get("torch") or "unknown"
 
 
 class Epoch(Record):

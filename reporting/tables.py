@@ -157,6 +157,6 @@ def machines(found: list[Run]) -> Table:
     made = Counter()
     for of in (run.config for run in found):
         versions = [of.versions.get(name) or "" for name in ("python", "torch", "cuda")]
-        made[of.device_name, *versions, of.git_commit or ""] += 1
+        made[of.devices, *versions, of.git_commit or ""] += 1
     columns = ["device", "Python", "torch", "CUDA", "git commit", "runs"]
     return Table("machines", columns, [[*key, count] for key, count in sorted(made.items())])

@@ -92,7 +92,7 @@ def make_config(options: Options, more: dict) -> records.Config:
         "versions": {"python": "3.11.7", "cuda": "13.0", "torch": "2.13.0"},
         "git_commit": "ab12",
     }
-    described |= {k: v for k, v in more.items() if k in described}
+    described |= {k: v for k, v in more.items() if k in records.Config.model_fields}
     return records.Config(**(described | {"spec": records.NetworkSpec(**described["spec"])}))
 
 

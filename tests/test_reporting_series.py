@@ -101,6 +101,12 @@ def test_a_seed_on_two_machines_counts_once_but_has_a_series_on_each(tmp_path):
     assert [s.done for s in series.series_of(found, by_machine=True)] == [1, 1]
 
 
+def test_a_run_that_moved_to_another_machine_has_its_times_under_the_names_of_both(tmp_path):
+    write_run(tmp_path, earlier_devices=("one",), device_name="another")
+    [s] = series.series_of(read(tmp_path), by_machine=True)
+    assert s.machine[0] == "one, then another"
+
+
 def test_curves_have_a_column_per_seed_and_nan_where_not_evaluated(tmp_path):
     for seed in (0, 2**64 - 1):
         folder = write_run(tmp_path, seed=seed)

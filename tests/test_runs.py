@@ -226,6 +226,20 @@ def test_an_error_names_the_damaged_file_of_a_run(tmp_path):
                 run.summary  # noqa: B018
 
 
+def test_a_run_resumed_on_other_devices_names_all_of_them_in_order(tmp_path):
+    for device in ("one", "one", "another", "another", "one"):
+        with runs.open_run(tmp_path / "a", resume=True) as run:
+            run.load_last()
+            run.begin(CONFIG.model_copy(update={"device_name": device}))
+            run.end_epoch(epoch(len(run.rows) + 1), {})
+    assert run.config.devices == run.described.devices == "one, then another, then one"
+    with runs.open_run(tmp_path / "a", overwrite=True) as run:
+        run.begin(CONFIG)
+    assert (
+        run.config.devices == CONFIG.device_name and "earlier" not in (run.path / "config.json").read_text()
+    )
+
+
 def test_last_pt_is_removed_when_the_run_is_done_and_kept_if_it_diverged(tmp_path):
     with runs.open_run(tmp_path / "a") as run:
         run.end_epoch(epoch(1), {})
