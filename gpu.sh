@@ -27,7 +27,8 @@ startup  seconds to the first step, with empty and with full caches
 rest     all other tests that use a GPU
 grid     the grid of results/, as far as time allows; call it again to continue"
 SLICES=$(awk '{print $1}' <<<"$ABOUT")
-MOST="captured_block or two_steps_and or bfloat16-8 or passes_are_tritons or head_gives or batch_of_resident or many_programs"
+MOST="captured_block or two_steps_and or bfloat16-8 or passes_are_tritons or head_gives or batch_of_resident"
+MOST+=" or kernel_for or many_programs"
 
 DATA=${DATA:-cifar10} DATA_DIR=${DATA_DIR:-data}
 python=python3

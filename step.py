@@ -7,6 +7,7 @@ loader's batch. A step that several processes share is not captured.
 
 import inspect
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -15,8 +16,10 @@ from torch.nn import functional as F
 
 from config import Options
 from kernels import passes_for
+from kernels.choices import agrees
 from kernels.device import EAGER_CALLS, Captured, keep_freed_memory
 from kernels.distributed import ALONE, Group
+from kernels.reference import TorchPasses
 
 
 class Schedule:
@@ -129,7 +132,7 @@ class Step:
         # A frozen head's gradient needs no autograd graph, so `passes` may compute it directly.
         alone = compiled and dtype != torch.float16 and not group.connected
         frozen_head = not any(p.requires_grad for p in model.fc.parameters())
-        self.passes = passes_for(self.device.type, alone and frozen_head)
+        self.passes, self.head_checked = passes_for(self.device.type, alone and frozen_head), False
         self.loader = None  # the epoch's loader, whose batches `replay` trains on
         self.captures = compiled and self.device.type == "cuda" and not group.connected
         self.warm_up_steps = EAGER_CALLS + 1 if self.captures else 1
@@ -200,37 +203,69 @@ class Step:
         casts = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
         with torch.set_grad_enabled(bool(self.trained)), casts:
             features = self.model.features(images)
-        metrics = self.loss_sum, self.correct, self.first_bad_step, self.position
-        given = features.detach(), self.model.fc, labels, self.label_smoothing, metrics, lrs, self.lr
-        d_features = self.passes.head(*given)
-        if d_features is not None:  # what remains is the backward pass through the features, and the update
-            if self.trained:
-                gradients = torch.autograd.grad(features, self.trained, d_features)
-                self.flat.grad = torch.cat([in_memory_order(g) for g in gradients])
-                self.optimizer.step()
-            return
-        if lrs is not None:
-            self.lr.copy_(lrs.index_select(0, self.position)[0])
-        with torch.set_grad_enabled(bool(self.trained)):
-            loss, correct = self.loss(features, labels)
-        gradients = torch.autograd.grad(self.scaler.scale(loss), self.trained) if self.trained else ()
-        gradient, loss, count = [in_memory_order(g) for g in gradients], loss.detach(), self.group.count
+        d_features = self._by_kernel(features.detach(), labels, lrs)
+        if d_features is None:
+            if lrs is not None:
+                self.lr.copy_(lrs.index_select(0, self.position)[0])
+            with torch.set_grad_enabled(bool(self.trained)), casts:
+                loss, correct = self.loss(features, labels)
+        gradient, count = [], self.group.count
+        if self.trained:
+            of = self.scaler.scale(loss) if d_features is None else features
+            gradient = [in_memory_order(g) for g in torch.autograd.grad(of, self.trained, d_features)]
         if self.group.connected:  # one all-reduce for gradient, loss and number correct
-            shared = self.group.sum(torch.cat([*gradient, torch.stack([loss, correct.float()])]))
+            shared = self.group.sum(torch.cat([*gradient, torch.stack([loss.detach(), correct.float()])]))
             loss, correct = shared[-2] / count, shared[-1].long()  # float32 counts exactly to 16 million
             gradient = [shared[:-2] / count]
         if self.trained:
             self.flat.grad = torch.cat(gradient)
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        self.record(loss, correct, len(labels) * count, metrics)
+        if d_features is None:
+            self.record(loss.detach(), correct, len(labels) * count, self._metrics())
 
     def _loss(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the mean cross-entropy and the number of correct predictions."""
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            logits = self.model.head(features).float()
+        logits = self.model.head(features).float()
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         return loss, (logits.detach().argmax(1) == labels).sum()
+
+    def _by_kernel(
+        self, features: torch.Tensor, labels: torch.Tensor, lrs: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """Return the loss's gradient in `features` from a GPU kernel that also records the step, else None.
+
+        The kernel repeats `_loss`, the network's `head` and `_record`. In its first step it is compared with
+        the first two, which take its place if they differ, as they do when somebody changes them.
+        """
+
+        def head(*state: torch.Tensor) -> torch.Tensor | None:
+            *metrics, lr = state
+            return self.passes.head(features, self.model.fc, labels, self.label_smoothing, metrics, lrs, lr)
+
+        state = *self._metrics(), self.lr
+        if not self.head_checked:
+            trial = [tensor.clone() for tensor in state]
+            d_features = head(*trial)
+            if d_features is None:
+                return None
+            x, count = features.float().detach().requires_grad_(), len(labels)
+            with torch.enable_grad():
+                loss, correct = self._loss(x, labels)
+            if not loss.isfinite():
+                return None  # there is nothing to compare with
+            found = d_features.float(), (trial[0] - self.loss_sum) / count, (trial[1] - self.correct) / count
+            expected = *torch.autograd.grad(loss, x), loss.detach(), correct / count
+            if not agrees(found, expected):
+                what = "the GPU's kernel for the loss differs from Step._loss, which takes its place"
+                warnings.warn(what, stacklevel=2)
+                self.passes = TorchPasses()
+                return None
+            self.head_checked = True
+        return head(*state)
+
+    def _metrics(self) -> tuple[torch.Tensor, ...]:
+        return self.loss_sum, self.correct, self.first_bad_step, self.position
 
     def diverged_at(self) -> int | None:
         """Return the epoch's first step, from 0, with a non-finite loss, else None. Waits for the device."""

@@ -384,7 +384,7 @@ def test_a_batch_of_resident_images_has_the_same_bits_as_pytorchs(dtype, augment
     def batches_by(passes: TorchPasses) -> list[torch.Tensor]:
         given = {"rng": functools.partial(models.stream, 3), "augmented": augmented, "kind": "resident"}
         loader = data.make_loader(dataset, "train", batch_size=9, device=DEVICE, dtype=dtype, **given)
-        loader.passes = passes
+        loader.passes, loader.checked = passes, True
         return [tensor for images, labels in loader.epoch(1) for tensor in (images, labels)]
 
     for a, b in zip(batches_by(fused()), batches_by(TorchPasses()), strict=True):
