@@ -86,13 +86,15 @@ def read_parent(init_from: str) -> Parent | None:
     if not (of and summary and rows):
         return None
     before = [of.parent] if of.origin else []  # at most one run
-    timed = all(one.device_name == of.devices and one.seconds_in_all is not None for one in before)
+    timed = not of.earlier_devices
+    timed &= all(one.device_name == of.devices and one.seconds_in_all is not None for one in before)
     held_out = of.options.seed, of.spec.val_images
     seconds = summary.epochs_done * statistics.median(row.epoch_s for row in rows)
     return Parent(
         **config.some(of.options, "mode seed epochs train_subset quick"),
         **config.some(of.spec, "fingerprint processes"),
-        **config.some(of, "epochs_in_all device_name"),
+        epochs_in_all=of.epochs_in_all,
+        device_name=of.devices,
         run=folder.resolve().name,
         variant={name: value for name, value in of.variant if name != "processes"},
         epochs_done_in_all=sum((one.epochs_done_in_all for one in before), start=summary.epochs_done),
@@ -158,6 +160,14 @@ def is_run(folder: Path) -> bool:
     return all(os.path.exists(folder / name) for name in ("config.json", ".lock"))  # no epoch done yet
 
 
+def dtype_of(path: Path) -> str | None:
+    """Return the number format of the run in a folder; None if there is none, or if it is damaged."""
+    with suppress(RunError):
+        if of := Config.read(path / "config.json"):
+            return of.spec.dtype
+    return None
+
+
 def in_use(path: Path) -> bool:
     """Return whether a process has this run folder open. Needs only read permission."""
     try:
@@ -169,19 +179,23 @@ def in_use(path: Path) -> bool:
 
 
 class Run:
-    """The folder of one run, as `open_run` yields it. With `writes` False, nothing is written to it."""
+    """The folder of one run, as `open_run` yields it. With `writes` False, nothing is written to it.
 
-    def __init__(self, path: Path, writes: bool = True):
-        self.path, self.last, self.writes = path, path / "last.pt", writes
+    With `overwrites`, it seems empty, and what it holds is deleted when the run begins.
+    """
+
+    def __init__(self, path: Path, writes: bool = True, overwrites: bool = False):
+        self.path, self.last, self.writes, self.overwrites = path, path / "last.pt", writes, overwrites
         self.rows: list[Epoch] = []
+        self.moved = False  # since its last epoch, to another device
 
     @property
     def config(self) -> Config | None:
-        return Config.read(self.path / "config.json")
+        return None if self.overwrites else Config.read(self.path / "config.json")
 
     @property
     def summary(self) -> Summary | None:
-        return Summary.read(self.path / "summary.json")
+        return None if self.overwrites else Summary.read(self.path / "summary.json")
 
     @property
     def status(self) -> str | None:
@@ -202,7 +216,7 @@ class Run:
         may_differ |= {"processes"} if options.sync_bn else set()
         try:
             before, ended = self.config, self.summary
-            if before is None and (ended or self.last.exists()):
+            if before is None and (ended or self.last.exists()) and not self.overwrites:
                 raise RunError(f"{self.path} has no config.json")
         except RunError as error:
             raise RunError(f"{error};\nstart again with --overwrite") from None
@@ -214,18 +228,21 @@ class Run:
                 raise RunError(f"{what};\nuse --overwrite or another --out")
 
     def begin(self, described: Config) -> None:
-        """Write config.json and remove the summary.json of an earlier attempt.
+        """Write config.json, and delete the summary.json of an earlier attempt, or all that is overwritten.
 
-        A run that was resumed on another device keeps the names of those it trained on before.
+        If the run has moved, config.json names its new device only when an epoch has been trained there.
         """
-        if self.rows and (before := self.config):
-            moved = [before.device_name] if before.device_name != described.device_name else []
-            if earlier := (*before.earlier_devices, *moved):
-                described = described.model_copy(update={"earlier_devices": earlier})
-        self.described = described
-        self.write("config.json", described.to_json())
         if self.writes:
             (self.path / "summary.json").unlink(missing_ok=True)
+            for entry in list(self.path.iterdir()) if self.overwrites else ():
+                if entry.name != ".lock":
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        before = self.config if self.rows else None
+        trained_on = (*before.earlier_devices, before.device_name) if before else (described.device_name,)
+        self.overwrites, self.moved = False, trained_on[-1] != described.device_name
+        self.write("config.json", _trained_on(described, trained_on).to_json())
+        more = (described.device_name,) if self.moved else ()
+        self.described = _trained_on(described, trained_on + more)
 
     def end_epoch(self, row: Epoch, state: dict) -> None:
         """Save an epoch's metrics, and in last.pt `state` (nested dicts and lists of tensors and numbers).
@@ -239,6 +256,9 @@ class Run:
             self.write("last.pt", saved.getvalue())
         self.rows = rows
         self.write_metrics()
+        if self.moved:
+            self.write("config.json", self.described.to_json())
+            self.moved = False
 
     def write_metrics(self) -> None:
         """Rewrite metrics.jsonl as a whole; it is short, and this never leaves half a line."""
@@ -249,7 +269,7 @@ class Run:
 
         Runs no code from the file. Raises RunError if last.pt cannot be resumed from.
         """
-        if not self.last.exists():
+        if self.overwrites or not self.last.exists():
             return None
         try:
             state = files.load_tensors(self.last)
@@ -280,6 +300,12 @@ class Run:
             self.last.unlink()
 
 
+def _trained_on(described: Config, devices: Sequence[str]) -> Config:
+    *earlier, last = devices
+    more = {"earlier_devices": tuple(earlier)} if earlier else {}
+    return described.model_copy(update={"device_name": last, **more})
+
+
 def tidy(path: Path) -> None:
     """Call `Run.tidy` on a folder; do nothing if a process has it open or it cannot be used."""
     if (path / "last.pt").exists():
@@ -292,11 +318,11 @@ def open_run(path: Path, resume: bool = False, overwrite: bool = False, writes: 
     """Open a run's folder, created if necessary and locked against other processes for the `with` block.
 
     Raises RunError if the folder is in use or cannot be used, or if it has files and neither `resume` (keep
-    them) nor `overwrite` (delete them) is set. With `writes` False, creates and locks nothing; this is for
-    the other processes of a distributed run.
+    them) nor `overwrite` (delete them in `Run.begin`) is set. With `writes` False, creates and locks nothing;
+    this is for the other processes of a distributed run.
     """
     if not writes:
-        yield Run(path, writes=False)
+        yield Run(path, writes=False, overwrites=overwrite)
         return
     lock = FileLock(path / ".lock", timeout=1)  # longer than `in_use` holds the lock
     try:
@@ -306,13 +332,11 @@ def open_run(path: Path, resume: bool = False, overwrite: bool = False, writes: 
         entries = [entry for entry in path.iterdir() if entry.name != ".lock"]
         if entries and not resume and not overwrite:
             raise RunError(f"{path} exists; add --resume to continue it, or --overwrite to start again")
-        for entry in entries if overwrite else ():
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     except Timeout:
         raise RunError(f"{path} is in use by another process; wait, or choose another --out") from None
     except OSError as error:
         raise RunError(f"--out {path.parent}: cannot use {path} ({error.strerror})") from None
     else:
-        yield Run(path)
+        yield Run(path, overwrites=overwrite)
     finally:
         lock.release()

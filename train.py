@@ -68,7 +68,8 @@ def train(
     """
     # Build the network from its seed (or from --init-from), and freeze all that the mode does not train.
     device, split = devices.choose(options.device), share_out(options, dataset)
-    spec = network_spec(options, dataset, device, split, group)
+    path = Path(options.out, runs.run_name(options, dataset.name))
+    spec = network_spec(options, dataset, device, split, group, number_format(options, device, path))
     parent = runs.read_parent(spec.init_from) if spec.init_from else None
     model = checkpoint.create(spec, note)
     frozen = freeze.frozen_sha256(model)
@@ -80,7 +81,6 @@ def train(
     # Set up the batches, the training step and the evaluations.
     training = Training(options, dataset, split, spec, parent, model, group)
 
-    path = Path(options.out, runs.run_name(options, dataset.name))
     with runs.open_run(path, options.resume, options.overwrite, writes=group.leads) as run:
         group.wait()  # until rank 0 has opened the folder, or failed to
         hashes = {"frozen_sha256": frozen, "initial_sha256": brought}
@@ -330,7 +330,7 @@ def share_out(options: Options, dataset: data.Dataset) -> tuple[np.ndarray, np.n
 
 
 def network_spec(
-    options: Options, dataset: data.Dataset, device: torch.device, split: tuple, group: Group
+    options: Options, dataset: data.Dataset, device: torch.device, split: tuple, group: Group, dtype: str
 ) -> records.NetworkSpec:
     """Return the spec that rebuilds the network. Raises ModelError if it cannot train on such batches."""
     batch_size = options.batch_size // group.count
@@ -343,11 +343,22 @@ def network_spec(
         data=dataset.name,
         train_images=len(split[0]),
         val_images=len(split[1]),
-        dtype=options.dtype or devices.default_dtype(device),
+        dtype=dtype,
         device=device.type,
         compiled=not options.no_compile,
         processes=group.count,
     )
+
+
+def number_format(options: Options, device: torch.device, path: Path) -> str:
+    """Return --dtype, or else that in which the run at `path` is to be resumed, or the device's fastest."""
+    fastest = devices.default_dtype(device)
+    begun_in = runs.dtype_of(path) if options.resume else None
+    lacking = device.type == "cuda" and begun_in == "bf16"  # by a GPU whose fastest is another
+    if options.dtype or begun_in in (None, fastest) or lacking:
+        return options.dtype or fastest
+    note(f"{path} goes on in {begun_in}, in which it began; {fastest} would be faster here")
+    return begun_in
 
 
 def how_it_ended(error: BaseException, options: Options, run: runs.Run) -> tuple[str, str]:

@@ -157,8 +157,8 @@ class Config(Record):
     data_title: Text
     frozen_sha256: Sha256
     initial_sha256: Sha256 | None  # of all initial weights, with --init-from
-    device_name: Text  # where it was last started
-    earlier_devices: tuple[Text, ...] = ()  # where it trained before, if it moved between starts
+    device_name: Text  # where its last epoch was trained
+    earlier_devices: tuple[Text, ...] = ()  # where those before were, in order, if it moved between starts
     passes: Text | None = None  # kernels used: "cpp", "triton" or "torch" (PyTorch's own)
     versions: dict[Text, Text | None]
     git_commit: Text | None

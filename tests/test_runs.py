@@ -148,8 +148,33 @@ def test_an_existing_run_is_refused_resumed_or_overwritten(tmp_path):
     with runs.open_run(tmp_path / "a", resume=True) as run:
         assert run.load_last()["weights"].tolist() == [0, 1, 2] and run.rows == [epoch(1)]
         assert run.config == CONFIG
+    (tmp_path / "a" / "folder").mkdir()
     with runs.open_run(tmp_path / "a", overwrite=True) as run:
-        assert run.load_last() is None and run.config is None
+        assert run.load_last() is None and run.config is run.summary is None and run.rows == []
+        assert records.Config.read(run.path / "config.json") == CONFIG, "the run may still be refused"
+        run.begin(CONFIG.model_copy(update={"device_name": "another"}))
+        assert {path.name for path in run.path.iterdir()} == {".lock", "config.json"}
+        assert run.config.devices == "another"
+
+
+def test_a_kill_while_a_run_is_overwritten_leaves_no_summary_that_says_done(tmp_path, monkeypatch):
+    with runs.open_run(tmp_path / "a") as run:
+        run.begin(CONFIG)
+        run.end_epoch(epoch(1), {})
+        run.finish(summary("done"))
+    unlink, gone = Path.unlink, []
+
+    def killed(path, *given, **more):
+        if gone:
+            raise KeyboardInterrupt
+        gone.append(path.name)
+        unlink(path, *given, **more)
+
+    with runs.open_run(tmp_path / "a", overwrite=True) as run, monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run.begin(CONFIG)
+    assert gone == ["summary.json"] and runs.Run(tmp_path / "a").status is None
 
 
 def test_a_kill_between_last_pt_and_metrics_jsonl_loses_no_epoch(tmp_path, monkeypatch):
@@ -227,17 +252,16 @@ def test_an_error_names_the_damaged_file_of_a_run(tmp_path):
 
 
 def test_a_run_resumed_on_other_devices_names_all_of_them_in_order(tmp_path):
-    for device in ("one", "one", "another", "another", "one"):
+    for device, epochs in (("one", 1), ("one", 1), ("another", 0), ("third", 2), ("another", 0), ("one", 1)):
         with runs.open_run(tmp_path / "a", resume=True) as run:
             run.load_last()
             run.begin(CONFIG.model_copy(update={"device_name": device}))
-            run.end_epoch(epoch(len(run.rows) + 1), {})
-    assert run.config.devices == run.described.devices == "one, then another, then one"
+            for _ in range(epochs):
+                run.end_epoch(epoch(len(run.rows) + 1), {})
+    assert run.config.devices == run.described.devices == "one, then third, then one"
     with runs.open_run(tmp_path / "a", overwrite=True) as run:
         run.begin(CONFIG)
-    assert (
-        run.config.devices == CONFIG.device_name and "earlier" not in (run.path / "config.json").read_text()
-    )
+    assert run.config == CONFIG and "earlier" not in (run.path / "config.json").read_text()
 
 
 def test_last_pt_is_removed_when_the_run_is_done_and_kept_if_it_diverged(tmp_path):
@@ -262,6 +286,8 @@ def test_open_run_without_writes_reads_the_run_and_changes_no_file(tmp_path):
         run.end_epoch(epoch(1), {})
         before = {path: path.read_bytes() for path in run.path.iterdir()}
         with runs.open_run(tmp_path / "name", overwrite=True, writes=False) as onlooker:
+            assert onlooker.config is onlooker.load_last() is None, "as for the process that writes"
+        with runs.open_run(tmp_path / "name", resume=True, writes=False) as onlooker:
             assert onlooker.config == CONFIG and onlooker.load_last() == {} and onlooker.rows == run.rows
             onlooker.begin(CONFIG.model_copy(update={"device_name": "another"}))
             onlooker.end_epoch(epoch(2), {})

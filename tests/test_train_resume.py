@@ -29,6 +29,7 @@ import models
 import progress
 import records
 import runs
+import train
 
 GAMMA = ["--mode", "gamma+output", "--conv-init", "sparse", "--nonzeros", "3"]
 PLATEAU = ["--optimizer", "adam", "--schedule", "plateau", "--patience", "1", "--augment", "photo"]
@@ -81,6 +82,21 @@ def test_a_killed_run_resumes(small, kill, status):
     assert summary(folder)["status"] == "done" and not (folder / "last.pt").exists()
     assert [row["epoch"] for row in metrics(folder)] == list(range(1, 13))
     checkpoint.restore(folder)
+
+
+def test_a_run_goes_on_in_its_own_number_format_where_another_is_the_fastest(small, monkeypatch, capsys):
+    def fastest(dtype):
+        monkeypatch.setattr(train.devices, "default_dtype", lambda device: dtype)
+
+    fastest("bf16")
+    assert exit_status([*small, "--out", "whole"]) == 0
+    interrupt_after_an_epoch(small)
+    fastest("fp32")
+    assert exit_status([*small, "--resume"]) == 0
+    assert "goes on in bf16" in capsys.readouterr().err
+    whole, halved = only_run(Path("whole")), only_run()
+    assert without_times(whole) == without_times(halved)
+    assert (whole / "model.safetensors").read_bytes() == (halved / "model.safetensors").read_bytes()
 
 
 def test_a_run_interrupted_while_saving_resumes_after_the_epoch_before(small, monkeypatch, capsys):

@@ -60,6 +60,18 @@ def test_seeds_side_by_side_are_interrupted_and_resumed_together(seeds, monkeypa
         assert (folder / records.CHECKPOINT).read_bytes() == (whole / records.CHECKPOINT).read_bytes()
 
 
+def test_no_seed_is_overwritten_if_one_of_them_is_refused(seeds, capsys):
+    assert exit_status(seeds) == 0
+    before = {file: file.read_bytes() for file in Path("runs").glob("*/*")}
+    with runs.open_run(folders()[1], resume=True):
+        assert exit_status([*seeds, "--overwrite"]) == 2
+    assert "is in use" in capsys.readouterr().err
+    assert before == {file: file.read_bytes() for file in Path("runs").glob("*/*")}
+    assert exit_status([*seeds, "--overwrite"]) == 0
+    now = {file: file.read_bytes() for file in before}
+    assert all(now[file] != before[file] for file in before if file.name == "summary.json"), "other times"
+
+
 def test_a_seed_that_fails_does_not_stop_the_others(seeds, monkeypatch, capsys):
     end_epoch = runs.Run.end_epoch
 
