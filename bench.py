@@ -436,9 +436,10 @@ def profile(options: Namespace, dataset: data.Dataset) -> Measured:
         where = "self_device_time_total" if rates else "self_cpu_time_total"  # microseconds
         rows = [(event.key, event.count, getattr(event, where)) for event in events]
         rows = sorted((row for row in rows if row[2]), key=lambda row: -row[2])
-        for name, count, us in [*rows, ("all", *map(sum, list(zip(*rows, strict=True))[1:]))]:
+        total = "all", sum(count for _, count, _ in rows), sum(us for *_, us in rows)
+        for name, count, us in [*rows, total]:
             each = {"step_ms": us / 1e3 / options.steps, "launches": count / options.steps}
-            if rates and name == "all":
+            if rates and name == "all" and us:
                 cost = roofline.cost(freeze.empty(arch), dataset.image_size)
                 least_s = roofline.least_s(cost, mode in ("all", "random"), DTYPES[options.dtype], rates)
                 each["share_of_floor"] = 1e3 * least_s * options.batch_size / each["step_ms"]

@@ -51,19 +51,21 @@ print('kernels:', passes.name, '(dependent launch)' if getattr(passes, 'pdl', Fa
     train --arch resnet8 --mode "$mode" --train-subset 640 --epochs 1 --milestones --overwrite --out "$RESULTS/smoke"
   done
 }
-tests() {
+pytest_gpu() {
   [[ $device == cpu ]] || "$python" -c "import xdist" 2>/dev/null || collect=() # without xdist, one test at a time
-  "$python" -m pytest -m gpu -q "${collect[@]}" -k "${1:-$MOST}"
+  "$python" -m pytest -m gpu -q "${collect[@]}" "$@"
 }
-rest() { tests "not ($MOST)"; }
+tests() { pytest_gpu -k "$MOST" tests/test_kernels_{cuda,triton}.py tests/test_step_triton.py; }
+rest() { pytest_gpu -k "not ($MOST)"; }
 short() {
-  rm -rf "$CACHE"
-  local caches
+  local caches folder=$CACHE/short # of its own, so that the other slices keep theirs
+  rm -rf "$folder"
   for caches in cold warm; do
-    train --arch "$small" --epochs 3 --milestones --overwrite --out "$RESULTS/$caches"
+    XDG_CACHE_HOME=$folder train --arch "$small" --epochs 3 --milestones --overwrite --out "$RESULTS/$caches"
   done
+  cp "$folder"/batchnorm-only/kernels-*.{json,log} "$RESULTS/" 2>/dev/null || say "no kernel was chosen"
+  rm -rf "$folder"
   bench profile profile --arch "$small"
-  cp "$CACHE"/batchnorm-only/kernels-*.{json,log} "$RESULTS/" 2>/dev/null || say "no kernel was chosen"
 }
 compare() { bench "speed-$1-$2" speed --arch "$small" --batch-size "$1" "${@:3}"; } # BATCH-SIZE NAME OPTIONS
 speed() { # [BATCH-SIZE]
@@ -175,7 +177,7 @@ trap stop INT TERM
 for slice in "${asked[@]}"; do
   [[ -z $stopped ]] || break
   say "$slice: $(sed -n "s/^$slice *//p" <<<"$ABOUT")"
-  case $slice in smoke) longest=150 ;; tests) longest=240 ;; *) longest=530 ;; esac # seconds that a hang may cost
+  case $slice in smoke | tests) longest=240 ;; *) longest=530 ;; esac # seconds that a hang may cost
   began=$SECONDS ended=0
   # A signal for this script's process group must end neither the slice before it has saved, nor what it prints.
   exec {log}> >(trap '' INT TERM && exec tee -a "$RESULTS/$slice.log")

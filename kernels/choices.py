@@ -3,8 +3,10 @@
 import contextlib
 import functools
 import json
+import math
 import os
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,7 +40,8 @@ CONFIGS = (
     Config(64, 4, 1), Config(32, 8, 1), Config(64, 8, 1), Config(32, 8, 3),
     Config(32, 4, 1, 2), Config(64, 8, 1, 2), Config(32, 4, 3, 2), Config(128, 4, 1, 2), Config(256, 8, 1, 2),
 )  # fmt: skip
-CALLS, ROUNDS = 10, 20  # calls that are timed at once, and how often; a GPU that was idle is slow at first
+CALLS = 10  # calls that are timed at once
+MEASURED_S = 0.3  # how long all are timed in turn; a GPU that was idle is slow at first
 TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 4e-2, torch.float16: 8e-3}  # cuDNN's fp32 may be TF32
 
 
@@ -78,8 +81,9 @@ class Choices:
             except Exception as error:  # it does not compile, or needs more than this GPU has
                 # Triton may keep the error; its traceback would keep these tensors and graphs.
                 found[config] = repr(error.with_traceback(None))
-        rounds = [{way: seconds(graph) for way, graph in graphs.items()} for _ in range(ROUNDS)]
-        times = {way: min(times[way] for times in rounds) / CALLS for way in graphs}
+        times, until = dict.fromkeys(graphs, math.inf), time.perf_counter() + MEASURED_S
+        while math.inf in times.values() or time.perf_counter() < until:
+            times = {way: min(times[way], seconds(graph) / CALLS) for way, graph in graphs.items()}
         found |= {way: f"{1e6 * time:.2f} us" for way, time in times.items()}
         with contextlib.suppress(OSError), self.file.with_suffix(".log").open("a") as log:
             log.writelines(f"{key}: {tuple(way or ['cuDNN'])}: {what}\n" for way, what in found.items())
@@ -145,8 +149,12 @@ def recorded(call: Callable[[], object], pool: tuple[int, int] | None) -> torch.
 
 
 def seconds(graph: torch.cuda.CUDAGraph) -> float:
-    """Return the seconds that one replay of `graph` takes."""
+    """Return the seconds that one replay of `graph` takes, right after another one.
+
+    Alone, it would include the time that the host takes to launch it.
+    """
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    graph.replay()
     start.record()
     graph.replay()
     end.record()

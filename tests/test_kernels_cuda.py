@@ -24,6 +24,7 @@ def timed(monkeypatch):
         call()
         return last[-1]
 
+    monkeypatch.setattr(choices, "MEASURED_S", 0.0)
     monkeypatch.setattr(choices, "recorded", recorded)
     monkeypatch.setattr(choices, "seconds", lambda config: times.get(config, 9.0))
     return times, last
