@@ -9,6 +9,7 @@ Frozen weights are drawn again from their seed, and all weights are verified.
 
 import contextlib
 import json
+import os
 import pathlib
 import sys
 
@@ -22,22 +23,35 @@ _SETTING = ("data_title", "image_size", "epochs", "quick", "train_subset", "val_
 
 @contextlib.contextmanager
 def _own_modules():
-    """Hide other modules with the name of one of ours (say `datasets`) while the block imports ours."""
+    """Import our modules in this block only, and undo the settings that they make for a whole process.
+
+    Names such as `models` and `datasets` stay free for the caller's own modules, imported before or after.
+    """
     files = {file.stem: file for file in _HERE.glob("*.py")}
     files |= {file.parent.name: file for file in _HERE.glob("*/__init__.py")}
-    found = {name: getattr(sys.modules[name], "__file__", None) for name in files.keys() & sys.modules.keys()}
-    taken = {
-        name for name, file in found.items() if pathlib.Path(file or "").resolve() != files[name].resolve()
-    }
-    theirs = {name: module for name, module in sys.modules.items() if name.partition(".")[0] in taken}
-    for name in theirs:
+
+    def named_like_ours() -> dict:
+        return {name: module for name, module in sys.modules.items() if name.partition(".")[0] in files}
+
+    def is_ours(name: str) -> bool:
+        top = name.partition(".")[0]
+        file = getattr(sys.modules.get(top), "__file__", None)
+        return pathlib.Path(file or "").resolve() == files[top].resolve()
+
+    before, environment, cudnn = named_like_ours(), dict(os.environ), torch.backends.cudnn
+    flags = {name: getattr(cudnn, name) for name in ("allow_tf32", "benchmark")}
+    for name in [name for name in before if not is_ours(name)]:
         del sys.modules[name]
     try:
         yield
     finally:
-        for name in [name for name in sys.modules if name.partition(".")[0] in taken]:
+        for name in named_like_ours():
             del sys.modules[name]
-        sys.modules.update(theirs)
+        sys.modules.update(before)
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+        for name, value in flags.items():
+            setattr(cudnn, name, value)
 
 
 def _entry(name: str, runs: dict[int, dict]):

@@ -245,10 +245,8 @@ class Step:
         if self.passes is None:
             return None
         state = *self._metrics(), self.lr
-        capturing = (
-            features.is_cuda and torch.cuda.is_current_stream_capturing()
-        )  # which permits no comparison
-        if self.head_checked or capturing:
+        capturing = features.is_cuda and torch.cuda.is_current_stream_capturing()
+        if self.head_checked or capturing:  # a comparison would wait for the device, which a capture forbids
             return head(*state)
         trial = [tensor.clone() for tensor in state]
         d_features, count = head(*trial), len(labels)

@@ -3,6 +3,7 @@
 import ast
 import json
 import shutil
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -31,8 +32,9 @@ def repository(tmp_path, monkeypatch) -> Path:
     """Return a copy of our code without results, which torch.hub also uses for every GitHub repository."""
     for file in [*ROOT.glob("*.py"), *ROOT.glob("*.toml")]:
         shutil.copy(file, tmp_path)
-    for folder in ("kernels", "datasets"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ROOT.glob("*/__init__.py"):
+        folder, unwanted = file.parent, shutil.ignore_patterns("__pycache__")
+        shutil.copytree(folder, tmp_path / folder.name, ignore=unwanted)
     monkeypatch.setattr(torch.hub, "_get_cache_or_reload", lambda *_, **__: str(tmp_path))
     return tmp_path
 
@@ -104,6 +106,30 @@ def test_the_callers_modules_with_our_names_are_kept(repository, monkeypatch):
         name for name in sys.modules if name.split(".")[0] in ("datasets", "models", "kernels", "checkpoint")
     ]
     assert all(sys.modules[name] is before.get(name) for name in own)
+
+
+def test_loading_a_network_leaves_the_callers_process_as_it_was(repository, tmp_path_factory):
+    """In particular, modules that the caller imports later may have the names of ours."""
+    add_network(repository)
+    theirs = tmp_path_factory.mktemp("theirs")
+    for name in ("models", "datasets", "records"):
+        (theirs / f"{name}.py").write_text("its = 'theirs'")
+    (theirs / "use.py").write_text("""
+import os, sys, torch
+before = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark, dict(os.environ)
+for _ in range(2):
+    model = torch.hub.load(sys.argv[1], "resnet8_bn_output", source="local")
+assert before == (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark, dict(os.environ))
+import models, datasets, records
+assert models.its == datasets.its == records.its == "theirs"
+images = torch.randn(2, 3, 32, 32)
+with torch.no_grad():
+    assert torch.equal(torch.compile(model, backend="eager")(images), model(images))
+model.train()(images).sum().backward()
+""")
+    command = [sys.executable, "use.py", str(repository)]
+    ended = subprocess.run(command, cwd=theirs, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
 
 
 def imported(nodes) -> set[str]:
