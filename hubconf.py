@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import sys
 
 import torch
@@ -18,6 +19,7 @@ import torch
 dependencies = ["torch", "numpy", "PIL", "filelock", "pydantic", "rich", "safetensors", "tabulate"]
 
 _HERE = pathlib.Path(__file__).parent
+_PREFIX = re.sub(r"\W", "_", str(_HERE)) + "."  # of the names that our modules keep in sys.modules
 _SETTING = ("data_title", "image_size", "epochs", "quick", "train_subset", "val_split")
 
 
@@ -42,11 +44,16 @@ def _own_modules():
     flags = {name: getattr(cudnn, name) for name in ("allow_tf32", "benchmark")}
     for name in [name for name in before if not is_ours(name)]:
         del sys.modules[name]
+    for name in [name for name in sys.modules if name.startswith(_PREFIX)]:
+        sys.modules.setdefault(name.removeprefix(_PREFIX), sys.modules[name])
     try:
         yield
     finally:
-        for name in named_like_ours():
+        for name, module in named_like_ours().items():
             del sys.modules[name]
+            if before.get(name) is not module:
+                module.__name__ = _PREFIX + name  # torch.compile looks it up
+                sys.modules[module.__name__] = module
         sys.modules.update(before)
         for name in os.environ.keys() - environment.keys():
             del os.environ[name]
