@@ -303,12 +303,14 @@ def make_loader(dataset: Dataset, split: str, *, kind: str | None = None, **opti
     """Return a loader whose `epoch(e)` yields `len(loader)` batches; `options` are the fields of Loader.
 
     `kind` is "resident", "ffcv", or None: resident if both splits take at most half of the device's free
-    memory or there is no FFCV file, else ffcv. Raises DataError if there are too few images for a batch, or
-    if the loader needs FFCV and cannot import it.
+    memory (or are there already) or there is no FFCV file, else ffcv. Raises DataError if there are too few
+    images for a batch, or if the loader needs FFCV and cannot import it.
     """
     if kind is None:
-        size = dataset.train.images.nbytes + dataset.test.images.nbytes
-        fits = dataset.train.beton is None or size <= _free_bytes(torch.device(options["device"])) // 2
+        device, splits = torch.device(options["device"]), (dataset.train, dataset.test)
+        there = sum(split.images.nbytes for split in splits if device in split.resident)
+        size = sum(split.images.nbytes for split in splits)
+        fits = dataset.train.beton is None or size <= (_free_bytes(device) + there) // 2
         kind = "resident" if fits else "ffcv"
     return {"resident": _ResidentLoader, "ffcv": _FfcvLoader}[kind](dataset, split, **options)
 

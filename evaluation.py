@@ -99,9 +99,11 @@ def evaluation_batch_size(batch_size: int, image_size: int, device: torch.device
 def image_place(path: str | Path, spec: records.NetworkSpec, data_dir: str | None) -> tuple[str, str]:
     """Return the name and folder of the images on which a run, or the network in a file, was trained.
 
-    The folder is `data_dir` if given, else the run's own, or "data" for a file.
+    The folder is `data_dir` if given, else the run's own, or "data" for a file that is in no run's folder.
     """
-    config = runs.Run(Path(path)).config if Path(path).is_dir() else None
+    path = Path(path)
+    folder = path.parent if path.name == records.CHECKPOINT and runs.is_run(path.parent) else path
+    config = runs.Run(folder).config if folder.is_dir() else None
     name = config.options.data if config else spec.data
     return name, data_dir or (config.options.data_dir if config else "data")
 

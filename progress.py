@@ -196,7 +196,7 @@ class Display:
         self.epoch_bar = bars.add_task("epoch", total=steps_per_epoch, text="", visible=bars.runs == 1)
         self.tracker = None
         if options.log and run.writes:
-            settings = {"name": run.path.name, "config": of.model_dump(mode="json")}
+            settings = {"name": run.path.name, "config": of.model_dump(mode="json", exclude_unset=True)}
             self.tracker = import_tracker(options.log).init(project="batchnorm-only", **settings)
 
     def start_epoch(self, epoch: int) -> None:

@@ -118,11 +118,14 @@ def make_grid(environment: Mapping[str, str], argv: Sequence[str]) -> list[Cell]
         argv = [*argv, "--data", options.data if found else "synthetic"]
     further = {"warmstart": warm_starts, "retrain": retraining}.get(name, lambda *_: ())
     cells: dict[Path, Cell] = {}
+    # A tracker follows one run per process.
+    together = [[seed] for seed in chosen["SEEDS"]] if options.log else [chosen["SEEDS"]]
     for variant, arch, mode in product(grid["VARIANTS"], chosen["ARCHS"], chosen["MODES"]):
         usual = ("--arch", arch, "--mode", mode, *grid["OPTIONS"].split(), *variant.split(), *argv)
         for arguments in (usual, *further(usual, options)):
-            for each in config.parse_options([*arguments, "--seed", *chosen["SEEDS"]], __doc__)[0]:
-                cells.setdefault(folder(each), Cell(arguments, each, folder(each)))
+            for seeds in together:
+                for each in config.parse_options([*arguments, "--seed", *seeds], __doc__)[0]:
+                    cells.setdefault(folder(each), Cell(arguments, each, folder(each)))
     return list(cells.values())
 
 
@@ -394,6 +397,7 @@ def main(argv: list[str] | None = None) -> int:
     options, task = cells[0].options, os.environ.get("SLURM_ARRAY_TASK_ID")
     where = places(options.device, whole_number("JOBS", 1))
     replicas = whole_number("REPLICAS", len(cells) if "CUDA_VISIBLE_DEVICES" in where[0] else 1)
+    replicas = 1 if options.log else replicas
     if "--list" in argv:
         show_list(Sweep(cells, where, replicas))
         return 0

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -52,6 +53,10 @@ class Dataset:
     std: tuple[float, float, float]
     train: Split
     test: Split
+
+
+_PREPARED = re.compile(r".+-\d+px-[0-9a-f]{16}-(train|test)\.beton")
+_HALF_WRITTEN = ("train.beton.part", "test.beton.part", "index.json.part")
 
 
 def _printable(text: str) -> str:
@@ -136,8 +141,9 @@ def prepare(folder: Path, found: sources.Found, say: Say) -> Dataset:
     source, index = sources.read(found), _index(folder)
     size, counts = source.image_size, {split: len(labels) for split, labels in source.labels.items()}
     listed = {part.file for entry in index.values() for part in (entry.train, entry.test)}
-    for path in folder.glob("*.beton*"):
-        if path.name not in listed:  # left behind by a preparation that was killed
+    for path in folder.iterdir():
+        # Left behind by a preparation that was killed; the user's own files have other names.
+        if (_PREPARED.fullmatch(path.name) or path.name in _HALF_WRITTEN) and path.name not in listed:
             path.unlink()
     with_ffcv = import_ffcv()
     if not with_ffcv:
@@ -177,8 +183,8 @@ def prepare(folder: Path, found: sources.Found, say: Say) -> Dataset:
         part.write_text(json.dumps(told | {found.key: {**entry, "facts": facts}}, indent=1) + "\n")
         os.replace(part, folder / "index.json")
     finally:
-        for path in folder.glob("*.part"):
-            path.unlink()
+        for name in _HALF_WRITTEN:
+            (folder / name).unlink(missing_ok=True)
     return load(folder, found)
 
 

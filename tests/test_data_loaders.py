@@ -199,10 +199,13 @@ def test_resident_is_the_default_if_the_set_fits_in_half_the_memory(cifar10, mon
     dataset = data.open_dataset("cifar10", cifar10, say=silent)
     size = dataset.train.images.nbytes + dataset.test.images.nbytes
     monkeypatch.setattr(data, "_FfcvLoader", lambda *_, **__: "ffcv")
-    monkeypatch.setattr(data, "_free_bytes", lambda device: 2 * size)
-    assert isinstance(loader_of(dataset), data._ResidentLoader)
     monkeypatch.setattr(data, "_free_bytes", lambda device: 2 * size - 2)
     assert loader_of(dataset) == "ffcv"
+    monkeypatch.setattr(data, "_free_bytes", lambda device: 2 * size)
+    assert isinstance(loader_of(dataset), data._ResidentLoader)
+    # What is there already has been taken from the free memory, and must not count again.
+    monkeypatch.setattr(data, "_free_bytes", lambda device: 2 * size - dataset.train.images.nbytes)
+    assert isinstance(loader_of(dataset, "test"), data._ResidentLoader)
 
 
 def test_the_drawing_thread_ends_by_itself():

@@ -217,17 +217,22 @@ def open_and_die(folder: Path, when: str) -> None:
 @pytest.mark.parametrize(
     "when", ["while the pixels are written", "between the two files", "before the index"]
 )
-def test_leftovers_of_a_killed_preparation_are_not_used(cifar10, when):
+def test_leftovers_of_a_killed_preparation_are_not_used_and_other_files_are_kept(cifar10, when):
+    others = {"imagenet-train.beton", "notes-32px.beton.part", "my-train.beton"}
+    (cifar10 / "beton").mkdir()
+    for name in others:
+        (cifar10 / "beton" / name).write_text("")
     process = FORK.Process(target=open_and_die, args=(cifar10, when))
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
-    assert "index.json" not in files_in(cifar10) and any(name.endswith(".part") for name in files_in(cifar10))
+    left = files_in(cifar10) - others
+    assert "index.json" not in left and any(name.endswith(".part") for name in left)
     (cifar10 / "cifar-10-batches-py" / "test_batch").write_bytes(python_file(*tiny_cifar10(1)["test_batch"]))
     dataset = data.open_dataset("cifar10", cifar10, say=silent)
     np.testing.assert_array_equal(dataset.train.images, expected_images(tiny_cifar10()))
     stem = f"cifar10-32px-{dataset.fingerprint}"
-    assert files_in(cifar10) == {f"{stem}-train.beton", f"{stem}-test.beton", "index.json"}
+    assert files_in(cifar10) == {f"{stem}-train.beton", f"{stem}-test.beton", "index.json"} | others
 
 
 def test_a_full_disk_is_reported_and_leaves_no_files(cifar10, monkeypatch):

@@ -69,6 +69,7 @@ def test_the_named_grids_have_the_expected_cells(monkeypatch):
     for name in ("ARCHS", "MODES", "SEEDS"):
         monkeypatch.delenv(name, raising=False)
     counts = {name: len(make_grid({"GRID": name}, [])) for name in ("", *sweep.GRIDS)}
+    assert len(make_grid({"SEEDS": "0 1"}, ["--log", "wandb"])) == 18, "though a tracker follows only one run"
     counts_of_the_questions = {name: counts.pop(name) for name in ("tuning", "warmstart", "retrain")}
     assert counts == {"": 27, "depth": 63, "width": 54, "vgg": 36, "parts": 63, "init": 72}
     assert counts_of_the_questions == {"tuning": 24, "warmstart": 3 * (1 + 2 * 4), "retrain": 3 * (1 + 6)}

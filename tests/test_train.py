@@ -82,7 +82,8 @@ def test_evaluation_reproduces_the_final_accuracy(small, capsys):
     assert exit_status(small) == 0
     folder, images = only_run(), small[small.index("--data") + 1]
     assert exit_status(["rebuild", str(folder), "--out", "full.safetensors"], checkpoint) == 0
-    for source in ([str(folder)], ["full.safetensors", "--data", images]):
+    rebuilt = ["full.safetensors", "--data", images]
+    for source in ([str(folder)], [str(folder / "model.safetensors")], rebuilt):
         capsys.readouterr()
         assert exit_status([*source, "--device", "cpu"], evaluation) == 0
         said = capsys.readouterr().out
