@@ -6,7 +6,8 @@
 #   bash run.sh python train.py …  any other command
 #
 # The set-up installs FFCV's system libraries (apt), creates a virtual environment, .venv, and installs requirements.txt
-# in it. PYTHON names another interpreter to create it with. Commands run in this folder, wherever they are typed.
+# in it; where it may not install system libraries, it leaves out FFCV, which only `--loader ffcv` needs. PYTHON names
+# another interpreter to create it with. Commands run in this folder, wherever they are typed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -39,13 +40,13 @@ system_packages() { # prints the Debian packages that are missing for a virtual 
   pkg-config --exists libturbojpeg 2>/dev/null || echo libturbojpeg0-dev
 }
 
-apt_install() {
+apt_install() { # returns 1 if this user cannot install system packages here
   local root=()
   ((EUID == 0)) || root=(sudo -n)
   if ! command -v apt-get >/dev/null || ! "${root[@]}" true 2>/dev/null; then
     say "something is missing on this machine; run: sudo apt-get install -y $*"
     say "or, without root: conda install -c conda-forge python=3.12 cxx-compiler pkg-config opencv libjpeg-turbo"
-    exit 2
+    return 1
   fi
   say "installing $*"
   "${root[@]}" apt-get update -qq
@@ -58,10 +59,14 @@ set_up() {
     flock 9
     [[ "$(cat .venv/.ready 2>/dev/null)" == "$wanted" ]] && return
   fi
-  local packages python
+  local packages python left_out=nothing
   packages=$(system_packages)
   # shellcheck disable=SC2086 # one word per package
-  [[ -z $packages ]] || apt_install $packages
+  if [[ -n $packages ]] && ! apt_install $packages; then
+    [[ $packages != *python3*-venv* ]] || exit 2
+    say "FFCV is left out for now; to add it later, remove .venv and call this again"
+    left_out='ffcv|numba|opencv'
+  fi
   python=$(find_python)
   if [[ -z $python ]]; then
     say "needs Python 3.11 or newer; install it, or name one: PYTHON=/path/to/python3.12 bash run.sh"
@@ -71,7 +76,8 @@ set_up() {
   [[ -x .venv/bin/python ]] || "$python" -m venv --clear .venv
   local quiet=()
   [[ -t 1 ]] || quiet=(-qq) # show the downloads' progress in a terminal
-  .venv/bin/python -m pip install "${quiet[@]}" --disable-pip-version-check -r requirements.txt
+  grep -vE "^($left_out)" requirements.txt >.venv/requirements.txt
+  .venv/bin/python -m pip install "${quiet[@]}" --disable-pip-version-check -r .venv/requirements.txt
   echo "$wanted" >.venv/.ready # written last, so that an interrupted set-up is done again
 }
 
