@@ -1,4 +1,4 @@
-"""Terminal output of every script: progress bars (lines in a file or pipe), notes, errors, exit statuses."""
+"""Terminal output of every script: progress bars (lines in a file or pipe), notes, errors; exit statuses, times."""
 
 import argparse
 import errno
@@ -178,6 +178,60 @@ class Bars(Progress):
         columns = [TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()]
         columns += [TimeRemainingColumn(), TextColumn("{task.fields[text]}", markup=False)]
         super().__init__(*columns, console=console, disable=not (speaks() and console.is_terminal))
+
+
+class Stopwatch:
+    """The times of a run in seconds, over all its starts.
+
+    `startup_s` is the time until everything has been compiled, `train_s` that of the epochs with their
+    evaluations, `wall_s` all of it, from the start of each process. This one began at `began`, a
+    time.perf_counter().
+    """
+
+    def __init__(self, began: float):
+        self.began, self.starting = began, True  # `starting` until the first steps have compiled
+        self.startup_s = self.train_s = self.epoch_s = self.earlier_wall_s = 0.0
+        self.lap_began, self.untimed_images = began, 0
+
+    def lap_s(self) -> float:
+        """Return the seconds since the previous call, or since the process began."""
+        began, self.lap_began = self.lap_began, time.perf_counter()
+        return self.lap_began - began
+
+    def epoch_begins(self) -> None:
+        if not self.starting:  # otherwise the lap that began with the process still counts as start-up
+            self.lap_s()
+
+    def startup_ends(self, images: int) -> None:
+        """End start-up within an epoch, `images` of which have been trained on."""
+        self.startup_s += self.lap_s()
+        self.starting, self.untimed_images = False, images
+
+    def training_ends(self, images: int) -> float | None:
+        """Return an epoch's images/s, given its number of images; start-up is left out, None if it is all."""
+        timed, self.untimed_images = images - self.untimed_images, 0
+        self.epoch_s = self.lap_s()
+        return timed / self.epoch_s if timed else None
+
+    def evaluation_ends(self, compiled: bool) -> None:
+        """Count an evaluation as start-up if it compiled, else as part of the epoch."""
+        if compiled:
+            self.startup_s += self.lap_s()
+        else:
+            self.epoch_s += self.lap_s()
+
+    def epoch_ends(self) -> float:
+        """Return the seconds of the epoch, training and evaluations."""
+        self.train_s += self.epoch_s
+        return self.epoch_s
+
+    def state_dict(self) -> dict[str, float]:
+        wall_s = self.earlier_wall_s + time.perf_counter() - self.began
+        return {"startup_s": self.startup_s, "train_s": self.train_s, "wall_s": wall_s}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        names = "startup_s", "train_s", "wall_s"
+        self.startup_s, self.train_s, self.earlier_wall_s = (float(state[name]) for name in names)
 
 
 class Display:

@@ -67,13 +67,13 @@ def train(
     raise before the first yield; after it, RunFailed is raised if training ends early.
     """
     # Build the network from its seed (or from --init-from), and freeze all that the mode does not train.
-    device, split = devices.choose(options.device), share_out(options, dataset)
+    device, split = devices.choose(options.device), split_training_images(options, dataset)
     path = Path(options.out, runs.run_name(options, dataset.name))
     spec = network_spec(options, dataset, device, split, group, number_format(options, device, path))
     parent = runs.read_parent(spec.init_from) if spec.init_from else None
     model = checkpoint.create(spec, note)
     frozen = freeze.frozen_sha256(model)
-    brought = freeze.full_sha256(model) if spec.init_from else None  # the weights loaded
+    initial = freeze.full_sha256(model) if spec.init_from else None
     model.to(device, memory_format=torch.channels_last)
     synced = group if options.sync_bn and group.connected else None
     kernels.configure(model, options.memory, spec.compiled, synced)
@@ -83,7 +83,7 @@ def train(
 
     with runs.open_run(path, options.resume, options.overwrite, writes=group.leads) as run:
         group.wait()  # until rank 0 has opened the folder, or failed to
-        hashes = {"frozen_sha256": frozen, "initial_sha256": brought}
+        hashes = {"frozen_sha256": frozen, "initial_sha256": initial}
         run.refuse_another(options, spec, hashes)
         if run.status == "done":
             run.tidy()
@@ -96,9 +96,9 @@ def train(
         yield  # no run begins before all runs side by side are known to be usable
 
         passes = kernels.passes_for(device.type, spec.compiled and options.memory != "stock").name
-        came_to = {"options": options, "spec": spec, "parent": parent, "data_title": dataset.title}
-        own = runs.environment(device, bars.runs)
-        run.begin(records.Config(**came_to, **hashes, passes=passes, **own))
+        chosen = {"options": options, "spec": spec, "parent": parent, "data_title": dataset.title}
+        where = runs.environment(device, bars.runs)
+        run.begin(records.Config(**chosen, **hashes, **where, passes=passes))
         display = progress.Display(bars, run, len(training.loader))
         status, why, sealed = "failed", "an unexpected error", b""
         try:
@@ -131,8 +131,8 @@ def train(
 class Training:
     """The training state of one run: its loaders, step, schedule, evaluations and timers.
 
-    The order and augmentation of batches depend only on the seed and the epoch. `split` is what `share_out`
-    returns, and `model` is already on its device. last.pt stores `state_dict`.
+    The order and augmentation of batches depend only on the seed and the epoch. `split` is what
+    `split_training_images` returns, and `model` is already on its device. last.pt stores `state_dict`.
     """
 
     def __init__(
@@ -168,9 +168,7 @@ class Training:
         self.options, self.model, self.group = options, model, group
         # Count epochs on from the parent runs, so that their shuffles and crops are not drawn again.
         self.epochs_before = parent.epochs_done_in_all if parent else 0
-        self.startup_s, self.train_s, self.wall_s = 0.0, 0.0, 0.0  # so far; wall_s excludes this process
-        self.starting, self.peak_memory_bytes = True, None  # of this process only
-        self.lap_began, self.untimed_images = STARTED, 0
+        self.watch, self.peak_memory_bytes = progress.Stopwatch(STARTED), None
 
         if options.schedule == "step" and min(options.milestones, default=0) >= options.epochs:
             note(f"all of --milestones are past the last epoch: the learning rate stays at {options.lr:g}")
@@ -186,22 +184,19 @@ class Training:
         names the epoch) is not finite.
         """
         display.start_epoch(epoch)
-        if not self.starting:  # otherwise the current lap still counts as start-up
-            self.lap_s()
+        self.watch.epoch_begins()
         first_step = (epoch - 1) * len(self.loader)
         lrs = [self.schedule.lr(first_step + i) for i in range(len(self.loader))]
+        # Each turn of this loop is a forward pass, a backward pass and an update: Step._step.
         for i, _ in enumerate(self.step.epoch(self.loader, self.epochs_before + epoch - 1, lrs), start=1):
-            self.look(epoch, i)
+            self.check_step(epoch, i)
             display.step(self.step)
             progress.end_if_interrupted()
             self.group.stop_together()
             yield
-        train_loss, train_acc = self.step.metrics()  # waits for the device, so the lap is complete
-        peaks = self.peak_memory_bytes or 0, devices.peak_memory_bytes(self.step.device)
-        self.peak_memory_bytes = max(peaks)  # training only: evaluation uses larger batches
-        images, self.untimed_images = self.step.seen - self.untimed_images, 0
-        self.epoch_s = self.lap_s()
-        images_per_s = images / self.epoch_s if images else None
+        train_loss, train_acc = self.step.metrics()  # waits for the device, so that all of it is timed
+        images_per_s, device = self.watch.training_ends(self.step.seen), self.step.device
+        self.peak_memory_bytes = max(self.peak_memory_bytes or 0, devices.peak_memory_bytes(device))
         row = {"train_loss": train_loss, "train_acc": train_acc, "images_per_s": images_per_s}
         if self.validation:
             loss, acc, _ = self.scores(self.validation)
@@ -217,46 +212,39 @@ class Training:
             loss, acc, top5_acc = self.scores(self.test)
             tested = {"test_loss": loss if math.isfinite(loss) else None, "test_acc": acc}
             tested |= {"test_top5_acc": top5_acc} if top5_acc is not None else {}
-        devices.reset_peak_memory(self.step.device)
-        self.train_s += self.epoch_s
-        return records.Epoch(epoch=epoch, lr=float(f"{lrs[0]:.6g}"), **row, **tested, epoch_s=self.epoch_s)
+        devices.reset_peak_memory(
+            device
+        )  # evaluation uses larger batches than training, which is what counts
+        epoch_s = self.watch.epoch_ends()
+        return records.Epoch(epoch=epoch, lr=float(f"{lrs[0]:.6g}"), **row, **tested, epoch_s=epoch_s)
 
-    def look(self, epoch: int, steps: int) -> None:
+    def check_step(self, epoch: int, steps: int) -> None:
         """After step number `steps` of an epoch, check the loss, and end start-up if it is over."""
-        device, count = self.step.device, len(self.loader)
-        if self.starting and steps == min(devices.EAGER_CALLS, count):
-            devices.reset_peak_memory(device)  # forget kernel trials; the graph is captured next, and counts
-        started = self.starting and steps == min(self.step.warm_up_steps, count)
-        if device.type == "cpu" or started or steps == count:  # seldom on a GPU: the check waits for it
+        count, starting = len(self.loader), self.watch.starting
+        if starting and steps == min(devices.EAGER_CALLS, count):
+            devices.reset_peak_memory(self.step.device)  # the trials of kernels; capturing the graph counts
+        started = starting and steps == min(self.step.warm_up_steps, count)
+        on_cpu = self.step.device.type == "cpu"
+        if on_cpu or started or steps == count:  # seldom on a GPU: the check waits for it
             bad = self.step.diverged_at()
             if bad is not None:
                 what = f"the loss is not finite at epoch {epoch}, step {bad + 1}"
                 raise FloatingPointError(f"{what}; try a lower --lr")
-        if started:  # the first steps compile; the epoch's own time starts after them
-            self.startup_s += self.lap_s()
-            self.starting, self.untimed_images = False, self.step.seen
+        if started:
+            self.watch.startup_ends(self.step.seen)
 
     def scores(self, evaluation: Evaluation) -> Scores:
-        """Return an evaluation's scores. Its time counts as start-up if it compiles, else as the epoch's."""
         compiles, scores = evaluation.compiles, evaluation()
-        if compiles:
-            self.startup_s += self.lap_s()
-        else:
-            self.epoch_s += self.lap_s()
+        self.watch.evaluation_ends(compiles)
         return scores
-
-    def lap_s(self) -> float:
-        """Return the seconds since the previous call, or since the process began."""
-        began, self.lap_began = self.lap_began, time.perf_counter()
-        return self.lap_began - began
 
     def state_dict(self) -> dict:
         return {
             "model": freeze.trained_vector(self.model),
             "step": self.step.state_dict(),
             "schedule": self.schedule.state_dict(),
-            **config.some(self, "epochs_before startup_s train_s"),
-            "wall_s": self.wall_s + time.perf_counter() - STARTED,
+            "epochs_before": self.epochs_before,
+            **self.watch.state_dict(),
         }
 
     def resume(self, run: runs.Run) -> bool:
@@ -274,8 +262,7 @@ class Training:
             self.step.load_state_dict(state["step"])
             self.schedule.load_state_dict(state["schedule"])
             self.epochs_before = int(state["epochs_before"])
-            names = "startup_s", "train_s", "wall_s"
-            self.startup_s, self.train_s, self.wall_s = (float(state[name]) for name in names)
+            self.watch.load_state_dict(state)
         except Exception as error:  # a corrupt file can fail in many ways
             raise run.unusable(error) from None
         run.write_metrics()
@@ -304,8 +291,8 @@ class Training:
             **reached,
             **config.some(of.options, "arch mode seed"),
             **config.some(of, "data_title frozen_sha256"),
-            **config.some(self, "train_s startup_s peak_memory_bytes"),
-            wall_s=self.wall_s + time.perf_counter() - STARTED,
+            **self.watch.state_dict(),
+            peak_memory_bytes=self.peak_memory_bytes,
             data=of.spec.data,
             variant=dict(of.variant),
             best_test_acc=max((row.test_acc for row in rows if row.test_acc is not None), default=None),
@@ -316,7 +303,7 @@ class Training:
 # ---- helpers of a run ----
 
 
-def share_out(options: Options, dataset: data.Dataset) -> tuple[np.ndarray, np.ndarray]:
+def split_training_images(options: Options, dataset: data.Dataset) -> tuple[np.ndarray, np.ndarray]:
     """Return the positions of the images to train on and of those to validate on, as data.share_out does.
 
     Without --val-split, the plateau schedule and --early-stop hold out a tenth (data.tenth). Raises DataError
