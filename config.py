@@ -1,4 +1,4 @@
-"""All options of a run: their names, help texts, ranges and presets, and their (published) defaults."""
+"""All options of a run: their names, help texts, ranges and presets, and their defaults (the paper's)."""
 
 import argparse
 import dataclasses

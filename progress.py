@@ -1,4 +1,4 @@
-"""Terminal output of every script: progress bars (lines in a file or pipe), notes, errors; exit statuses, times."""
+"""What a script prints: progress bars (lines in a file or pipe), notes, errors; exit statuses; times."""
 
 import argparse
 import errno

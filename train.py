@@ -7,7 +7,7 @@
     python train.py --arch resnet32 --seed 0 1 2 3              # four runs side by side, one folder each
     torchrun --standalone --nproc_per_node=2 train.py --arch resnet110  # one run shared by two processes
 
-Every default is the published value: Frankle, Schwab, Morcos, "Training BatchNorm and Only BatchNorm" (2020).
+The defaults are the setting of Frankle, Schwab, Morcos, "Training BatchNorm and Only BatchNorm" (2020).
 A run writes a folder in --out. Exit status 0: done, 1: the run failed, 2: unusable options or data.
 """
 
