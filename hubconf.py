@@ -19,7 +19,7 @@ import torch
 dependencies = ["torch", "numpy", "PIL", "filelock", "pydantic", "rich", "safetensors", "tabulate"]
 
 _HERE = pathlib.Path(__file__).parent
-_PREFIX = re.sub(r"\W", "_", str(_HERE)) + "."  # of the names that our modules keep in sys.modules
+_PREFIX = re.sub(r"\W", "_", f"{_HERE}/")  # of the names that our modules keep in sys.modules
 _SETTING = ("data_title", "image_size", "epochs", "quick", "train_subset", "val_split")
 
 
@@ -40,8 +40,9 @@ def _own_modules():
         file = getattr(sys.modules.get(top), "__file__", None)
         return pathlib.Path(file or "").resolve() == files[top].resolve()
 
-    before, environment, cudnn = named_like_ours(), dict(os.environ), torch.backends.cudnn
-    flags = {name: getattr(cudnn, name) for name in ("allow_tf32", "benchmark")}
+    before, environment = named_like_ours(), dict(os.environ)
+    settings = [(torch.backends.cudnn, "benchmark"), *_tf32_settings()]
+    values = [getattr(*setting) for setting in settings]
     for name in [name for name in before if not is_ours(name)]:
         del sys.modules[name]
     for name in [name for name in sys.modules if name.startswith(_PREFIX)]:
@@ -52,13 +53,31 @@ def _own_modules():
         for name, module in named_like_ours().items():
             del sys.modules[name]
             if before.get(name) is not module:
-                module.__name__ = _PREFIX + name  # torch.compile looks it up
-                sys.modules[module.__name__] = module
+                _rename(module, _PREFIX + name)
         sys.modules.update(before)
         for name in os.environ.keys() - environment.keys():
             del os.environ[name]
-        for name, value in flags.items():
-            setattr(cudnn, name, value)
+        for setting, value in zip(settings, values, strict=True):
+            setattr(*setting, value)
+
+
+def _tf32_settings() -> list[tuple[object, str]]:
+    """Return the attributes that hold cuDNN's TF32 settings: the old API's, unless the new one was used."""
+    cudnn = torch.backends.cudnn
+    try:
+        _ = cudnn.allow_tf32
+        return [(cudnn, "allow_tf32")]
+    except RuntimeError:
+        return [(cudnn.conv, "fp32_precision"), (cudnn.rnn, "fp32_precision")]
+
+
+def _rename(module, name: str) -> None:
+    """Keep `module` in sys.modules under another name, where torch.compile and pickle look it up."""
+    for thing in vars(module).values():
+        if getattr(thing, "__module__", None) == module.__name__ and isinstance(thing, type):
+            thing.__module__ = name
+    module.__name__ = name
+    sys.modules[name] = module
 
 
 def _entry(name: str, runs: dict[int, dict]):

@@ -184,8 +184,8 @@ class Stopwatch:
     """The times of a run in seconds, over all its starts.
 
     `startup_s` is the time until everything has been compiled, `train_s` that of the epochs with their
-    evaluations, `wall_s` all of it, from the start of each process. This one began at `began`, a
-    time.perf_counter().
+    evaluations, `wall_s` all of it, from the start of each process. `began` is when
+    this process started, a time.perf_counter().
     """
 
     def __init__(self, began: float):

@@ -234,9 +234,10 @@ class Run:
         """
         if self.writes:
             (self.path / "summary.json").unlink(missing_ok=True)
-            for entry in list(self.path.iterdir()) if self.overwrites else ():
-                if entry.name != ".lock":
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        if self.writes and self.overwrites:
+            self.last.unlink(missing_ok=True)  # first, so that what is to be overwritten is never resumed
+            for entry in [entry for entry in self.path.iterdir() if entry.name != ".lock"]:
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         before = self.config if self.rows else None
         trained_on = (*before.earlier_devices, before.device_name) if before else (described.device_name,)
         self.overwrites, self.moved = False, trained_on[-1] != described.device_name

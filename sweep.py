@@ -393,6 +393,9 @@ def whole_number(name: str, default: int) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & {*argv}:
+        print(f"{__doc__}\npython train.py --help lists the options of train.py.")
+        return 0
     cells = make_grid(os.environ, [argument for argument in argv if argument != "--list"])
     options, task = cells[0].options, os.environ.get("SLURM_ARRAY_TASK_ID")
     where = places(options.device, whole_number("JOBS", 1))

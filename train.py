@@ -90,7 +90,7 @@ def train(
             return run
         if training.resume(run):
             parent = run.config.parent  # as recorded when the run began
-            note(f"continuing {run.path} after epoch {len(run.rows)}")
+            note(f"continuing {run.path} after epoch {len(run.rows)}, in {spec.dtype}")
         elif options.resume:
             note(f"{run.path} has no epoch to resume from; starting at the beginning")
         yield  # no run begins before all runs side by side are known to be usable
@@ -212,9 +212,7 @@ class Training:
             loss, acc, top5_acc = self.scores(self.test)
             tested = {"test_loss": loss if math.isfinite(loss) else None, "test_acc": acc}
             tested |= {"test_top5_acc": top5_acc} if top5_acc is not None else {}
-        devices.reset_peak_memory(
-            device
-        )  # evaluation uses larger batches than training, which is what counts
+        devices.reset_peak_memory(device)  # evaluation's larger batches must not count
         epoch_s = self.watch.epoch_ends()
         return records.Epoch(epoch=epoch, lr=float(f"{lrs[0]:.6g}"), **row, **tested, epoch_s=epoch_s)
 
@@ -342,10 +340,7 @@ def number_format(options: Options, device: torch.device, path: Path) -> str:
     fastest = devices.default_dtype(device)
     begun_in = runs.dtype_of(path) if options.resume else None
     lacking = device.type == "cuda" and begun_in == "bf16"  # by a GPU whose fastest is another
-    if options.dtype or begun_in in (None, fastest) or lacking:
-        return options.dtype or fastest
-    note(f"{path} goes on in {begun_in}, in which it began; {fastest} would be faster here")
-    return begun_in
+    return options.dtype or (fastest if begun_in is None or lacking else begun_in)
 
 
 def how_it_ended(error: BaseException, options: Options, run: runs.Run) -> tuple[str, str]:

@@ -158,7 +158,7 @@ class Config(Record):
     frozen_sha256: Sha256
     initial_sha256: Sha256 | None  # of all initial weights, with --init-from
     device_name: Text  # where its last epoch was trained
-    earlier_devices: tuple[Text, ...] = ()  # where those before were, in order, if it moved between starts
+    earlier_devices: tuple[Text, ...] = ()  # of earlier epochs, in order, if the run has moved
     passes: Text | None = None  # kernels used: "cpp", "triton" or "torch" (PyTorch's own)
     versions: dict[Text, Text | None]
     git_commit: Text | None

@@ -115,7 +115,7 @@ def test_loading_a_network_leaves_the_callers_process_as_it_was(repository, tmp_
     for name in ("models", "datasets", "records"):
         (theirs / f"{name}.py").write_text("its = 'theirs'")
     (theirs / "use.py").write_text("""
-import os, sys, torch
+import io, os, sys, torch
 before = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark, dict(os.environ)
 for _ in range(2):
     model = torch.hub.load(sys.argv[1], "resnet8_bn_output", source="local")
@@ -126,6 +126,12 @@ images = torch.randn(2, 3, 32, 32)
 with torch.no_grad():
     assert torch.equal(torch.compile(model, backend="eager")(images), model(images))
 model.train()(images).sum().backward()
+torch.save(model, file := io.BytesIO())
+file.seek(0)
+assert torch.equal(torch.load(file, weights_only=False).eval()(images), model.eval()(images))
+torch.backends.cudnn.conv.fp32_precision = "ieee"
+torch.hub.load(sys.argv[1], "resnet8_bn_output", source="local")
+assert torch.backends.cudnn.conv.fp32_precision == "ieee"
 """)
     command = [sys.executable, "use.py", str(repository)]
     ended = subprocess.run(command, cwd=theirs, capture_output=True, text=True)

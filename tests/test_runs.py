@@ -149,6 +149,7 @@ def test_an_existing_run_is_refused_resumed_or_overwritten(tmp_path):
         assert run.load_last()["weights"].tolist() == [0, 1, 2] and run.rows == [epoch(1)]
         assert run.config == CONFIG
     (tmp_path / "a" / "folder").mkdir()
+    (tmp_path / "a" / "link").symlink_to(tmp_path)
     with runs.open_run(tmp_path / "a", overwrite=True) as run:
         assert run.load_last() is None and run.config is run.summary is None and run.rows == []
         assert records.Config.read(run.path / "config.json") == CONFIG, "the run may still be refused"
@@ -157,15 +158,15 @@ def test_an_existing_run_is_refused_resumed_or_overwritten(tmp_path):
         assert run.config.devices == "another"
 
 
-def test_a_kill_while_a_run_is_overwritten_leaves_no_summary_that_says_done(tmp_path, monkeypatch):
+def test_a_kill_while_a_run_is_overwritten_leaves_nothing_to_resume_or_to_count(tmp_path, monkeypatch):
     with runs.open_run(tmp_path / "a") as run:
         run.begin(CONFIG)
         run.end_epoch(epoch(1), {})
-        run.finish(summary("done"))
+        run.finish(summary("diverged"))
     unlink, gone = Path.unlink, []
 
     def killed(path, *given, **more):
-        if gone:
+        if len(gone) == 2:
             raise KeyboardInterrupt
         gone.append(path.name)
         unlink(path, *given, **more)
@@ -174,7 +175,9 @@ def test_a_kill_while_a_run_is_overwritten_leaves_no_summary_that_says_done(tmp_
         patched.setattr(Path, "unlink", killed)
         with pytest.raises(KeyboardInterrupt):
             run.begin(CONFIG)
-    assert gone == ["summary.json"] and runs.Run(tmp_path / "a").status is None
+    assert gone == ["summary.json", "last.pt"] and runs.Run(tmp_path / "a").status is None
+    with runs.open_run(tmp_path / "a", resume=True) as run:
+        assert run.load_last() is None, "what was to be overwritten is not resumed"
 
 
 def test_a_kill_between_last_pt_and_metrics_jsonl_loses_no_epoch(tmp_path, monkeypatch):

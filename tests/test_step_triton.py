@@ -77,11 +77,21 @@ def changed_loss(of: step.Step) -> None:
     of._loss = of.loss = lambda *given: (1.02 * loss(*given)[0], loss(*given)[1])
 
 
+def loss_with_a_small_penalty(of: step.Step) -> None:
+    loss = of._loss
+
+    def penalised(features, labels):
+        mean, correct = loss(features, labels)
+        return mean + 1e-3 * features.float().abs().mean(), correct
+
+    of._loss = of.loss = penalised
+
+
 def changed_head(of: step.Step) -> None:
     of.model.head = lambda features: of.model.fc(features.amax((2, 3)))
 
 
-@pytest.mark.parametrize("change", [None, changed_loss, changed_head])
+@pytest.mark.parametrize("change", [None, changed_loss, loss_with_a_small_penalty, changed_head])
 def test_the_kernel_for_the_loss_is_used_only_while_it_equals_the_loss(change, monkeypatch):
     monkeypatch.setattr(kernels, "passes_for", lambda *_: TorchPasses())
     images = torch.randn(4, 3, 8, 8, device=DEVICE).contiguous(memory_format=torch.channels_last)

@@ -93,7 +93,7 @@ def test_a_run_goes_on_in_its_own_number_format_where_another_is_the_fastest(sma
     interrupt_after_an_epoch(small)
     fastest("fp32")
     assert exit_status([*small, "--resume"]) == 0
-    assert "goes on in bf16" in capsys.readouterr().err
+    assert "after epoch 1, in bf16" in capsys.readouterr().err
     whole, halved = only_run(Path("whole")), only_run()
     assert without_times(whole) == without_times(halved)
     assert (whole / "model.safetensors").read_bytes() == (halved / "model.safetensors").read_bytes()
