@@ -10,7 +10,7 @@
 # [.gpu-cache]; a dry run has folders of its own. PACK names a folder for archives of both: they are unpacked at the start
 # and written after each slice, to continue on another machine. At SIGINT or SIGTERM, as from `timeout 500 bash gpu.sh`,
 # the running slice saves its state, and the archives are written. DATA_DIR [data] has the images of DATA [cifar10].
-# GIT_COMMIT names the commit where there is no repository. No network is needed. Without .venv, python3 is used.
+# GIT_COMMIT names the commit where the repository does not. No network is needed. Without .venv, python3 is used.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -161,7 +161,7 @@ if [[ $device == cuda ]]; then
   driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null) || driver=unknown
   name+=", driver ${driver%%$'\n'*}"
 fi
-name+=", $(git describe --always --dirty 2>/dev/null || echo "${GIT_COMMIT:-commit unknown}")"
+name+=", ${GIT_COMMIT:-$(git describe --always --dirty 2>/dev/null || echo commit unknown)}"
 if ((!${#asked[@]})); then
   for slice in $SLICES; do
     grep -qs "^$slice .*, done" "$RESULTS/slices.txt" || asked+=("$slice")

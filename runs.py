@@ -116,16 +116,16 @@ def versions() -> dict[str, str | None]:
 def environment(device: torch.device, runs_on_it: int) -> dict[str, object]:
     """Return Config's fields `device_name`, `versions` and `git_commit`; `runs_on_it` runs share the device.
 
-    The commit ends in "-dirty" if the code has uncommitted changes. Without git or a repository, it is what
-    GIT_COMMIT says, or None.
+    The commit is what GIT_COMMIT says, or else git; it then ends in "-dirty" if the code has uncommitted
+    changes. It is None if neither says anything.
     """
-    command, commit = ["git", "describe", "--always", "--dirty", "--abbrev=40"], None
-    with suppress(OSError):  # git is not installed
-        asked = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-        commit = asked.stdout.strip() or None
-    commit = commit or os.environ.get("GIT_COMMIT") or None
+    command, commit = ["git", "describe", "--always", "--dirty", "--abbrev=40"], os.environ.get("GIT_COMMIT")
+    if not commit:
+        with suppress(OSError):  # git is not installed
+            asked = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+            commit = asked.stdout.strip() or None
     device_name = devices.device_name(device, runs_on_it)
-    return {"device_name": device_name, "versions": versions(), "git_commit": commit}
+    return {"device_name": device_name, "versions": versions(), "git_commit": commit or None}
 
 
 def run_folders(given: Sequence[str | Path], say: Callable[[str], None]) -> Iterator[tuple[Path, str]]:

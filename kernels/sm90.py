@@ -6,7 +6,8 @@ It prints a row per kernel and the total, for a step that trains BatchNorm alone
 launch is assumed to take the longest of four times: the fixed cost of any launch, and the time for its bytes,
 its products and its instructions. A multiprocessor issues four instructions per clock, and a warp issues one
 every two clocks, because most wait for the one before. The instructions with which the last program alone
-finishes sums are added. This is a count, not a measurement: it omits waits for memory and shared memory.
+finishes sums are added. This is a count, not a measurement: it omits waits for memory and shared memory. On
+an H200, a step of ResNet-32 took four times as long; results/speed.md says where.
 """
 
 import argparse
