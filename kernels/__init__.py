@@ -170,6 +170,7 @@ class _Block(torch.autograd.Function):
                 below = (zs[i - 1], norms[i - 1])
                 g, sums = passes.convolve_backward(*here, below[0].shape, below, dz=dz)
         d_x = passes.convolve_backward(*here, ctx.x_shape, add=added, dz=dz)[0] if needs_x else None
+        passes.finish(sums)
         return None, d_x, d_shortcut, *d_weights, *d_bn
 
 

@@ -19,16 +19,18 @@ from kernels.device import captured
 
 
 class Config(NamedTuple):
-    """How a kernel is launched: patches per program, warps per program, pipeline stages, and patch side.
+    """How a kernel is launched: patches per block, warps per program, pipeline stages, patch side, and depth.
 
     `patch` is the side, in pixels, of the patches of a convolution's output. A gradient's patches have this
-    side or the convolution's stride, whichever is larger.
+    side or the convolution's stride, whichever is larger. `depth` is how many values of a window, its pixels
+    times channels, a program gathers at once for each patch.
     """
 
     block: int
     warps: int
     stages: int
     patch: int = 1
+    depth: int = 16
 
 
 # Computes a convolution with a Config, or with cuDNN for None. It returns all results, without side effects.
@@ -37,8 +39,9 @@ Attempt = Callable[[Config | None], Sequence[Tensor | None]]
 # With 64 rows or more, a pipelined product (wgmma, with its left factor in registers) may overwrite a factor
 # that is still being read (triton issue 9433). So configurations of several stages have 32 rows.
 CONFIGS = (
-    Config(64, 4, 1), Config(32, 8, 1), Config(64, 8, 1), Config(32, 8, 3),
-    Config(32, 4, 1, 2), Config(64, 8, 1, 2), Config(32, 4, 3, 2), Config(128, 4, 1, 2), Config(256, 8, 1, 2),
+    Config(64, 4, 1), Config(64, 8, 1), Config(64, 8, 1, 1, 128), Config(64, 8, 1, 1, 256),
+    Config(64, 8, 1, 2), Config(32, 4, 3, 2), Config(64, 8, 1, 2, 64), Config(64, 8, 1, 2, 128),
+    Config(128, 4, 1, 2), Config(128, 8, 1, 2, 64),
 )  # fmt: skip
 CALLS = 10  # calls that are timed at once
 MEASURED_S = 0.3  # how long all are timed in turn; a GPU that was idle is slow at first

@@ -2,9 +2,9 @@
 
 When a convolution loads its input, it applies the BatchNorm and ReLU of the unit below (forward), or computes
 the gradient through the BatchNorm above (backward). When it stores its output, it also sums what the next
-BatchNorm needs. Each program writes its own sums, and the last program adds them up in a fixed order, so that
-a step gives the same bits every time. For each layer, choices.py measures whether this beats cuDNN with
-elementwise kernels around it, and which block size is fastest.
+BatchNorm needs: each program stores its part, and the kernel that needs the sums adds up the parts in a fixed
+order, so that a step gives the same bits every time. For each layer, choices.py measures whether this beats
+cuDNN with elementwise kernels around it, and which block size is fastest.
 """
 
 import functools
@@ -12,6 +12,7 @@ import hashlib
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,9 +36,22 @@ ELEMENTWISE = Config(0, 4, 1)
 TILE = 4096  # elements per program of an elementwise kernel
 LARGEST_TILE = 16384  # the most elements that a program of the head can hold at once
 WIDEST = 128  # the most columns of a convolution's matrix product
-PARTIALS = 2048  # the most partial sums that a program loads at once
-STREAMS, CHANNEL_TILES = 64, 1024  # the shape of the table of counters
+PARTS, READERS = 256, 512  # the most programs of a kernel that stores parts of sums, or adds them up
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+class Parts(NamedTuple):
+    """What completes a norm or the sums of a gradient: parts of sums, `[2, C, programs]`.
+
+    A program's part is the sum over `size` consecutive positions; the last one may have fewer. `of` is the
+    BatchNorm of a norm, or the norm that the sums of a gradient depend on.
+    """
+
+    partial: Tensor
+    programs: int
+    size: int
+    positions: int
+    of: BatchNorm | Tensor
 
 
 @functools.cache
@@ -69,14 +83,17 @@ def passes() -> TorchPasses:
 def check_sums(passes: TorchPasses, device: torch.device) -> None:
     """Raise RuntimeError if `passes` computes wrong sums over a batch on this device.
 
-    It does if a kernel's last program, or the next kernel, does not see what was written before.
+    It does if a kernel does not see what the one before has written.
     """
     z = torch.linspace(-2, 3, 8 * 16 * 1024, device=device).view(8, 32, 32, 16).permute(0, 3, 1, 2)
 
     def sums_by(way: TorchPasses) -> tuple[Tensor, Tensor]:
         ones = [torch.ones(16, device=device) for _ in range(4)]
         norm = way.statistics(z.clone(), BatchNorm(*ones, 1e-5, 0.1))
-        return norm, way.mask_and_sum(z, z, norm)[1]
+        way.activate(z, norm)
+        sums = way.mask_and_sum(z, z, norm)[1]
+        way.finish(sums)
+        return norm, sums
 
     found = [sums_by(passes)]
     if device.type == "cuda":  # also from a graph, after a copy that is not a kernel
@@ -98,8 +115,8 @@ class CudaPasses(TorchPasses):
     name = "triton"
 
     def __init__(self, choose: Callable[[str, Attempt], Config | None], pdl: bool = False):
-        self.choose, self.pdl, self.streams, self.counters = choose, pdl, {}, None
-        self.expanded = WeakTensorKeyDictionary()
+        self.choose, self.pdl = choose, pdl
+        self.expanded, self.parts = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
 
     def launch(self, kernel, grid: tuple[int, ...], *arguments, config: Config = ELEMENTWISE, **constants):
         options = {"num_warps": config.warps, "num_stages": config.stages}
@@ -110,36 +127,69 @@ class CudaPasses(TorchPasses):
     def over(self, kernel, image: Tensor, *arguments, of=None, config: Config = ELEMENTWISE, **constants):
         """Launch `kernel` over the positions of `image`, or over its patches of side P.
 
-        With `of`, the kernel also adds up partial sums, and this returns the norm of `image` if `of` is a
-        BatchNorm, or the sums of a gradient if `of` is a norm. Without `of`, it returns None.
+        With `of`, the kernel also stores parts of sums, and this returns the norm of `image` if `of` is a
+        BatchNorm, or the sums of a gradient if `of` is a norm. The next pass that needs them completes them.
+        Without `of`, it returns None.
         """
         count, channels, height, width = image.shape
-        positions, ends, out = count * height * width, None, None
+        positions, size, area, out = count * height * width, count * height * width, 1, None
         if config is ELEMENTWISE:  # in tiles of up to 64 channels
             block_c = min(64, channels & -channels)
-            block, sizes = TILE // block_c, (positions,)
-            constants |= {"C": channels, "BLOCK_C": block_c}
+            block, constants = TILE // block_c, constants | {"C": channels, "BLOCK_C": block_c}
         else:
             block, block_c, p = config.block, channels, constants["P"]
-            sizes = count * -(-height // p) * -(-width // p), positions
-        grid = programs, tiles = -(-sizes[0] // block), channels // block_c
-        if of is not None:
-            empty = functools.partial(image.new_empty, dtype=torch.float32)
-            out = empty(4, channels)
-            bn = of if isinstance(of, BatchNorm) else ()
-            ends = empty(2, channels, programs), self.counter(image, tiles), programs, out, *bn
-        if "ends" in kernel.arg_names:
-            arguments = *arguments, ends
-            constants["STEP"] = min(1 << (programs - 1).bit_length(), PARTIALS // block_c)
-        self.launch(kernel, grid, *arguments, *sizes, config=config, BLOCK=block, **constants)
+            size, area = count * -(-height // p) * -(-width // p), p * p
+        blocks, tiles = -(-size // block), channels // block_c
+        reads = any(isinstance(argument, tuple) and len(argument) > 1 for argument in arguments)
+        most = max(1, (PARTS if of is not None else READERS) // tiles) if of is not None or reads else blocks
+        each = -(-blocks // most)
+        programs = -(-blocks // each)
+        if "partial" in kernel.arg_names:
+            partial = None
+            if of is not None:
+                empty = functools.partial(image.new_empty, dtype=torch.float32)
+                partial, out = empty(2, channels, programs), empty(4, channels)
+                self.parts[out] = Parts(partial, programs, each * block * area, positions, of)
+            arguments = *arguments, partial
+        grid = programs, tiles
+        self.launch(kernel, grid, *arguments, size, each, config=config, BLOCK=block, **constants)
         return out
 
-    def counter(self, image: Tensor, tiles: int) -> Tensor:
-        """Return the current stream's counters: zeros, int32 `[tiles]`, which kernels reset after use."""
-        if self.counters is None:
-            self.counters = image.new_zeros(STREAMS, CHANNEL_TILES, dtype=torch.int32)
-        stream = torch.cuda.current_stream(image.device).cuda_stream if image.is_cuda else 0
-        return self.counters[self.streams.setdefault(stream, len(self.streams) % STREAMS), :tiles]
+    def given(self, values: Tensor | None) -> tuple | None:
+        """Return a norm or sums as kernels receive them. If they are in parts, the kernel completes them."""
+        if values is None or values not in self.parts:
+            return values if values is None else (values,)
+        *parts, of = self.parts.pop(values)
+        return (values, *parts, *of) if isinstance(of, BatchNorm) else (values, *parts, of)
+
+    def finish(self, *values):
+        for out in (out for out in values if out in self.parts):
+            is_norm, (_, channels) = isinstance(self.parts[out].of, BatchNorm), out.shape
+            block_c, given = min(64, channels & -channels), self.given(out)
+            both = (given, None) if is_norm else (None, given)
+            grid, constants = (1, channels // block_c), {"C": channels, "BLOCK_C": block_c}
+            self.launch(triton_kernels.finish, grid, *both, **constants)
+
+    def chosen(self, key: str, attempt: Attempt, needed: Tensor | None) -> Config | None:
+        """Return the Config for a convolution; attempts leave the `needed` norm or sums as they were."""
+        parts = None if needed is None else self.parts.get(needed)
+
+        @functools.cache
+        def spare() -> Parts:  # the running statistics must be updated only once
+            if not isinstance(parts.of, BatchNorm):
+                return parts
+            mean, var = parts.of.running_mean.clone(), parts.of.running_var.clone()
+            return parts._replace(of=parts.of._replace(running_mean=mean, running_var=var))
+
+        def tried(config: Config | None) -> Sequence[Tensor | None]:
+            if parts is not None:
+                self.parts[needed] = spare()
+            return attempt(config)
+
+        config = self.choose(key, tried)
+        if parts is not None:
+            self.parts[needed] = parts
+        return config
 
     def taps(self, weight: Tensor, stride: int, patch: int, backward: bool) -> tuple[Tensor, dict[str, int]]:
         """Return the weight `[C_out, C_in, k, k]` for patches of this side, and its strides; see `expand`.
@@ -190,18 +240,22 @@ class CudaPasses(TorchPasses):
                 raise NotImplementedError("the image is not a whole number of patches")
             taps, strides = self.taps(weight, shape["STRIDE"], config.patch, backward=False)
             check_width(config.patch**2 * shape["C_OUT"])
-            tensors, shape = (x, norm, taps, z, norm_after, shortcut), shape | strides | {"RELU": relu}
-            return z, self.over(triton_kernels.convolve, z, *tensors, of=bn, config=config, **shape)
+            window = shape["STRIDE"] * (config.patch - 1) + shape["K"]
+            constants = shape | strides | {"RELU": relu, "GROUP": group(config, shape["C_IN"], window)}
+            given = x, self.given(norm), taps, z, self.given(norm_after), shortcut
+            return z, self.over(triton_kernels.convolve, z, *given, of=bn, config=config, **constants)
 
         def attempt(config: Config | None) -> tuple[Tensor | None, ...]:
             if bn is None:
                 return compute(config)
             mean, var = bn.running_mean.clone(), bn.running_var.clone()  # bn's own must be updated only once
-            return *compute(config, bn._replace(running_mean=mean, running_var=var)), mean, var
+            z, norm = compute(config, bn._replace(running_mean=mean, running_var=var))
+            self.finish(norm)
+            return z, norm, mean, var
 
         # The key omits whether statistics are wanted: what is faster with them is also faster without.
         key = _key("convolve", x.shape, weight, conv, norm=norm, after=after, shortcut=shortcut)
-        return compute(self.choose(key, attempt))
+        return compute(self.chosen(key, attempt, norm))
 
     def convolve_backward(self, g, z, norm, sums, weight, conv, x_shape, below=None, add=None, dz=None):
         z_below, norm_below = below or (None, None)
@@ -216,16 +270,22 @@ class CudaPasses(TorchPasses):
             patch = max(config.patch, shape["STRIDE"])
             check_width(patch**2 * shape["C_IN"])
             taps, strides = self.taps(weight, shape["STRIDE"], patch, backward=True)
-            tensors, kernel = (
-                (g, z, norm, sums, taps, add, z_below, norm_below, dx),
-                triton_kernels.convolve_backward,
-            )
-            return dx, self.over(kernel, dx, *tensors, of=norm_below, config=config, **shape, **strides)
+            window = shape["K"] // 2 // shape["STRIDE"] + (patch - 1 + shape["K"] // 2) // shape["STRIDE"] + 1
+            constants = shape | strides | {"GROUP": group(config, shape["C_OUT"], window)}
+            self.finish(norm, norm_below)
+            given = g, z, norm, self.given(sums), taps, add, z_below, norm_below, dx
+            kernel = triton_kernels.convolve_backward
+            return dx, self.over(kernel, dx, *given, of=norm_below, config=config, **constants)
+
+        def attempt(config: Config | None) -> tuple[Tensor, Tensor | None]:
+            dx, sums_below = compute(config)
+            self.finish(sums_below)
+            return dx, sums_below
 
         if not covered:
             return compute(None)
         key = _key("convolve_backward", x_shape, weight, conv, below=below, add=add, dz=dz)
-        return compute(self.choose(key, compute))
+        return compute(self.chosen(key, attempt, sums))
 
     def norm(self, mean, var, bn):
         if mean.dtype != torch.float32:
@@ -242,12 +302,14 @@ class CudaPasses(TorchPasses):
 
     def activate(self, z, norm, shortcut=None, relu=True, want_signs=False):
         if not covers(z, shortcut, norm):
+            self.finish(norm)
             return super().activate(z, norm, shortcut, relu, want_signs)
         y, signs = torch.empty_like(z), z.new_empty(z.numel() // 8, dtype=torch.uint8) if want_signs else None
-        self.over(triton_kernels.activate, z, z, norm, shortcut, y, signs, RELU=relu)
+        self.over(triton_kernels.activate, z, z, self.given(norm), shortcut, y, signs, RELU=relu)
         return y, signs
 
     def mask_and_sum(self, dy, z, norm, signs=None, relu=True):
+        self.finish(norm)
         if not covers(dy, z, norm):
             return super().mask_and_sum(dy, z, norm, signs, relu)
         g = torch.empty_like(dy) if relu or signs is not None else None
@@ -255,10 +317,12 @@ class CudaPasses(TorchPasses):
         return dy if g is None else g, sums
 
     def gradient(self, g, z, norm, sums):
+        self.finish(norm)
         if not covers(g, z, norm, sums):
+            self.finish(sums)
             return super().gradient(g, z, norm, sums)
         dz = torch.empty_like(z)
-        self.over(triton_kernels.gradient, z, g, z, norm, sums, dz)
+        self.over(triton_kernels.gradient, z, g, z, norm, self.given(sums), dz)
         return dz
 
     def head(self, features, fc, labels, smoothing, metrics, lrs=None, lr=None):
@@ -267,11 +331,12 @@ class CudaPasses(TorchPasses):
         fits = channels & (channels - 1) == 0 and channels * max(block, block_classes) <= LARGEST_TILE
         if not (fits and covers(features) and fc.weight.dtype == torch.float32 and fc.weight.is_contiguous()):
             return None
-        d_features, partial = torch.empty_like(features), fc.weight.new_empty(2, count)
-        given = features, fc.weight, fc.bias, labels, d_features, partial, self.counter(features, 1)
+        d_features, (losses, hits) = torch.empty_like(features), fc.weight.new_empty(2, count)
+        given = features, fc.weight, fc.bias, labels, d_features, losses, hits, smoothing
         constants = {"HW": height * width, "C": channels, "CLASSES": classes, "BLOCK": block}
-        constants |= {"BLOCK_CLASSES": block_classes, "STEP": min(1024, 1 << (count - 1).bit_length())}
-        self.launch(triton_kernels.head, (count,), *given, *metrics, lrs, lr, smoothing, **constants)
+        self.launch(triton_kernels.head, (count,), *given, **constants, BLOCK_CLASSES=block_classes)
+        given = losses, hits, *metrics, lrs, lr, count
+        self.launch(triton_kernels.record, (1,), *given, STEP=min(1024, 1 << (count - 1).bit_length()))
         return d_features
 
     def batch(self, images, labels, order, draws, position, mean, std, dtype, pad):
@@ -358,6 +423,15 @@ def _taps(k: int, stride: int, patch: int, backward: bool, device: torch.device)
         taps = torch.arange(stride * (patch - 1) + k)[:, None] - stride * in_patch
     taps = torch.where((taps >= 0) & (taps < k), taps, k)
     return taps.to(device)  # complete once this returns, for other streams too
+
+
+def group(config: Config, channels: int, window: int) -> int:
+    """Return how many pixels of a window of this side a program gathers at once.
+
+    A matrix product needs at least 16 columns, and an image's 3 channels are padded to 4.
+    """
+    wide, taps = max(4, channels), 1 << (window**2 - 1).bit_length()
+    return max(16 // wide, min(config.depth // wide, taps), 1)
 
 
 def check_width(columns: int) -> None:

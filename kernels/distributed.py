@@ -110,7 +110,8 @@ class Synced:
         # With momentum 1, the running statistics become the part's: its mean and its unbiased variance.
         means, variances = torch.zeros_like(bn.running_mean), torch.zeros_like(bn.running_var)
         part = bn._replace(running_mean=means, running_var=variances, momentum=1.0)
-        z, _ = self.passes.convolve(x, norm, weight, conv, part)
+        z, norm = self.passes.convolve(x, norm, weight, conv, part)
+        self.passes.finish(norm)
         n = z.numel() // z.shape[1]
         mean, var = means.double(), variances.double() * ((n - 1) / n)
         # Average in float64, because the difference below loses digits.
@@ -122,6 +123,7 @@ class Synced:
 
     def mask_and_sum(self, *arguments):
         g, sums = self.passes.mask_and_sum(*arguments)
+        self.passes.finish(sums)
         # d_gamma and d_beta stay the part's. b and c are linear in them, so averages give the whole batch's.
         self.group.average(sums[D_B:])
         return g, sums
@@ -129,6 +131,7 @@ class Synced:
     def convolve_backward(self, *arguments, **more):
         dx, sums = self.passes.convolve_backward(*arguments, **more)
         if sums is not None:  # as in mask_and_sum
+            self.passes.finish(sums)
             self.group.average(sums[D_B:])
         return dx, sums
 

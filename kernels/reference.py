@@ -115,6 +115,9 @@ class TorchPasses:
         b = -scale * rstd * d_gamma / n
         return g, torch.stack([d_gamma, d_beta, b, -scale * d_beta / n - b * mean])
 
+    def finish(self, *values: Tensor | None) -> None:
+        """Complete norms and sums, which some implementations leave to the next pass that uses them."""
+
     def dense(self, g: Tensor) -> Tensor:
         """Return g as a tensor; some implementations represent it in another form."""
         return g

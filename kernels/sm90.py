@@ -2,12 +2,12 @@
 
 python -m kernels.sm90 --arch resnet32 --batch-size 128
 
-It prints a row per kernel and the total, for a step that trains BatchNorm alone and for an evaluation. Each
-launch is assumed to take the longest of four times: the fixed cost of any launch, and the time for its bytes,
-its products and its instructions. A multiprocessor issues four instructions per clock, and a warp issues one
-every two clocks, because most wait for the one before. The instructions with which the last program alone
-finishes sums are added. This is a count, not a measurement: it omits waits for memory and shared memory. On
-an H200, a step of ResNet-32 took four times as long; results/speed.md says where.
+It prints a row per kernel and the total, for a step that trains BatchNorm alone and for an evaluation. A
+launch takes the longest of four times, and START_S before: the time for its bytes, for its products, for all
+its instructions, and for the instructions and waits of a program, times the waves in which programs run. A
+program waits for memory once per iteration of its loops. The constants for instructions and waits are those
+with which forecasts of earlier kernels came closest to their times on an H200: 295 convolutions, within a
+factor of 1.24 (root mean square); results/speed.md says more.
 """
 
 import argparse
@@ -29,25 +29,26 @@ from triton.compiler import ASTSource
 from kernels import infer_block, train_block
 from kernels.choices import CONFIGS, Config
 from kernels.cuda import DTYPES, ELEMENTWISE, CudaPasses, empty_image
+from kernels.triton_kernels import PARTS_AT_ONCE
 
 HOPPER = GPUTarget("cuda", 90, 32)
 BYTES_PER_S, FLOP_PER_S = 4.3e12, 790e12  # of an H200, as others have measured
-LAUNCH_S = 2e-6  # per kernel in a CUDA graph
-SMS, CLOCK_HZ = 132, 1.755e9
+SMS, CLOCK_HZ, REGISTERS, WARPS, SHARED_BYTES = 132, 1.755e9, 65536, 64, 227 * 1024
+START_S, PROGRAM_S, ROUND_S = 1.2e-6, 0.7e-6, 0.5e-6  # per launch, wave of programs, and iteration of a loop
+CLOCKS, PER_CLOCK = 2.6, 3.2  # clocks per instruction of one warp; instructions per clock of all warps
 POINTERS = DTYPES | {torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64", torch.float64: "fp64"}
 OPTIONAL = ("norm", "after", "add", "z_below", "shortcut", "signs", "g")  # arguments that tell variants apart
 EVALUATION = 24  # launches of PyTorch's kernels per evaluation batch, for the head and the scores
 
 
 class Code(NamedTuple):
-    """What a kernel compiles to. A warp executes `instructions` and, in the last program, `at_last` more."""
+    """What a kernel compiles to. A warp executes `instructions`."""
 
     registers: int = 0
     spilt_bytes: int = 0
     shared_bytes: int = 0
     matrix: str = "-"  # the matrix instruction, if any
     instructions: int = 0
-    at_last: int = 0
 
 
 class Launch(NamedTuple):
@@ -60,7 +61,7 @@ class Launch(NamedTuple):
     code: Code = Code()
     bytes_s: float = 0.0
     issue_s: float = 0.0
-    seconds: float = LAUNCH_S
+    seconds: float = 2e-6
 
 
 class Forecast(CudaPasses):
@@ -89,18 +90,24 @@ class Forecast(CudaPasses):
 
     def launch(self, kernel, grid, *arguments, config=ELEMENTWISE, **constants):
         given = dict(zip(kernel.arg_names, arguments, strict=False))
-        k, p, stride = (constants.get(name, 1) for name in ("K", "P", "STRIDE"))
+        k, p, stride, group = (constants.get(name, 1) for name in ("K", "P", "STRIDE", "GROUP"))
         back = k // 2 // stride + (p - 1 + k // 2) // stride + 1
         windows = {"convolve": stride * (p - 1) + k, "convolve_backward": back}
-        trips = windows.get(kernel.__name__, 1) ** 2
-        rounds, programs = -(-grid[0] // constants.get("STEP", grid[0])), math.prod(grid)
+        taps = windows.get(kernel.__name__, 1) ** 2
+        parts = [value for value in arguments if isinstance(value, tuple) and len(value) > 1]
+        rounds = sum(-(-part[1].numel() // tiles(grid) // 2 // PARTS_AT_ONCE.value) for part in parts)
+        loops = rounds, given.get("each", 1), -(-taps // group)
         fixed = (*constants.items(), ("PDL", self.pdl))
-        code = compiled(kernel, typed(tuple(given.items())), config, fixed, trips, rounds)
-        together = max(2, config.warps / 4 * -(-programs // SMS))  # clocks per instruction of all warps
-        issue_s = (code.instructions * together + 2 * code.at_last) / CLOCK_HZ
-        bytes_s = sum(a.nbytes for a in arguments if isinstance(a, Tensor)) / BYTES_PER_S
-        product = trips * p * p * constants.get("C_IN", 0) * constants.get("C_OUT", 0)
-        seconds = max(LAUNCH_S, bytes_s, issue_s, 2 * programs * config.block * product / FLOP_PER_S)
+        code = compiled(kernel, typed(tuple(given.items())), config, fixed, loops)
+        programs, warps, bytes_s = math.prod(grid), config.warps, sum(map(bytes_of, arguments)) / BYTES_PER_S
+        fitting = min(REGISTERS // (32 * warps * max(code.registers, 32)), WARPS // warps)
+        waves = -(-programs // SMS // min(fitting, SHARED_BYTES // (code.shared_bytes + 1024)))
+        issue_s = code.instructions * -(-programs // SMS) * warps / PER_CLOCK / CLOCK_HZ
+        waits = PROGRAM_S + ROUND_S * (rounds + loops[1] * loops[2])
+        alone_s = waves * (waits + CLOCKS * code.instructions / CLOCK_HZ)
+        product = taps * p * p * constants.get("C_IN", 0) * constants.get("C_OUT", 0)
+        product_s = 2 * programs * loops[1] * config.block * product / FLOP_PER_S
+        seconds = START_S + max(bytes_s, product_s, issue_s, alone_s)
         form = "{C_IN}->{C_OUT} {H}x{W} k{K} s{STRIDE}" if "K" in constants else "{C}"
         having = [name for name in OPTIONAL if given.get(name) is not None]
         shape = " ".join([form.format_map({"C": ""} | constants), *having])
@@ -109,41 +116,53 @@ class Forecast(CudaPasses):
         )
 
 
+def tiles(grid: tuple[int, ...]) -> int:
+    return grid[1] if len(grid) > 1 else 1
+
+
+def bytes_of(value: object) -> int:
+    """Return the bytes of a tensor, or of the parts of a norm or sums."""
+    value = value[1] if isinstance(value, tuple) and len(value) > 1 else value
+    return value.nbytes if isinstance(value, Tensor) else 0
+
+
 def typed(value: object) -> object:
     """Return arguments as the compiler sees them: a type, and whether the value is a multiple of 16."""
     if isinstance(value, tuple):
         return tuple(map(typed, value))
     if isinstance(value, Tensor):
         return ("*" + POINTERS[value.dtype], True)
-    kinds = {int: "i32", float: "fp32", type(None): "constexpr"}
+    if value is None or value == 1:  # Triton compiles these into the kernel
+        return ("constexpr", value)
+    kinds = {int: "i32", float: "fp32"}
     return (
         value if isinstance(value, str) else (kinds[type(value)], isinstance(value, int) and value % 16 == 0)
     )
 
 
 @functools.cache
-def compiled(kernel, given: tuple, config: Config, constants: tuple, trips: int, rounds: int) -> Code:
-    """Compile a kernel for Hopper; its loop runs `trips` times, the last program's loop `rounds` times."""
+def compiled(kernel, given: tuple, config: Config, constants: tuple, loops: tuple[int, int, int]) -> Code:
+    """Compile a kernel for Hopper; see `executed` for its `loops`."""
     signature, fixed, attributes = dict.fromkeys(kernel.arg_names, "constexpr"), dict(constants), {}
 
     def kind_of(value: tuple, path: tuple[int, ...]) -> object:
         if isinstance(value[0], tuple):
             return tuple(kind_of(inner, (*path, i)) for i, inner in enumerate(value))
-        kind, divisible = value
-        if divisible:
+        kind, detail = value
+        if kind == "constexpr":
+            fixed[path] = detail
+        elif detail:
             attributes[path] = [["tt.divisibility", 16]]
         return kind
 
     for i, (name, value) in enumerate(given):
         signature[name] = kind_of(value, (i,))
-        if signature[name] == "constexpr":
-            fixed[name] = None
     options = {"num_warps": config.warps, "num_stages": config.stages}
     made = triton.compile(ASTSource(kernel, signature, fixed, attributes), target=HOPPER, options=options)
     usage, sass = (read(made.asm["cubin"], what) for what in ("--dump-resource-usage", "-sass"))
     registers, stack, local = (int(re.search(rf"{w}:(\d+)", usage)[1]) for w in ("REG", "STACK", "LOCAL"))
     matrix = next((name for name in ("wgmma", "mma.sync") if name in made.asm["ptx"]), "-")
-    return Code(registers, stack + local, made.metadata.shared, matrix, *executed(sass, trips, rounds))
+    return Code(registers, stack + local, made.metadata.shared, matrix, executed(sass, *loops))
 
 
 def read(cubin: bytes, what: str) -> str:
@@ -155,23 +174,23 @@ def read(cubin: bytes, what: str) -> str:
         return subprocess.run([tool, what, file.name], check=True, capture_output=True, text=True).stdout
 
 
-def executed(sass: str, trips: int, rounds: int) -> tuple[int, int]:
-    """Return the instructions that a warp executes before the atomic and, in the last program only, after it.
+def executed(sass: str, rounds: int, each: int, trips: int) -> int:
+    """Return the instructions that a warp executes, if no code is skipped.
 
-    A loop before the atomic is assumed to run `trips` times, and one after it `rounds` times. No code is
-    assumed to be skipped.
+    Loops are, in order, over the parts of sums if there are any (`rounds`), over blocks if there are several
+    (`each`), and over a window (`trips`), which the compiler may have unrolled.
     """
     code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", sass)
     index = {int(address, 16): i for i, (address, _) in enumerate(code)}
     targets = [re.search(r"\bBRA\b.*0x(\w+)", text) for _, text in code]
-    jumps = [(i, index[int(target[1], 16)]) for i, target in enumerate(targets) if target]
-    end = next(i for i, to in jumps if to == i)  # the instruction after a program jumps to itself
-    split = next((i for i, (_, text) in enumerate(code[:end]) if "ATOM" in text), end)
-    times = [1] * end
-    for i, to in jumps:
-        for j in range(to, i + 1 if i < end else to):
-            times[j] *= trips if to < split else rounds
-    return sum(times[:split]), sum(times[split:])
+    jumps = [(index[int(target[1], 16)], i) for i, target in enumerate(targets) if target]
+    end = next(i for to, i in jumps if to == i)  # the instruction after a program jumps to itself
+    loops, times = sorted((to, i) for to, i in jumps if to < i < end), [1] * end
+    expected = [rounds] * (rounds > 0) + [each] * (each > 1) + [trips] * (trips > 1)
+    for (first, last), count in zip(loops, expected, strict=False):
+        for i in range(first, last + 1):
+            times[i] *= count
+    return sum(times)
 
 
 # ---- a CIFAR ResNet, on tensors without memory ----
@@ -216,16 +235,17 @@ def resnet(passes: Forecast, depth: int, count: int, train: bool = True) -> None
 def show(title: str, launches: list[Launch], times: int = 1) -> None:
     """Print a row for each kernel, and the total of the launches repeated `times` times."""
     print(
-        f"\n{'n':>3} {'kernel':24}{'channels, image, kernel, stride, with':39}block wa st p programs", end=""
+        f"\n{'n':>3} {'kernel':24}{'channels, image, kernel, stride, with':39}block wa st p depth programs",
+        end="",
     )
-    print("  reg spilt  shared matrix   instructions   MB us  issue us    us")
+    print("  reg spilt  shared matrix instr.  bytes us  issue us    us")
     rows = Counter(launches)
     for launch in sorted(rows, key=lambda launch: -launch.seconds * rows[launch]):
-        (block, warps, stages, patch), code = launch.config, launch.code
+        (block, warps, stages, patch, depth), code = launch.config, launch.code
         print(f"{rows[launch]:3} {launch.kernel:24}{launch.shape:39}{block:5}{warps:3}{stages:3}", end="")
-        print(f"{patch:2}{launch.programs:9}{code.registers:5}{code.spilt_bytes:6}", end="")
-        print(f"{code.shared_bytes:8} {code.matrix:9}{code.instructions:6}+{code.at_last:<6}", end="")
-        print("{:8.2f}{:10.2f}{:6.2f}".format(*(s * 1e6 for s in launch[-3:])))
+        print(f"{patch:2}{depth:6}{launch.programs:9}{code.registers:5}{code.spilt_bytes:6}", end="")
+        print(f"{code.shared_bytes:8} {code.matrix:9}{code.instructions:6}", end="")
+        print("{:10.2f}{:10.2f}{:6.2f}".format(*(s * 1e6 for s in launch[-3:])))
     seconds = times * sum(launch.seconds for launch in launches)
     print(f"{title}: {times * len(launches)} launches, {1e3 * seconds:.3f} ms")
 

@@ -4,12 +4,16 @@ Activations are `[positions, C]`, where a position is a pixel of an image, in me
 are `[4, C]` in float32. Optional arguments may be None.
 
 A convolution computes patches of P x P pixels. Every patch depends on a window of input pixels of the same
-size, so a convolution is one matrix product for each pixel of the window: `[BLOCK, C_IN]` gathered inputs by
-`[C_IN, P P C_OUT]` weights, which are zero where the pixel contributes nothing to an output (a block Toeplitz
-matrix). With P above 1, each input is gathered and normalised less often, at the price of more multiply-adds.
+size, so a convolution is a matrix product: `[BLOCK, window C_IN]` gathered inputs by
+`[window C_IN, P P C_OUT]` weights, which are zero where a pixel contributes nothing to an output (a block
+Toeplitz matrix). A program gathers and multiplies GROUP pixels of the window at once. With P above 1, each
+input is gathered and normalised less often, at the price of more multiply-adds.
 
-Sums over positions go through `partial`, `[2, C, programs]`. Each program writes its own sums, and the last
-one to do so adds up all of them, always in the same order. `counter` shows which program is the last.
+A norm and the sums of a gradient are sums over all positions, so a kernel cannot both compute and use them.
+Each program of one kernel stores its part in `partial`, `[2, C, programs]`, and each program of the next
+kernel adds up all parts, always in the same order. So these kernels receive a tuple: `(values,)` if the
+values are complete, else also what completes them; the first program then stores them for later kernels.
+A program computes `each` consecutive blocks, so that large batches have no more parts than small ones.
 """
 
 import triton
@@ -21,6 +25,7 @@ from kernels.reference import NORM_ROWS, SUMS_ROWS
 
 _MEAN, _RSTD, _SCALE, _SHIFT = map(constexpr, NORM_ROWS)
 _D_GAMMA, _D_BETA, _D_B, _D_C = map(constexpr, SUMS_ROWS)
+PARTS_AT_ONCE = constexpr(2048)  # parts of sums that a program loads at once
 
 
 @triton.jit
@@ -29,21 +34,14 @@ def _per_channel(values, row: constexpr, channels, C: constexpr):
 
 
 @triton.jit
-def _normalise(z, norm, channels, C: constexpr):
-    scale, shift = _per_channel(norm, _SCALE, channels, C), _per_channel(norm, _SHIFT, channels, C)
-    return z.to(tl.float32) * scale + shift
-
-
-@triton.jit
 def _relu(y):
     return tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)  # NaN is kept, to reveal divergence
 
 
 @triton.jit
-def _gradient_coefficients(norm, sums, channels, C: constexpr):
-    """Return scale, b and c of dz = g scale + z b + c."""
-    b, c = _per_channel(sums, _D_B, channels, C), _per_channel(sums, _D_C, channels, C)
-    return _per_channel(norm, _SCALE, channels, C), b, c
+def _repeat(values, TIMES: constexpr):
+    """Return `values`, `[C]`, TIMES times in a row."""
+    return tl.broadcast_to(values[None, :], [TIMES, values.shape[0]]).reshape(TIMES * values.shape[0])
 
 
 @triton.jit
@@ -61,130 +59,159 @@ def _wait(PDL: constexpr):
 
 
 @triton.jit
-def _is_last(counter, programs):
-    """Return whether this is the last program for its channels to get here; the last resets the counter."""
-    tl.debug_barrier()  # all threads must have written before one of them counts
-    counter += tl.program_id(1)
-    last = tl.atomic_add(counter, 1, sem="acq_rel") == programs - 1
-    if last:
-        tl.store(counter, 0)
-    return last
-
-
-@triton.jit
-def _store_partial(partial, programs, first, second, channels, C: constexpr):
+def _store_parts(partial, first, second, channels, C: constexpr):
+    programs = tl.num_programs(0)
     at = partial + channels * programs + tl.program_id(0)
     tl.store(at, first)
     tl.store(at + C * programs, second)
 
 
 @triton.jit
-def _load_partial(partial, programs, row: constexpr, channels, at, C: constexpr):
-    """Load the sums of programs `at`, `[channels, at]`, 0 past the last. Bypass L1, which may be stale."""
+def _load_parts(partial, programs, row: constexpr, channels, at, C: constexpr):
+    """Load the parts of programs `at`, `[channels, at]`; past the last, 0."""
     here = (row * C + channels)[:, None] * programs + at
-    return tl.load(partial + here, mask=at < programs, other=0.0, cache_modifier=".cg")
+    return tl.load(partial + here, mask=at < programs, other=0.0)
 
 
 @triton.jit
-def _sum_statistics(
-    ends, z, live, rows, channels, positions, C: constexpr, BLOCK_C: constexpr, COUNT: constexpr,
-    STEP: constexpr,
-):  # fmt: skip
-    """Sum this program's z, `[BLOCK, COUNT / BLOCK C]`; the last program stores norm and running statistics.
+def _add_statistics(count, mean, squares, z, live, rows):
+    """Add the first `rows` rows of z, which are `live`, to the statistics of `count` earlier rows.
 
-    Only the first `rows` rows of z are `live`; in all blocks but the last, these are all rows. Squares are
-    summed about each program's own mean and then combined, so that no digits cancel (Chan et al. 1983).
+    Squares are summed about each block's own mean and then combined, so that no digits cancel (Chan et al.
+    1983).
     """
-    PARTS: constexpr = COUNT // z.shape[0]
-    sums = tl.sum(z, 0)
-    centred = tl.where(live, z - sums / rows, 0.0)
-    squares = tl.sum(centred * centred, 0)
-    if PARTS > 1:
-        sums, squares = sums.reshape(PARTS, C), squares.reshape(PARTS, C)
-        total = tl.sum(sums, 0)
-        off = (sums - total / PARTS) / rows
-        sums, squares = total, tl.sum(squares + off * off * rows, 0)
-    _store_partial(ends[0], ends[2], sums, squares, channels, C)
-    if _is_last(ends[1], ends[2]):
-        _finish_statistics(ends, channels, positions, C, BLOCK_C, COUNT, STEP)
+    here = tl.sum(z, 0) / tl.maximum(rows, 1)
+    centred = tl.where(live, z - here, 0.0)
+    off, total = here - mean, tl.maximum(count + rows, 1)
+    share = rows.to(tl.float32) / total
+    squares += tl.sum(centred * centred, 0) + off * off * share * count
+    return count + rows, mean + off * share, squares
 
 
 @triton.jit
-def _finish_statistics(
-    ends, channels, positions, C: constexpr, BLOCK_C: constexpr, COUNT: constexpr, STEP: constexpr
-):
-    partial, _, programs, norm, gamma, beta, running_mean, running_var, eps, momentum = ends
-    first = tl.load(partial + channels * programs, cache_modifier=".cg")
-    pivot = first / tl.minimum(COUNT, positions)  # near the mean, so that what is squared stays small
-    sums, squares = tl.zeros([BLOCK_C, STEP], tl.float32), tl.zeros([BLOCK_C, STEP], tl.float32)
+def _store_statistics(partial, count, mean, squares, channels, C: constexpr):
+    """Store the program's mean and its sum of squares about that, of `[PARTS C]` columns of `count` rows."""
+    PARTS: constexpr = mean.shape[0] // channels.shape[0]
+    if PARTS > 1:
+        mean, squares = mean.reshape(PARTS, C), squares.reshape(PARTS, C)
+        middle = tl.sum(mean, 0) / PARTS
+        squares = tl.sum(squares + (mean - middle) * (mean - middle) * count, 0)
+        mean = middle
+    _store_parts(partial, mean, squares, channels, C)
+
+
+@triton.jit
+def _scale_and_shift(norm, channels, C: constexpr):
+    """Return the scale and shift of a norm, complete or in parts."""
+    if len(norm) == 1:
+        scale, shift = _per_channel(norm[0], _SCALE, channels, C), _per_channel(norm[0], _SHIFT, channels, C)
+    else:
+        scale, shift = _complete_norm(norm, channels, C)
+    return scale, shift
+
+
+@triton.jit
+def _complete_norm(norm, channels, C: constexpr):
+    """Add up the parts of a norm, and return its scale and shift; also update the running statistics."""
+    out, partial, programs, size, positions, gamma, beta, running_mean, running_var, eps, momentum = norm
+    STEP: constexpr = PARTS_AT_ONCE // channels.shape[0]
+    gamma, beta = tl.load(gamma + channels), tl.load(beta + channels)
+    mean_before, var_before = tl.load(running_mean + channels), tl.load(running_var + channels)
+    pivot = tl.load(partial + channels * programs)  # near the mean, so that what is squared stays small
+    sums = tl.zeros([channels.shape[0], STEP], tl.float32)
+    squares = tl.zeros([channels.shape[0], STEP], tl.float32)
     for start in range(0, programs, STEP):
         at = start + tl.arange(0, STEP)
-        count = tl.maximum(tl.minimum(positions - at * COUNT, COUNT), 0).to(tl.float32)
-        share = 1 / tl.maximum(count, 1.0)
-        total = _load_partial(partial, programs, 0, channels, at, C)
-        off = total * share - pivot[:, None]
-        sums += total
-        squares += _load_partial(partial, programs, 1, channels, at, C) + count * off * off
-    mean = tl.sum(sums, 1) / positions
-    total = tl.sum(squares, 1) - positions * (mean - pivot) * (mean - pivot)
-    total = tl.maximum(total, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    _store_norm(norm, mean, total / positions, gamma, beta, eps, channels, C)
-    before = tl.load(running_mean + channels)
-    tl.store(running_mean + channels, before + momentum * (mean - before))
-    before = tl.load(running_var + channels)
-    tl.store(running_var + channels, before + momentum * (total / (positions - 1) - before))
+        count = tl.maximum(tl.minimum(positions - at * size, size), 0).to(tl.float32)
+        off = _load_parts(partial, programs, 0, channels, at, C) - pivot[:, None]
+        sums += count * off
+        squares += _load_parts(partial, programs, 1, channels, at, C) + count * off * off
+    off = tl.sum(sums, 1) / positions
+    total = tl.sum(squares, 1) - positions * off * off
+    mean, total = pivot + off, tl.maximum(total, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    rstd = 1 / tl.sqrt(total / positions + eps)
+    scale = gamma * rstd
+    shift = beta - mean * scale
+    if tl.program_id(0) == 0:
+        _store_norm(out, mean, rstd, scale, shift, channels, C)
+        tl.store(running_mean + channels, mean_before + momentum * (mean - mean_before))
+        tl.store(running_var + channels, var_before + momentum * (total / (positions - 1) - var_before))
+    return scale, shift
 
 
 @triton.jit
-def _store_norm(norm, mean, var, gamma, beta, eps, channels, C: constexpr):
-    rstd = 1 / tl.sqrt(var + eps)
-    scale = tl.load(gamma + channels) * rstd
-    tl.store(norm + _MEAN * C + channels, mean)
-    tl.store(norm + _RSTD * C + channels, rstd)
-    tl.store(norm + _SCALE * C + channels, scale)
-    tl.store(norm + _SHIFT * C + channels, tl.load(beta + channels) - mean * scale)
+def _store_norm(norm, mean, rstd, scale, shift, channels, C: constexpr):
+    live = channels < C
+    tl.store(norm + _MEAN * C + channels, mean, mask=live)
+    tl.store(norm + _RSTD * C + channels, rstd, mask=live)
+    tl.store(norm + _SCALE * C + channels, scale, mask=live)
+    tl.store(norm + _SHIFT * C + channels, shift, mask=live)
 
 
 @triton.jit
-def _sum_gradient(
-    ends, g, z, norm, all_channels, channels, positions, C: constexpr, BLOCK_C: constexpr, STEP: constexpr
-):
-    """Sum this program's g and g (z - mean); the last program stores the sums of g.
-
-    g and z are `[BLOCK, PARTS C]`, and `all_channels` are the channels of their columns.
-    """
-    PARTS: constexpr = g.shape[1] // BLOCK_C
-    centred = z.to(tl.float32) - _per_channel(norm, _MEAN, all_channels, C)
-    d_beta, d_gamma = tl.sum(g, 0), tl.sum(g * centred, 0)
+def _store_gradient(partial, d_beta, products, channels, C: constexpr):
+    """Store the program's sums of g and of g (z - mean), given those of `[PARTS C]` columns."""
+    PARTS: constexpr = d_beta.shape[0] // channels.shape[0]
     if PARTS > 1:
-        d_beta, d_gamma = tl.sum(d_beta.reshape(PARTS, C), 0), tl.sum(d_gamma.reshape(PARTS, C), 0)
-    _store_partial(ends[0], ends[2], d_beta, d_gamma, channels, C)
-    if _is_last(ends[1], ends[2]):
-        partial, _, programs, sums = ends
-        totals, products = tl.zeros([BLOCK_C, STEP], tl.float32), tl.zeros([BLOCK_C, STEP], tl.float32)
-        for start in range(0, programs, STEP):
-            at = start + tl.arange(0, STEP)
-            totals += _load_partial(partial, programs, 0, channels, at, C)
-            products += _load_partial(partial, programs, 1, channels, at, C)
-        scale, rstd = tl.load(norm + _SCALE * C + channels), tl.load(norm + _RSTD * C + channels)
-        beta, gamma = tl.sum(totals, 1), tl.sum(products, 1) * rstd
-        b = -scale * rstd * gamma / positions
-        c = -scale * beta / positions - b * tl.load(norm + _MEAN * C + channels)
-        tl.store(sums + _D_GAMMA * C + channels, gamma)
-        tl.store(sums + _D_BETA * C + channels, beta)
-        tl.store(sums + _D_B * C + channels, b)
-        tl.store(sums + _D_C * C + channels, c)
+        d_beta, products = tl.sum(d_beta.reshape(PARTS, C), 0), tl.sum(products.reshape(PARTS, C), 0)
+    _store_parts(partial, d_beta, products, channels, C)
+
+
+@triton.jit
+def _gradient_coefficients(norm, sums, channels, C: constexpr):
+    """Return scale, b and c of dz = g scale + z b + c, given sums that are complete or in parts."""
+    if len(sums) == 1:
+        scale = _per_channel(norm, _SCALE, channels, C)
+        b, c = _per_channel(sums[0], _D_B, channels, C), _per_channel(sums[0], _D_C, channels, C)
+    else:
+        scale, b, c = _complete_sums(sums, channels, C)
+    return scale, b, c
+
+
+@triton.jit
+def _complete_sums(sums, channels, C: constexpr):
+    """Add up the parts of a gradient's sums, and return scale, b and c."""
+    out, partial, programs, _, positions, norm = sums
+    STEP: constexpr = PARTS_AT_ONCE // channels.shape[0]
+    mean, rstd = _per_channel(norm, _MEAN, channels, C), _per_channel(norm, _RSTD, channels, C)
+    scale = _per_channel(norm, _SCALE, channels, C)
+    totals = tl.zeros([channels.shape[0], STEP], tl.float32)
+    products = tl.zeros([channels.shape[0], STEP], tl.float32)
+    for start in range(0, programs, STEP):
+        at = start + tl.arange(0, STEP)
+        totals += _load_parts(partial, programs, 0, channels, at, C)
+        products += _load_parts(partial, programs, 1, channels, at, C)
+    d_beta, d_gamma = tl.sum(totals, 1), tl.sum(products, 1) * rstd
+    b = -scale * rstd * d_gamma / positions
+    c = -scale * d_beta / positions - b * mean
+    if tl.program_id(0) == 0:
+        tl.store(out + _D_GAMMA * C + channels, d_gamma)
+        tl.store(out + _D_BETA * C + channels, d_beta)
+        tl.store(out + _D_B * C + channels, b)
+        tl.store(out + _D_C * C + channels, c)
+    return scale, b, c
+
+
+@triton.jit
+def finish(norm, sums, C: constexpr, BLOCK_C: constexpr, PDL: constexpr):
+    """Store `norm`, or with `sums` these, when no other kernel does."""
+    _wait(PDL)
+    channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    if sums is None:
+        _complete_norm(norm, channels, C)
+    else:
+        _complete_sums(sums, channels, C)
 
 
 # ---- convolutions ----
 
 
 @triton.jit
-def _patches(patches, H: constexpr, W: constexpr, P: constexpr, BLOCK: constexpr):
-    """Return this program's patches: the image, the patch's row and column in it, and which patches exist."""
+def _patches(block, patches, H: constexpr, W: constexpr, P: constexpr, BLOCK: constexpr):
+    """Return a block's patches: the image, the patch's row and column in it, and which patches exist."""
     DOWN: constexpr = (H + P - 1) // P
     ACROSS: constexpr = (W + P - 1) // P
-    patch = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    patch = block * BLOCK + tl.arange(0, BLOCK)
     return patch // (DOWN * ACROSS), patch // ACROSS % DOWN, patch % ACROSS, (patch < patches)[:, None]
 
 
@@ -199,170 +226,223 @@ def _pixels(image, down, across, live, H: constexpr, W: constexpr, C: constexpr,
 
 
 @triton.jit
+def _window(image, h, w, dh, dw, live, H: constexpr, W: constexpr, C: constexpr, c):
+    """Return the offsets `[BLOCK, k]` of channels c of pixels (h + dh, w + dw), and which of these exist."""
+    at = ((image * H + h) * W + w)[:, None] + (dh * W + dw)
+    h, w = h[:, None] + dh, w[:, None] + dw
+    return at * C + c, live & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+
+
+@triton.jit
 def convolve(
-    x, norm, weight, z, after, shortcut, ends, patches, positions, H: constexpr, W: constexpr,
+    x, norm, weight, z, after, shortcut, partial, patches, each, H: constexpr, W: constexpr,
     H_OUT: constexpr, W_OUT: constexpr, C_IN: constexpr, C_OUT: constexpr, K: constexpr, STRIDE: constexpr,
     W_O: constexpr, W_I: constexpr, W_TAP: constexpr, P: constexpr, RELU: constexpr, BLOCK: constexpr,
-    STEP: constexpr, PDL: constexpr,
+    GROUP: constexpr, PDL: constexpr,
 ):  # fmt: skip
     """Store z = conv(x), `[positions, C_OUT]`, or with `norm` conv(relu(x scale + shift)).
 
-    With `after`, the norm of z, store relu(z scale + shift + shortcut) instead. With `ends`, also compute the
-    statistics of z.
+    With `after`, the norm of z, store relu(z scale + shift + shortcut) instead. With `partial`, also store
+    the parts of the statistics of z.
     """
     _wait(PDL)
-    image, down, across, live = _patches(patches, H_OUT, W_OUT, P, BLOCK)
-    BLOCK_IN: constexpr = 16 if C_IN < 16 else C_IN  # tl.dot needs 16
+    WIDE_IN: constexpr = 4 if C_IN < 4 else C_IN  # a power of two
     WINDOW: constexpr = STRIDE * (P - 1) + K
-    c_in, n = tl.arange(0, BLOCK_IN), tl.arange(0, P * P * C_OUT)
+    TAPS: constexpr = WINDOW * WINDOW
+    k, n = tl.arange(0, GROUP * WIDE_IN), tl.arange(0, P * P * C_OUT)
+    c_in = k % WIDE_IN
     if norm is not None:
-        scale, shift = _per_channel(norm, _SCALE, c_in, C_IN), _per_channel(norm, _SHIFT, c_in, C_IN)
-    total = tl.zeros([BLOCK, P * P * C_OUT], tl.float32)
-    for tap in range(WINDOW * WINDOW):  # not unrolled, which at 64 channels takes every register
-        h = down * (P * STRIDE) + tap // WINDOW - K // 2
-        w = across * (P * STRIDE) + tap % WINDOW - K // 2
-        inside = ((h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None] & live & (c_in < C_IN)
-        pixels = tl.load(x + ((image * H + h) * W + w)[:, None] * C_IN + c_in, mask=inside, other=0.0)
-        if norm is not None:  # padding is zero after BatchNorm, not before
-            pixels = _relu(pixels.to(tl.float32) * scale + shift)
-            pixels = tl.where(inside, pixels, 0.0).to(x.dtype.element_ty)
-        taps = weight + tap * W_TAP + c_in[:, None] * W_I + n * W_O
-        taps = tl.load(taps, mask=(c_in < C_IN)[:, None], other=0.0)
-        total = tl.dot(pixels, taps, total, input_precision="ieee")
-    here, there = _pixels(image, down, across, live, H_OUT, W_OUT, C_OUT, P)
-    stored = total.to(z.dtype.element_ty)
-    if after is not None:
-        values = _normalise(stored, after, n % C_OUT, C_OUT)
-        if shortcut is not None:
-            values += tl.load(shortcut + here, mask=there, other=0.0).to(tl.float32)
-        if RELU:
-            values = _relu(values)
-        stored = values.to(z.dtype.element_ty)
-    tl.store(z + here, stored, mask=there)
-    if ends is not None:
-        rows = tl.minimum(patches - tl.program_id(0) * BLOCK, BLOCK)
-        channels = tl.arange(0, C_OUT)
-        values = stored.to(tl.float32)
-        _sum_statistics(ends, values, live, rows, channels, positions, C_OUT, C_OUT, BLOCK * P * P, STEP)
+        scale, shift = _scale_and_shift(norm, tl.arange(0, C_IN), C_IN)
+        scale, shift = _repeat(scale, GROUP), _repeat(shift, GROUP)
+    if partial is not None:
+        count, mean, squares = 0, tl.zeros([P * P * C_OUT], tl.float32), tl.zeros([P * P * C_OUT], tl.float32)
+    for i in range(each):
+        block = tl.program_id(0) * each + i
+        image, down, across, live = _patches(block, patches, H_OUT, W_OUT, P, BLOCK)
+        total = tl.zeros([BLOCK, P * P * C_OUT], tl.float32)
+        for start in range(0, TAPS, GROUP):  # not unrolled, which at 64 channels takes every register
+            tap = start + k // WIDE_IN
+            dh, dw, exists = tap // WINDOW - K // 2, tap % WINDOW - K // 2, live
+            if C_IN < WIDE_IN or TAPS % GROUP > 0:
+                exists = live & (c_in < C_IN) & (tap < TAPS)
+            h, w = down * (P * STRIDE), across * (P * STRIDE)
+            at, inside = _window(image, h, w, dh, dw, exists, H, W, C_IN, c_in)
+            pixels = tl.load(x + at, mask=inside, other=0.0)
+            if norm is not None:  # padding is zero after BatchNorm, not before
+                pixels = _relu(pixels.to(tl.float32) * scale + shift)
+                pixels = tl.where(inside, pixels, 0.0).to(x.dtype.element_ty)
+            taps = weight + (tap * W_TAP + c_in * W_I)[:, None] + n * W_O
+            if C_IN < WIDE_IN or TAPS % GROUP > 0:
+                taps = tl.load(taps, mask=((c_in < C_IN) & (tap < TAPS))[:, None], other=0.0)
+            else:
+                taps = tl.load(taps)
+            total = tl.dot(pixels, taps, total, input_precision="ieee")
+        here, there = _pixels(image, down, across, live, H_OUT, W_OUT, C_OUT, P)
+        stored = total.to(z.dtype.element_ty)
+        if after is not None:
+            scale_after, shift_after = _scale_and_shift(after, n % C_OUT, C_OUT)
+            values = stored.to(tl.float32) * scale_after + shift_after
+            if shortcut is not None:
+                values += tl.load(shortcut + here, mask=there, other=0.0).to(tl.float32)
+            if RELU:
+                values = _relu(values)
+            stored = values.to(z.dtype.element_ty)
+        tl.store(z + here, stored, mask=there)
+        if partial is not None:
+            rows = tl.maximum(tl.minimum(patches - block * BLOCK, BLOCK), 0)
+            values = stored.to(tl.float32)
+            count, mean, squares = _add_statistics(count, mean, squares, values, live, rows)
+    if partial is not None:
+        _store_statistics(partial, count, mean, squares, tl.arange(0, C_OUT), C_OUT)
 
 
 @triton.jit
 def convolve_backward(
-    g, z, norm, sums, weight, add, z_below, norm_below, dx, ends, patches, positions, H: constexpr,
+    g, z, norm, sums, weight, add, z_below, norm_below, dx, partial, patches, each, H: constexpr,
     W: constexpr, H_OUT: constexpr, W_OUT: constexpr, C_IN: constexpr, C_OUT: constexpr, K: constexpr,
     STRIDE: constexpr, W_O: constexpr, W_I: constexpr, W_TAP: constexpr, P: constexpr, BLOCK: constexpr,
-    STEP: constexpr, PDL: constexpr,
+    GROUP: constexpr, PDL: constexpr,
 ):  # fmt: skip
     """Store dx, the gradient of x, `[positions, C_IN]`; or with z_below the g of the unit below and its sums.
 
     Patches are of dx, and P is a multiple of STRIDE. The loop goes through the window from its end.
     """
     _wait(PDL)
-    image, down, across, live = _patches(patches, H, W, P, BLOCK)
     LAST: constexpr = (P - 1 + K // 2) // STRIDE
     WINDOW: constexpr = K // 2 // STRIDE + LAST + 1
-    n, c_out = tl.arange(0, P * P * C_IN), tl.arange(0, C_OUT)
-    a, b, c = _gradient_coefficients(norm, sums, c_out, C_OUT)
-    total = tl.zeros([BLOCK, P * P * C_IN], tl.float32)
-    for tap in range(WINDOW * WINDOW):
-        h = down * (P // STRIDE) + LAST - tap // WINDOW
-        w = across * (P // STRIDE) + LAST - tap % WINDOW
-        inside = ((h >= 0) & (h < H_OUT) & (w >= 0) & (w < W_OUT))[:, None] & live
-        above = ((image * H_OUT + h) * W_OUT + w)[:, None] * C_OUT + c_out
-        d_out = tl.load(g + above, mask=inside, other=0.0).to(tl.float32) * a
-        d_out += tl.load(z + above, mask=inside, other=0.0).to(tl.float32) * b + c
-        d_out = tl.where(inside, d_out, 0.0).to(g.dtype.element_ty)
-        taps = tl.load(weight + tap * W_TAP + c_out[:, None] * W_O + n * W_I)
-        total = tl.dot(d_out, taps, total, input_precision="ieee")
-    here, there = _pixels(image, down, across, live, H, W, C_IN, P)
-    if add is not None:
-        total += tl.load(add + here, mask=there, other=0.0).to(tl.float32)
-    if z_below is None:
-        tl.store(dx + here, total.to(dx.dtype.element_ty), mask=there)
-    else:
-        below = tl.load(z_below + here, mask=there, other=0.0)
-        positive = there & (_normalise(below, norm_below, n % C_IN, C_IN) > 0)
-        stored = tl.where(positive, total, 0.0).to(dx.dtype.element_ty)
-        tl.store(dx + here, stored, mask=there)
-        channels, values = tl.arange(0, C_IN), stored.to(tl.float32)
-        _sum_gradient(ends, values, below, norm_below, n % C_IN, channels, positions, C_IN, C_IN, STEP)
+    TAPS: constexpr = WINDOW * WINDOW
+    k, n = tl.arange(0, GROUP * C_OUT), tl.arange(0, P * P * C_IN)
+    c_out = k % C_OUT
+    a, b, c = _gradient_coefficients(norm, sums, tl.arange(0, C_OUT), C_OUT)
+    a, b, c = _repeat(a, GROUP), _repeat(b, GROUP), _repeat(c, GROUP)
+    if partial is not None:
+        d_beta, products = tl.zeros([P * P * C_IN], tl.float32), tl.zeros([P * P * C_IN], tl.float32)
+    for i in range(each):
+        block = tl.program_id(0) * each + i
+        image, down, across, live = _patches(block, patches, H, W, P, BLOCK)
+        total = tl.zeros([BLOCK, P * P * C_IN], tl.float32)
+        for start in range(0, TAPS, GROUP):
+            tap, exists = start + k // C_OUT, live
+            if TAPS % GROUP > 0:
+                exists = live & (tap < TAPS)
+            dh, dw = LAST - tap // WINDOW, LAST - tap % WINDOW
+            h, w = down * (P // STRIDE), across * (P // STRIDE)
+            above, inside = _window(image, h, w, dh, dw, exists, H_OUT, W_OUT, C_OUT, c_out)
+            d_out = tl.load(g + above, mask=inside, other=0.0).to(tl.float32) * a
+            d_out += tl.load(z + above, mask=inside, other=0.0).to(tl.float32) * b + c
+            d_out = tl.where(inside, d_out, 0.0).to(g.dtype.element_ty)
+            taps = weight + (tap * W_TAP + c_out * W_O)[:, None] + n * W_I
+            exists = None if TAPS % GROUP == 0 else (tap < TAPS)[:, None]
+            taps = tl.load(taps, mask=exists, other=None if TAPS % GROUP == 0 else 0.0)
+            total = tl.dot(d_out, taps, total, input_precision="ieee")
+        here, there = _pixels(image, down, across, live, H, W, C_IN, P)
+        if add is not None:
+            total += tl.load(add + here, mask=there, other=0.0).to(tl.float32)
+        if z_below is None:
+            tl.store(dx + here, total.to(dx.dtype.element_ty), mask=there)
+        else:
+            below = tl.load(z_below + here, mask=there, other=0.0).to(tl.float32)
+            scale, shift = _scale_and_shift((norm_below,), n % C_IN, C_IN)
+            stored = tl.where(there & (below * scale + shift > 0), total, 0.0).to(dx.dtype.element_ty)
+            tl.store(dx + here, stored, mask=there)
+            values, centred = stored.to(tl.float32), below - _per_channel(norm_below, _MEAN, n % C_IN, C_IN)
+            d_beta, products = d_beta + tl.sum(values, 0), products + tl.sum(values * centred, 0)
+    if partial is not None:
+        _store_gradient(partial, d_beta, products, tl.arange(0, C_IN), C_IN)
 
 
 # ---- elementwise ----
 
 
 @triton.jit
-def _tile(positions, C: constexpr, BLOCK: constexpr, BLOCK_C: constexpr):
-    """Return this program's part of an elementwise kernel: channels, offsets, and which positions exist."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+def _tile(block, positions, C: constexpr, BLOCK: constexpr, BLOCK_C: constexpr):
+    """Return a block of an elementwise kernel: the offsets, and which positions exist."""
+    at = block * BLOCK + tl.arange(0, BLOCK)
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    return channels, at[:, None] * C + channels, (at < positions)[:, None]
+    return at[:, None] * C + channels, (at < positions)[:, None]
 
 
 @triton.jit
 def statistics(
-    z, ends, positions, C: constexpr, BLOCK: constexpr, BLOCK_C: constexpr, STEP: constexpr, PDL: constexpr
+    z, partial, positions, each, C: constexpr, BLOCK: constexpr, BLOCK_C: constexpr, PDL: constexpr
 ):
-    """Compute the statistics of z, when cuDNN computed the convolution."""
+    """Store the parts of the statistics of z, when cuDNN computed the convolution."""
     _wait(PDL)
-    channels, here, live = _tile(positions, C, BLOCK, BLOCK_C)
-    values = tl.load(z + here, mask=live, other=0.0).to(tl.float32)
-    rows = tl.minimum(positions - tl.program_id(0) * BLOCK, BLOCK)
-    _sum_statistics(ends, values, live, rows, channels, positions, C, BLOCK_C, BLOCK, STEP)
+    channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    count, mean, squares = 0, tl.zeros([BLOCK_C], tl.float32), tl.zeros([BLOCK_C], tl.float32)
+    for i in range(each):
+        block = tl.program_id(0) * each + i
+        here, live = _tile(block, positions, C, BLOCK, BLOCK_C)
+        values = tl.load(z + here, mask=live, other=0.0).to(tl.float32)
+        rows = tl.maximum(tl.minimum(positions - block * BLOCK, BLOCK), 0)
+        count, mean, squares = _add_statistics(count, mean, squares, values, live, rows)
+    _store_statistics(partial, count, mean, squares, channels, C)
 
 
 @triton.jit
 def activate(
-    z, norm, shortcut, y, signs, positions, RELU: constexpr, C: constexpr, BLOCK: constexpr,
+    z, norm, shortcut, y, signs, positions, each, RELU: constexpr, C: constexpr, BLOCK: constexpr,
     BLOCK_C: constexpr, PDL: constexpr,
 ):  # fmt: skip
     """Store y = relu(z scale + shift + shortcut) and, if `signs` is given, the signs of y."""
     _wait(PDL)
-    channels, here, live = _tile(positions, C, BLOCK, BLOCK_C)
-    values = _normalise(tl.load(z + here, mask=live, other=0.0), norm, channels, C)
-    if shortcut is not None:
-        values += tl.load(shortcut + here, mask=live, other=0.0).to(tl.float32)
-    if signs is not None:  # bit k of byte i is element 8i + k
-        bits = (values > 0).to(tl.int32).reshape(BLOCK, BLOCK_C // 8, 8) << tl.arange(0, 8)
-        _, eights, _ = _tile(positions, C // 8, BLOCK, BLOCK_C // 8)
-        tl.store(signs + eights, tl.sum(bits, 2).to(tl.uint8), mask=live)
-    if RELU:
-        values = _relu(values)
-    tl.store(y + here, values.to(y.dtype.element_ty), mask=live)
+    scale, shift = _scale_and_shift(norm, tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C), C)
+    for i in range(each):
+        block = tl.program_id(0) * each + i
+        here, live = _tile(block, positions, C, BLOCK, BLOCK_C)
+        values = tl.load(z + here, mask=live, other=0.0).to(tl.float32) * scale + shift
+        if shortcut is not None:
+            values += tl.load(shortcut + here, mask=live, other=0.0).to(tl.float32)
+        if signs is not None:  # bit k of byte i is element 8i + k
+            bits = (values > 0).to(tl.int32).reshape(BLOCK, BLOCK_C // 8, 8) << tl.arange(0, 8)
+            eights, _ = _tile(block, positions, C // 8, BLOCK, BLOCK_C // 8)
+            tl.store(signs + eights, tl.sum(bits, 2).to(tl.uint8), mask=live)
+        if RELU:
+            values = _relu(values)
+        tl.store(y + here, values.to(y.dtype.element_ty), mask=live)
 
 
 @triton.jit
 def mask_and_sum(
-    dy, z, norm, signs, g, ends, positions, C: constexpr, BLOCK: constexpr, BLOCK_C: constexpr,
-    STEP: constexpr, PDL: constexpr,
+    dy, z, norm, signs, g, partial, positions, each, C: constexpr, BLOCK: constexpr, BLOCK_C: constexpr,
+    PDL: constexpr,
 ):  # fmt: skip
     """Store g, dy masked by signs or else by z scale + shift, and its sums; without g, do not mask."""
     _wait(PDL)
-    channels, here, live = _tile(positions, C, BLOCK, BLOCK_C)
-    gradient = tl.load(dy + here, mask=live, other=0.0)
-    values = tl.load(z + here, mask=live, other=0.0)
-    if g is not None:
-        if signs is not None:
-            positive = (tl.load(signs + here // 8, mask=live, other=0).to(tl.int32) >> (here % 8)) & 1 == 1
-        else:
-            positive = _normalise(values, norm, channels, C) > 0
-        gradient = tl.where(positive, gradient, 0.0)
-        tl.store(g + here, gradient, mask=live)
-    gradient = gradient.to(tl.float32)
-    _sum_gradient(ends, gradient, values, norm, channels, channels, positions, C, BLOCK_C, STEP)
+    channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mean = _per_channel(norm, _MEAN, channels, C)
+    scale, shift = _scale_and_shift((norm,), channels, C)
+    d_beta, products = tl.zeros([BLOCK_C], tl.float32), tl.zeros([BLOCK_C], tl.float32)
+    for i in range(each):
+        here, live = _tile(tl.program_id(0) * each + i, positions, C, BLOCK, BLOCK_C)
+        gradient = tl.load(dy + here, mask=live, other=0.0)
+        values = tl.load(z + here, mask=live, other=0.0).to(tl.float32)
+        if g is not None:
+            if signs is not None:
+                bits = tl.load(signs + here // 8, mask=live, other=0).to(tl.int32)
+                positive = (bits >> (here % 8)) & 1 == 1
+            else:
+                positive = values * scale + shift > 0
+            gradient = tl.where(positive, gradient, 0.0)
+            tl.store(g + here, gradient, mask=live)
+        gradient = gradient.to(tl.float32)
+        d_beta, products = d_beta + tl.sum(gradient, 0), products + tl.sum(gradient * (values - mean), 0)
+    _store_gradient(partial, d_beta, products, channels, C)
 
 
 @triton.jit
 def gradient(
-    g, z, norm, sums, dz, positions, C: constexpr, BLOCK: constexpr, BLOCK_C: constexpr, PDL: constexpr
+    g, z, norm, sums, dz, positions, each, C: constexpr, BLOCK: constexpr, BLOCK_C: constexpr, PDL: constexpr
 ):
     """Store dz, the gradient of a convolution's output, for weights that train or for cuDNN's backward."""
     _wait(PDL)
-    channels, here, live = _tile(positions, C, BLOCK, BLOCK_C)
+    channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     a, b, c = _gradient_coefficients(norm, sums, channels, C)
-    d_out = tl.load(g + here, mask=live, other=0.0).to(tl.float32) * a
-    d_out += tl.load(z + here, mask=live, other=0.0).to(tl.float32) * b + c
-    tl.store(dz + here, d_out.to(dz.dtype.element_ty), mask=live)
+    for i in range(each):
+        here, live = _tile(tl.program_id(0) * each + i, positions, C, BLOCK, BLOCK_C)
+        d_out = tl.load(g + here, mask=live, other=0.0).to(tl.float32) * a
+        d_out += tl.load(z + here, mask=live, other=0.0).to(tl.float32) * b + c
+        tl.store(dz + here, d_out.to(dz.dtype.element_ty), mask=live)
 
 
 @triton.jit
@@ -372,11 +452,9 @@ def norm_of(mean, var, gamma, beta, norm, eps, C: constexpr, BLOCK: constexpr, P
     channels = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = channels < C
     rstd = 1 / tl.sqrt(tl.load(var + channels, mask=live, other=1.0) + eps)
-    scale, middle = tl.load(gamma + channels, mask=live) * rstd, tl.load(mean + channels, mask=live)
-    tl.store(norm + _MEAN * C + channels, middle, mask=live)
-    tl.store(norm + _RSTD * C + channels, rstd, mask=live)
-    tl.store(norm + _SCALE * C + channels, scale, mask=live)
-    tl.store(norm + _SHIFT * C + channels, tl.load(beta + channels, mask=live) - middle * scale, mask=live)
+    scale, mean = tl.load(gamma + channels, mask=live) * rstd, tl.load(mean + channels, mask=live)
+    shift = tl.load(beta + channels, mask=live) - mean * scale
+    _store_norm(norm, mean, rstd, scale, shift, channels, C)
 
 
 # ---- the start and the end of a step ----
@@ -416,13 +494,12 @@ def batch(
 
 @triton.jit
 def head(
-    features, weight, bias, labels, d_features, partial, counter, loss_sum, correct, first_bad_step, position,
-    lrs, lr, smoothing, HW: constexpr, C: constexpr, CLASSES: constexpr, BLOCK: constexpr,
-    BLOCK_CLASSES: constexpr, STEP: constexpr, PDL: constexpr,
+    features, weight, bias, labels, d_features, losses, hits, smoothing, HW: constexpr, C: constexpr,
+    CLASSES: constexpr, BLOCK: constexpr, BLOCK_CLASSES: constexpr, PDL: constexpr,
 ):  # fmt: skip
     """Store the gradient of the mean cross-entropy in features `[N, HW, C]`, one image per program.
 
-    The last program adds the batch to the epoch's metrics, sets lr to that of this step, and counts the step.
+    Also store each image's loss, and 1 in `hits` if it is classified correctly, else 0.
     """
     _wait(PDL)
     n, count = tl.program_id(0), tl.num_programs(0)
@@ -437,24 +514,30 @@ def head(
     exponentials = tl.exp(logits - greatest)
     total = tl.sum(exponentials, 0)
     target = tl.where(k == label, 1 - smoothing, 0.0) + smoothing / CLASSES
-    loss = tl.log(total) + greatest - tl.sum(tl.where(taught, target * logits, 0.0), 0)
     d_logits = tl.where(taught, (exponentials / total - target) / count, 0.0)
     d_pooled = tl.sum(weights * d_logits[:, None], 0) / HW
     d_out = tl.broadcast_to(d_pooled[None, :], [BLOCK, C])
     tl.store(d_features + here, d_out.to(d_features.dtype.element_ty), mask=live)
-    tl.store(partial + n, loss)
-    tl.store(partial + count + n, (tl.argmax(logits, 0) == label).to(tl.float32))
-    if _is_last(counter, count):
-        losses, hits = tl.zeros([STEP], tl.float32), tl.zeros([STEP], tl.float32)
-        for start in range(0, count, STEP):
-            i = start + tl.arange(0, STEP)
-            losses += tl.load(partial + i, mask=i < count, other=0.0, cache_modifier=".cg")
-            hits += tl.load(partial + count + i, mask=i < count, other=0.0, cache_modifier=".cg")
-        batch_loss, step, first = tl.sum(losses, 0), tl.load(position), tl.load(first_bad_step)
-        bad = (tl.abs(batch_loss) < float("inf")) == 0  # also NaN
-        tl.store(first_bad_step, tl.where(bad & (first < 0), step, first))
-        tl.store(loss_sum, tl.load(loss_sum) + batch_loss.to(tl.float64))
-        tl.store(correct, tl.load(correct) + tl.sum(hits, 0).to(tl.int64))
-        if lrs is not None:
-            tl.store(lr, tl.load(lrs + step))
-        tl.store(position, step + 1)
+    tl.store(losses + n, tl.log(total) + greatest - tl.sum(tl.where(taught, target * logits, 0.0), 0))
+    tl.store(hits + n, (tl.argmax(logits, 0) == label).to(tl.float32))
+
+
+@triton.jit
+def record(
+    losses, hits, loss_sum, correct, first_bad_step, position, lrs, lr, count, STEP: constexpr, PDL: constexpr
+):
+    """Add the batch to the epoch's metrics, set lr to that of this step, and count the step."""
+    _wait(PDL)
+    loss, right = tl.zeros([STEP], tl.float32), tl.zeros([STEP], tl.float32)
+    for start in range(0, count, STEP):
+        i = start + tl.arange(0, STEP)
+        loss += tl.load(losses + i, mask=i < count, other=0.0)
+        right += tl.load(hits + i, mask=i < count, other=0.0)
+    batch_loss, step, first = tl.sum(loss, 0), tl.load(position), tl.load(first_bad_step)
+    bad = (tl.abs(batch_loss) < float("inf")) == 0  # also NaN
+    tl.store(first_bad_step, tl.where(bad & (first < 0), step, first))
+    tl.store(loss_sum, tl.load(loss_sum) + batch_loss.to(tl.float64))
+    tl.store(correct, tl.load(correct) + tl.sum(right, 0).to(tl.int64))
+    if lrs is not None:
+        tl.store(lr, tl.load(lrs + step))
+    tl.store(position, step + 1)

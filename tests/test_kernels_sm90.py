@@ -41,10 +41,10 @@ def test_kernels_access_no_memory_before_the_previous_kernel_is_done(tmp_path):
     program = r"""if True:
         import re, torch
         from kernels import cuda, sm90
-        def order(sass, trips, rounds):
+        def order(sass, *loops):
             code = re.findall(r"\*/\s+(?:@\S+ )?(ACQBULK|PREEXIT|LDG|STG|ATOM|RED|LDGSTS|UBLKCP)", sass)
             print(*dict.fromkeys(code))
-            return 0, 0
+            return 0
         sm90.executed = order
         passes, new = sm90.Forecast(sm90.CONFIGS[:1]), torch.empty
         sm90.resnet(passes, 2, 128)
@@ -57,7 +57,8 @@ def test_kernels_access_no_memory_before_the_previous_kernel_is_done(tmp_path):
         print(*sorted({launch.kernel for launch in passes.launches}))
     """
     *orders, kernels = run(program, tmp_path)
-    launched = "activate batch convolve convolve_backward gradient head mask_and_sum norm_of statistics"
+    launched = "activate batch convolve convolve_backward finish gradient head mask_and_sum norm_of record "
+    launched += "statistics"
     assert set(launched.split()) <= set(kernels.split()) and len(orders) > 9
     assert all(order.startswith("ACQBULK PREEXIT ") for order in orders), orders
 
@@ -65,17 +66,18 @@ def test_kernels_access_no_memory_before_the_previous_kernel_is_done(tmp_path):
 def test_a_step_and_an_evaluation_have_the_expected_launches(tmp_path):
     program = """if True:
         from kernels import sm90
-        sm90.compiled = lambda *_: sm90.Code(instructions=1000, at_last=500)
+        sm90.compiled = lambda *_: sm90.Code(instructions=1000)
         for train in (True, False):
             passes = sm90.Forecast()
             sm90.resnet(passes, 32, 128, train)
             print(len(passes.launches), min(launch.seconds for launch in passes.launches))
     """
     (step, least), (evaluation, _) = (row.split() for row in run(program, tmp_path))
-    # Forward, 33 convolutions and 18 ends of blocks; backward, 32 and 18; batch, head, torch.cat and SGD.
+    # Forward, 33 convolutions and 18 ends of blocks; backward, 32, 18, and the sums of the stem; batch, head,
+    # its record, torch.cat and SGD.
     # In evaluation, 33 convolutions, 33 norms, the batch, and 24 kernels of PyTorch.
-    assert int(step) == 33 + 32 + 18 + 18 + 4 and int(evaluation) == 33 + 33 + 1 + 24
-    assert float(least) == 2e-6, "no launch is free"
+    assert int(step) == 33 + 18 + 32 + 18 + 1 + 5 and int(evaluation) == 33 + 33 + 1 + 24
+    assert float(least) >= 2e-6, "no launch is free"
 
 
 def test_no_config_overwrites_what_a_running_product_still_reads(tmp_path):
@@ -99,7 +101,7 @@ def test_no_config_overwrites_what_a_running_product_still_reads(tmp_path):
     """
     rows = [row.split() for row in run(program, tmp_path)]
     products = [row for row in rows if row[:2] != ["0", "0"]]
-    assert len(products) >= 3 * 4 and any(row[0] != "0" for row in products)
+    assert len(products) >= 2 * 4 and any(row[0] != "0" for row in products)
     for asynchronous, _, *waits in products:
         assert bool(waits) == (asynchronous != "0") and set(waits) <= {"0x0"}
 
@@ -138,14 +140,17 @@ def test_instructions_count_once_per_iteration_of_their_loop(tmp_path):
             /*0000*/  MOV R1, R2 ;
             /*0010*/  FADD R1, R1, R2 ;
             /*0020*/  @P0 BRA 0x10 ;
-            /*0030*/  ATOMG.E.ADD R1, [R2] ;
-            /*0040*/  @P1 EXIT ;
-            /*0050*/  LDG R1, [R2] ;
+            /*0030*/  MOV R1, R2 ;
+            /*0040*/  LDG R1, [R2] ;
+            /*0050*/  FADD R1, R1, R2 ;
             /*0060*/  @P0 BRA 0x50 ;
-            /*0070*/  EXIT ;
+            /*0070*/  @P0 BRA 0x40 ;
+            /*0078*/  EXIT ;
             /*0080*/  BRA 0x80 ;
             /*0090*/  NOP ;
         """
-        print(*sm90.executed(sass, trips=9, rounds=2))
+        print(sm90.executed(sass, rounds=2, each=3, trips=9), sm90.executed(sass, rounds=2, each=9, trips=1))
     '''
-    assert run(program, tmp_path) == [f"{1 + 9 * 2} {2 + 2 * 2 + 1}"]
+    assert run(program, tmp_path) == [
+        f"{1 + 2 * 2 + 1 + 3 * (1 + 9 * 2 + 1) + 1} {1 + 2 * 2 + 1 + 9 * 4 + 1}"
+    ]
