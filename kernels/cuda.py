@@ -132,7 +132,8 @@ class CudaPasses(TorchPasses):
         Without `of`, it returns None.
         """
         count, channels, height, width = image.shape
-        positions, size, area, out = count * height * width, count * height * width, 1, None
+        positions = size = count * height * width
+        area, out = 1, None
         if config is ELEMENTWISE:  # in tiles of up to 64 channels
             block_c = min(64, channels & -channels)
             block, constants = TILE // block_c, constants | {"C": channels, "BLOCK_C": block_c}
@@ -140,9 +141,12 @@ class CudaPasses(TorchPasses):
             block, block_c, p = config.block, channels, constants["P"]
             size, area = count * -(-height // p) * -(-width // p), p * p
         blocks, tiles = -(-size // block), channels // block_c
-        reads = any(isinstance(argument, tuple) and len(argument) > 1 for argument in arguments)
-        most = max(1, (PARTS if of is not None else READERS) // tiles) if of is not None or reads else blocks
-        each = -(-blocks // most)
+        most = blocks
+        if of is not None:
+            most = PARTS // tiles
+        elif any(isinstance(argument, tuple) and len(argument) > 1 for argument in arguments):
+            most = READERS // tiles
+        each = -(-blocks // max(1, most))
         programs = -(-blocks // each)
         if "partial" in kernel.arg_names:
             partial = None
