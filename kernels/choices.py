@@ -19,11 +19,12 @@ from kernels.device import captured
 
 
 class Config(NamedTuple):
-    """How a kernel is launched: patches per block, warps per program, pipeline stages, patch side, and depth.
+    """How a kernel is launched: patches per block, warps per program, stages of its pipeline, and more.
 
     `patch` is the side, in pixels, of the patches of a convolution's output. A gradient's patches have this
     side or the convolution's stride, whichever is larger. `depth` is how many values of a window, its pixels
-    times channels, a program gathers at once for each patch.
+    times channels, a program gathers at once for each patch. `registers` is the most that a thread may use,
+    so that several programs fit on a multiprocessor; None leaves it to the compiler.
     """
 
     block: int
@@ -31,6 +32,12 @@ class Config(NamedTuple):
     stages: int
     patch: int = 1
     depth: int = 16
+    registers: int | None = None
+
+    def options(self) -> dict[str, int]:
+        """Return the options for Triton's compiler."""
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        return options if self.registers is None else options | {"maxnreg": self.registers}
 
 
 # Computes a convolution with a Config, or with cuDNN for None. It returns all results, without side effects.
@@ -39,9 +46,10 @@ Attempt = Callable[[Config | None], Sequence[Tensor | None]]
 # With 64 rows or more, a pipelined product (wgmma, with its left factor in registers) may overwrite a factor
 # that is still being read (triton issue 9433). So configurations of several stages have 32 rows.
 CONFIGS = (
-    Config(64, 4, 1), Config(64, 8, 1), Config(64, 8, 1, 1, 128), Config(64, 8, 1, 1, 256),
-    Config(64, 8, 1, 2), Config(32, 4, 3, 2), Config(64, 8, 1, 2, 64), Config(64, 8, 1, 2, 128),
-    Config(128, 4, 1, 2), Config(128, 8, 1, 2, 64),
+    Config(64, 4, 1), Config(64, 8, 1, 1, 128), Config(32, 8, 1, 1, 256), Config(64, 16, 1, 1, 256),
+    Config(32, 4, 3, 2), Config(64, 8, 1, 2, 128), Config(32, 8, 1, 2, 128), Config(64, 16, 1, 2, 256),
+    Config(128, 8, 1, 2, 64, 128), Config(128, 8, 1, 2, 128), Config(128, 8, 1, 2, 256),
+    Config(256, 16, 1, 2, 64),
 )  # fmt: skip
 CALLS = 10  # calls that are timed at once
 MEASURED_S = 0.3  # how long all are timed in turn; a GPU that was idle is slow at first

@@ -2,8 +2,8 @@
 
 When a convolution loads its input, it applies the BatchNorm and ReLU of the unit below (forward), or computes
 the gradient through the BatchNorm above (backward). When it stores its output, it also sums what the next
-BatchNorm needs: each program stores its part, and the kernel that needs the sums adds up the parts in a fixed
-order, so that a step gives the same bits every time. For each layer, choices.py measures whether this beats
+BatchNorm needs: each program adds its sums to those of all, in such a way that the order does not matter, so
+that a step gives the same bits every time. For each layer, choices.py measures whether this beats
 cuDNN with elementwise kernels around it, and which block size is fastest.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from kernels import choices, reference
+from kernels import choices, device, reference
 from kernels.choices import Attempt, Choices, Config, agrees
 from kernels.device import cache_folder, captured
 from kernels.reference import BatchNorm, Conv, TorchPasses
@@ -27,29 +27,27 @@ from kernels.reference import BatchNorm, Conv, TorchPasses
 try:
     import triton
 
-    from kernels import triton_kernels
+    from kernels import triton_kernels, triton_sums
 except ImportError:  # `passes` warns about it
-    triton = triton_kernels = None
+    triton = triton_kernels = triton_sums = None
 
 
 ELEMENTWISE = Config(0, 4, 1)
 TILE = 4096  # elements per program of an elementwise kernel
 LARGEST_TILE = 16384  # the most elements that a program of the head can hold at once
 WIDEST = 128  # the most columns of a convolution's matrix product
-PARTS, READERS = 256, 512  # the most programs of a kernel that stores parts of sums, or adds them up
+ADDERS = 512  # the most programs of a kernel that adds to sums over a batch
+ZEROS = 1 << 16  # numbers that are zeroed at once, for the sums of several kernels
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-class Parts(NamedTuple):
-    """What completes a norm or the sums of a gradient: parts of sums, `[2, C, programs]`.
+class Unfinished(NamedTuple):
+    """What completes a norm or the sums of a gradient: sums over positions; see triton_sums.py.
 
-    A program's part is the sum over `size` consecutive positions; the last one may have fewer. `of` is the
-    BatchNorm of a norm, or the norm that the sums of a gradient depend on.
+    `of` is the BatchNorm of a norm, or the norm that the sums of a gradient depend on.
     """
 
-    partial: Tensor
-    programs: int
-    size: int
+    totals: Tensor
     positions: int
     of: BatchNorm | Tensor
 
@@ -116,59 +114,65 @@ class CudaPasses(TorchPasses):
 
     def __init__(self, choose: Callable[[str, Attempt], Config | None], pdl: bool = False):
         self.choose, self.pdl = choose, pdl
-        self.expanded, self.parts = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
+        self.expanded, self.unfinished = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
+        self.zeros = {}  # by stream: zeros that are still unused, and the capture that they belong to
 
     def launch(self, kernel, grid: tuple[int, ...], *arguments, config: Config = ELEMENTWISE, **constants):
-        options = {"num_warps": config.warps, "num_stages": config.stages}
-        options |= {"launch_pdl": True} if self.pdl else {}
+        options = config.options() | ({"launch_pdl": True} if self.pdl else {})
         compile_only = getattr(self.choose, "compiling", False)
         kernel.run(*arguments, grid=grid, warmup=compile_only, **constants, PDL=self.pdl, **options)
 
     def over(self, kernel, image: Tensor, *arguments, of=None, config: Config = ELEMENTWISE, **constants):
         """Launch `kernel` over the positions of `image`, or over its patches of side P.
 
-        With `of`, the kernel also stores parts of sums, and this returns the norm of `image` if `of` is a
+        With `of`, the kernel also sums over positions, and this returns the norm of `image` if `of` is a
         BatchNorm, or the sums of a gradient if `of` is a norm. The next pass that needs them completes them.
         Without `of`, it returns None.
         """
         count, channels, height, width = image.shape
         positions = size = count * height * width
-        area, out = 1, None
         if config is ELEMENTWISE:  # in tiles of up to 64 channels
             block_c = min(64, channels & -channels)
             block, constants = TILE // block_c, constants | {"C": channels, "BLOCK_C": block_c}
         else:
             block, block_c, p = config.block, channels, constants["P"]
-            size, area = count * -(-height // p) * -(-width // p), p * p
-        blocks, tiles = -(-size // block), channels // block_c
-        most = blocks
-        if of is not None:
-            most = PARTS // tiles
-        elif any(isinstance(argument, tuple) and len(argument) > 1 for argument in arguments):
-            most = READERS // tiles
-        each = -(-blocks // max(1, most))
-        programs = -(-blocks // each)
-        if "partial" in kernel.arg_names:
-            partial = None
+            size = count * -(-height // p) * -(-width // p)
+        blocks, tiles, each, out = -(-size // block), channels // block_c, 1, None
+        if "totals" in kernel.arg_names:
+            totals = None
             if of is not None:
-                empty = functools.partial(image.new_empty, dtype=torch.float32)
-                partial, out = empty(2, channels, programs), empty(4, channels)
-                self.parts[out] = Parts(partial, programs, each * block * area, positions, of)
-            arguments = *arguments, partial
-        grid = programs, tiles
+                totals, out = self.totals(image), image.new_empty(4, channels, dtype=torch.float32)
+                self.unfinished[out] = Unfinished(totals, positions, of)
+                each = -(-blocks // max(1, ADDERS // tiles))
+            arguments = *arguments, totals
+        grid = -(-blocks // each), tiles
         self.launch(kernel, grid, *arguments, size, each, config=config, BLOCK=block, **constants)
         return out
 
+    def totals(self, image: Tensor) -> Tensor:
+        """Return zeros for the sums over an image's positions.
+
+        They are cut from many that are zeroed at once; for a captured graph, in that graph.
+        """
+        stream = torch.cuda.current_stream(image.device) if image.is_cuda else None
+        capture = stream and torch.cuda.is_current_stream_capturing() and device.captures
+        size = 4 * triton_sums.COPIES.value * image.shape[1]
+        unused, owner = self.zeros.get(stream, (None, None))
+        if unused is None or owner != capture or len(unused) < size:
+            unused = image.new_zeros(max(ZEROS, size), dtype=torch.float64)
+        self.zeros[stream] = unused[size:], capture
+        return unused[:size]
+
     def given(self, values: Tensor | None) -> tuple | None:
-        """Return a norm or sums as kernels receive them. If they are in parts, the kernel completes them."""
-        if values is None or values not in self.parts:
+        """Return a norm or sums as kernels receive them, with what completes them if they are unfinished."""
+        if values is None or values not in self.unfinished:
             return values if values is None else (values,)
-        *parts, of = self.parts.pop(values)
-        return (values, *parts, *of) if isinstance(of, BatchNorm) else (values, *parts, of)
+        *sums, of = self.unfinished.pop(values)
+        return (values, *sums, *of) if isinstance(of, BatchNorm) else (values, *sums, of)
 
     def finish(self, *values):
-        for out in (out for out in values if out in self.parts):
-            is_norm, (_, channels) = isinstance(self.parts[out].of, BatchNorm), out.shape
+        for out in (out for out in values if out in self.unfinished):
+            is_norm, (_, channels) = isinstance(self.unfinished[out].of, BatchNorm), out.shape
             block_c, given = min(64, channels & -channels), self.given(out)
             both = (given, None) if is_norm else (None, given)
             grid, constants = (1, channels // block_c), {"C": channels, "BLOCK_C": block_c}
@@ -176,23 +180,23 @@ class CudaPasses(TorchPasses):
 
     def chosen(self, key: str, attempt: Attempt, needed: Tensor | None) -> Config | None:
         """Return the Config for a convolution; attempts leave the `needed` norm or sums as they were."""
-        parts = None if needed is None else self.parts.get(needed)
+        rest = None if needed is None else self.unfinished.get(needed)
 
         @functools.cache
-        def spare() -> Parts:  # the running statistics must be updated only once
-            if not isinstance(parts.of, BatchNorm):
-                return parts
-            mean, var = parts.of.running_mean.clone(), parts.of.running_var.clone()
-            return parts._replace(of=parts.of._replace(running_mean=mean, running_var=var))
+        def spare() -> Unfinished:  # the running statistics must be updated only once
+            if not isinstance(rest.of, BatchNorm):
+                return rest
+            mean, var = rest.of.running_mean.clone(), rest.of.running_var.clone()
+            return rest._replace(of=rest.of._replace(running_mean=mean, running_var=var))
 
         def tried(config: Config | None) -> Sequence[Tensor | None]:
-            if parts is not None:
-                self.parts[needed] = spare()
+            if rest is not None:
+                self.unfinished[needed] = spare()
             return attempt(config)
 
         config = self.choose(key, tried)
-        if parts is not None:
-            self.parts[needed] = parts
+        if rest is not None:
+            self.unfinished[needed] = rest
         return config
 
     def taps(self, weight: Tensor, stride: int, patch: int, backward: bool) -> tuple[Tensor, dict[str, int]]:
@@ -462,8 +466,8 @@ def _key(name: str, x_shape: Sequence[int], weight: Tensor, conv: Conv, **option
 
 def _choices_file(device: str) -> Path:
     """Return the choices file's path in the cache folder; its name depends on all that affects the times."""
-    modules = (__file__, triton_kernels.__file__, choices.__file__, reference.__file__)
-    sources = [Path(path).read_text() for path in modules]
+    modules = triton_kernels, triton_sums, choices, reference
+    sources = [Path(path).read_text() for path in (__file__, *(module.__file__ for module in modules))]
     versions = [triton.__version__, torch.__version__, device]
     key = hashlib.sha256("\n".join([*sources, *versions]).encode()).hexdigest()[:16]
     return cache_folder() / f"kernels-{key}.json"

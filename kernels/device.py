@@ -19,6 +19,7 @@ from typing import BinaryIO
 import torch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+captures = 0  # how many CUDA graphs this process has begun to capture
 EAGER_CALLS = 3  # before a graph is captured, to initialise libraries and to compile and choose kernels
 
 torch.backends.cudnn.allow_tf32 = False  # float32 keeps its full precision; bf16 is there for speed
@@ -178,7 +179,8 @@ def captured(
 
     Garbage collection is off until the block ends, because no other graph may be freed before then.
     """
-    before = torch.cuda.current_stream()
+    global captures
+    before, captures = torch.cuda.current_stream(), captures + 1
     gc.disable()
     try:
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):

@@ -29,7 +29,6 @@ from triton.compiler import ASTSource
 from kernels import infer_block, train_block
 from kernels.choices import CONFIGS, Config
 from kernels.cuda import DTYPES, ELEMENTWISE, CudaPasses, empty_image
-from kernels.triton_kernels import PARTS_AT_ONCE
 
 HOPPER = GPUTarget("cuda", 90, 32)
 BYTES_PER_S, FLOP_PER_S = 4.3e12, 790e12  # of an H200, as others have measured
@@ -94,19 +93,17 @@ class Forecast(CudaPasses):
         back = k // 2 // stride + (p - 1 + k // 2) // stride + 1
         windows = {"convolve": stride * (p - 1) + k, "convolve_backward": back}
         taps = windows.get(kernel.__name__, 1) ** 2
-        parts = [value for value in arguments if isinstance(value, tuple) and len(value) > 1]
-        rounds = sum(-(-part[1].numel() // tiles(grid) // 2 // PARTS_AT_ONCE.value) for part in parts)
-        loops = rounds, given.get("each", 1), -(-taps // group)
+        loops = given.get("each", 1), taps // group
         fixed = (*constants.items(), ("PDL", self.pdl))
         code = compiled(kernel, typed(tuple(given.items())), config, fixed, loops)
         programs, warps, bytes_s = math.prod(grid), config.warps, sum(map(bytes_of, arguments)) / BYTES_PER_S
         fitting = min(REGISTERS // (32 * warps * max(code.registers, 32)), WARPS // warps)
         waves = -(-programs // SMS // min(fitting, SHARED_BYTES // (code.shared_bytes + 1024)))
         issue_s = code.instructions * -(-programs // SMS) * warps / PER_CLOCK / CLOCK_HZ
-        waits = PROGRAM_S + ROUND_S * (rounds + loops[1] * loops[2])
+        waits = PROGRAM_S + ROUND_S * loops[0] * -(-taps // group)
         alone_s = waves * (waits + CLOCKS * code.instructions / CLOCK_HZ)
         product = taps * p * p * constants.get("C_IN", 0) * constants.get("C_OUT", 0)
-        product_s = 2 * programs * loops[1] * config.block * product / FLOP_PER_S
+        product_s = 2 * programs * loops[0] * config.block * product / FLOP_PER_S
         seconds = START_S + max(bytes_s, product_s, issue_s, alone_s)
         form = "{C_IN}->{C_OUT} {H}x{W} k{K} s{STRIDE}" if "K" in constants else "{C}"
         having = [name for name in OPTIONAL if given.get(name) is not None]
@@ -116,14 +113,8 @@ class Forecast(CudaPasses):
         )
 
 
-def tiles(grid: tuple[int, ...]) -> int:
-    return grid[1] if len(grid) > 1 else 1
-
-
 def bytes_of(value: object) -> int:
-    """Return the bytes of a tensor, or of the parts of a norm or sums."""
-    value = value[1] if isinstance(value, tuple) and len(value) > 1 else value
-    return value.nbytes if isinstance(value, Tensor) else 0
+    return value.nbytes if isinstance(value, Tensor) else 0  # those of a norm and its sums are few
 
 
 def typed(value: object) -> object:
@@ -141,7 +132,7 @@ def typed(value: object) -> object:
 
 
 @functools.cache
-def compiled(kernel, given: tuple, config: Config, constants: tuple, loops: tuple[int, int, int]) -> Code:
+def compiled(kernel, given: tuple, config: Config, constants: tuple, loops: tuple[int, int]) -> Code:
     """Compile a kernel for Hopper; see `executed` for its `loops`."""
     signature, fixed, attributes = dict.fromkeys(kernel.arg_names, "constexpr"), dict(constants), {}
 
@@ -157,8 +148,8 @@ def compiled(kernel, given: tuple, config: Config, constants: tuple, loops: tupl
 
     for i, (name, value) in enumerate(given):
         signature[name] = kind_of(value, (i,))
-    options = {"num_warps": config.warps, "num_stages": config.stages}
-    made = triton.compile(ASTSource(kernel, signature, fixed, attributes), target=HOPPER, options=options)
+    source = ASTSource(kernel, signature, fixed, attributes)
+    made = triton.compile(source, target=HOPPER, options=config.options())
     usage, sass = (read(made.asm["cubin"], what) for what in ("--dump-resource-usage", "-sass"))
     registers, stack, local = (int(re.search(rf"{w}:(\d+)", usage)[1]) for w in ("REG", "STACK", "LOCAL"))
     matrix = next((name for name in ("wgmma", "mma.sync") if name in made.asm["ptx"]), "-")
@@ -174,11 +165,11 @@ def read(cubin: bytes, what: str) -> str:
         return subprocess.run([tool, what, file.name], check=True, capture_output=True, text=True).stdout
 
 
-def executed(sass: str, rounds: int, each: int, trips: int) -> int:
+def executed(sass: str, each: int, trips: int) -> int:
     """Return the instructions that a warp executes, if no code is skipped.
 
-    Loops are, in order, over the parts of sums if there are any (`rounds`), over blocks if there are several
-    (`each`), and over a window (`trips`), which the compiler may have unrolled.
+    Loops are, in order, over blocks if there are several (`each`), and over a window (`trips`), which the
+    compiler may have unrolled.
     """
     code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", sass)
     index = {int(address, 16): i for i, (address, _) in enumerate(code)}
@@ -186,7 +177,7 @@ def executed(sass: str, rounds: int, each: int, trips: int) -> int:
     jumps = [(index[int(target[1], 16)], i) for i, target in enumerate(targets) if target]
     end = next(i for to, i in jumps if to == i)  # the instruction after a program jumps to itself
     loops, times = sorted((to, i) for to, i in jumps if to < i < end), [1] * end
-    expected = [rounds] * (rounds > 0) + [each] * (each > 1) + [trips] * (trips > 1)
+    expected = [each] * (each > 1) + [trips] * (trips > 1)
     for (first, last), count in zip(loops, expected, strict=False):
         for i in range(first, last + 1):
             times[i] *= count
@@ -228,23 +219,21 @@ def resnet(passes: Forecast, depth: int, count: int, train: bool = True) -> None
     if train:
         metrics = new(1, dtype=torch.float64), position, position, position
         passes.head(x, nn.Linear(64, 10, device="meta"), labels, 0.0, metrics, rates, rates)
-    others = ("torch.cat", "torch.optim.SGD") if train else ["torch, head and scores"] * EVALUATION
+    others = ["torch.zeros", "torch.cat", "torch.optim.SGD"]
+    others = others if train else ["torch, head and scores"] * EVALUATION
     passes.launches += map(Launch, others)
 
 
 def show(title: str, launches: list[Launch], times: int = 1) -> None:
     """Print a row for each kernel, and the total of the launches repeated `times` times."""
-    print(
-        f"\n{'n':>3} {'kernel':24}{'channels, image, kernel, stride, with':39}block wa st p depth programs",
-        end="",
-    )
-    print("  reg spilt  shared matrix instr.  bytes us  issue us    us")
+    print(f"\n{'n':>3} {'kernel':24}{'channels, image, kernel, stride, with':39}block wa st p depth", end="")
+    print(" most programs  reg spilt  shared matrix instr.  bytes us  issue us    us")
     rows = Counter(launches)
     for launch in sorted(rows, key=lambda launch: -launch.seconds * rows[launch]):
-        (block, warps, stages, patch, depth), code = launch.config, launch.code
+        (block, warps, stages, patch, depth, most), code = launch.config, launch.code
         print(f"{rows[launch]:3} {launch.kernel:24}{launch.shape:39}{block:5}{warps:3}{stages:3}", end="")
-        print(f"{patch:2}{depth:6}{launch.programs:9}{code.registers:5}{code.spilt_bytes:6}", end="")
-        print(f"{code.shared_bytes:8} {code.matrix:9}{code.instructions:6}", end="")
+        print(f"{patch:2}{depth:6}{most or '-':>5}{launch.programs:9}{code.registers:5}", end="")
+        print(f"{code.spilt_bytes:6}{code.shared_bytes:8} {code.matrix:9}{code.instructions:6}", end="")
         print("{:10.2f}{:10.2f}{:6.2f}".format(*(s * 1e6 for s in launch[-3:])))
     seconds = times * sum(launch.seconds for launch in launches)
     print(f"{title}: {times * len(launches)} launches, {1e3 * seconds:.3f} ms")

@@ -9,11 +9,8 @@ size, so a convolution is a matrix product: `[BLOCK, window C_IN]` gathered inpu
 Toeplitz matrix). A program gathers and multiplies GROUP pixels of the window at once. With P above 1, each
 input is gathered and normalised less often, at the price of more multiply-adds.
 
-A norm and the sums of a gradient are sums over all positions, so a kernel cannot both compute and use them.
-Each program of one kernel stores its part in `partial`, `[2, C, programs]`, and each program of the next
-kernel adds up all parts, always in the same order. So these kernels receive a tuple: `(values,)` if the
-values are complete, else also what completes them; the first program then stores them for later kernels.
-A program computes `each` consecutive blocks, so that large batches have no more parts than small ones.
+A norm and the sums of a gradient may be incomplete; see triton_sums.py. A program computes `each` consecutive
+blocks, so that large batches need no more additions to sums than small ones.
 """
 
 import triton
@@ -21,16 +18,19 @@ import triton.language as tl
 from triton.language import constexpr
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.reference import NORM_ROWS, SUMS_ROWS
-
-_MEAN, _RSTD, _SCALE, _SHIFT = map(constexpr, NORM_ROWS)
-_D_GAMMA, _D_BETA, _D_B, _D_C = map(constexpr, SUMS_ROWS)
-PARTS_AT_ONCE = constexpr(2048)  # parts of sums that a program loads at once
-
-
-@triton.jit
-def _per_channel(values, row: constexpr, channels, C: constexpr):
-    return tl.load(values + row * C + channels, mask=channels < C, other=0.0)
+from kernels.triton_sums import (
+    MEAN,
+    add_pairs,
+    add_sums,
+    complete_norm,
+    complete_sums,
+    gradient_coefficients,
+    per_channel,
+    pixels_of,
+    scale_and_shift,
+    statistics_of,
+    store_norm,
+)
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def _relu(y):
 @triton.jit
 def _repeat(values, TIMES: constexpr):
     """Return `values`, `[C]`, TIMES times in a row."""
-    return tl.broadcast_to(values[None, :], [TIMES, values.shape[0]]).reshape(TIMES * values.shape[0])
+    return tl.gather(values, tl.arange(0, TIMES * values.shape[0]) % values.shape[0], 0)
 
 
 @triton.jit
@@ -53,154 +53,6 @@ def _wait(PDL: constexpr):
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-
-
-# ---- sums over positions ----
-
-
-@triton.jit
-def _store_parts(partial, first, second, channels, C: constexpr):
-    programs = tl.num_programs(0)
-    at = partial + channels * programs + tl.program_id(0)
-    tl.store(at, first)
-    tl.store(at + C * programs, second)
-
-
-@triton.jit
-def _load_parts(partial, programs, row: constexpr, channels, at, C: constexpr):
-    """Load the parts of programs `at`, `[channels, at]`; past the last, 0."""
-    here = (row * C + channels)[:, None] * programs + at
-    return tl.load(partial + here, mask=at < programs, other=0.0)
-
-
-@triton.jit
-def _add_statistics(count, mean, squares, z, live, rows):
-    """Add the first `rows` rows of z, which are `live`, to the statistics of `count` earlier rows.
-
-    Squares are summed about each block's own mean and then combined, so that no digits cancel (Chan et al.
-    1983).
-    """
-    here = tl.sum(z, 0) / tl.maximum(rows, 1)
-    centred = tl.where(live, z - here, 0.0)
-    off, total = here - mean, tl.maximum(count + rows, 1)
-    share = rows.to(tl.float32) / total
-    squares += tl.sum(centred * centred, 0) + off * off * share * count
-    return count + rows, mean + off * share, squares
-
-
-@triton.jit
-def _store_statistics(partial, count, mean, squares, channels, C: constexpr):
-    """Store the program's mean and its sum of squares about that, of `[PARTS C]` columns of `count` rows."""
-    PARTS: constexpr = mean.shape[0] // channels.shape[0]
-    if PARTS > 1:
-        mean, squares = mean.reshape(PARTS, C), squares.reshape(PARTS, C)
-        middle = tl.sum(mean, 0) / PARTS
-        squares = tl.sum(squares + (mean - middle) * (mean - middle) * count, 0)
-        mean = middle
-    _store_parts(partial, mean, squares, channels, C)
-
-
-@triton.jit
-def _scale_and_shift(norm, channels, C: constexpr):
-    """Return the scale and shift of a norm, complete or in parts."""
-    if len(norm) == 1:
-        scale, shift = _per_channel(norm[0], _SCALE, channels, C), _per_channel(norm[0], _SHIFT, channels, C)
-    else:
-        scale, shift = _complete_norm(norm, channels, C)
-    return scale, shift
-
-
-@triton.jit
-def _complete_norm(norm, channels, C: constexpr):
-    """Add up the parts of a norm, and return its scale and shift; also update the running statistics."""
-    out, partial, programs, size, positions, gamma, beta, running_mean, running_var, eps, momentum = norm
-    STEP: constexpr = PARTS_AT_ONCE // channels.shape[0]
-    gamma, beta = tl.load(gamma + channels), tl.load(beta + channels)
-    mean_before, var_before = tl.load(running_mean + channels), tl.load(running_var + channels)
-    pivot = tl.load(partial + channels * programs)  # near the mean, so that what is squared stays small
-    sums = tl.zeros([channels.shape[0], STEP], tl.float32)
-    squares = tl.zeros([channels.shape[0], STEP], tl.float32)
-    for start in range(0, programs, STEP):
-        at = start + tl.arange(0, STEP)
-        count = tl.maximum(tl.minimum(positions - at * size, size), 0).to(tl.float32)
-        off = _load_parts(partial, programs, 0, channels, at, C) - pivot[:, None]
-        sums += count * off
-        squares += _load_parts(partial, programs, 1, channels, at, C) + count * off * off
-    off = tl.sum(sums, 1) / positions
-    total = tl.sum(squares, 1) - positions * off * off
-    mean, total = pivot + off, tl.maximum(total, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    rstd = 1 / tl.sqrt(total / positions + eps)
-    scale = gamma * rstd
-    shift = beta - mean * scale
-    if tl.program_id(0) == 0:
-        _store_norm(out, mean, rstd, scale, shift, channels, C)
-        tl.store(running_mean + channels, mean_before + momentum * (mean - mean_before))
-        tl.store(running_var + channels, var_before + momentum * (total / (positions - 1) - var_before))
-    return scale, shift
-
-
-@triton.jit
-def _store_norm(norm, mean, rstd, scale, shift, channels, C: constexpr):
-    live = channels < C
-    tl.store(norm + _MEAN * C + channels, mean, mask=live)
-    tl.store(norm + _RSTD * C + channels, rstd, mask=live)
-    tl.store(norm + _SCALE * C + channels, scale, mask=live)
-    tl.store(norm + _SHIFT * C + channels, shift, mask=live)
-
-
-@triton.jit
-def _store_gradient(partial, d_beta, products, channels, C: constexpr):
-    """Store the program's sums of g and of g (z - mean), given those of `[PARTS C]` columns."""
-    PARTS: constexpr = d_beta.shape[0] // channels.shape[0]
-    if PARTS > 1:
-        d_beta, products = tl.sum(d_beta.reshape(PARTS, C), 0), tl.sum(products.reshape(PARTS, C), 0)
-    _store_parts(partial, d_beta, products, channels, C)
-
-
-@triton.jit
-def _gradient_coefficients(norm, sums, channels, C: constexpr):
-    """Return scale, b and c of dz = g scale + z b + c, given sums that are complete or in parts."""
-    if len(sums) == 1:
-        scale = _per_channel(norm, _SCALE, channels, C)
-        b, c = _per_channel(sums[0], _D_B, channels, C), _per_channel(sums[0], _D_C, channels, C)
-    else:
-        scale, b, c = _complete_sums(sums, channels, C)
-    return scale, b, c
-
-
-@triton.jit
-def _complete_sums(sums, channels, C: constexpr):
-    """Add up the parts of a gradient's sums, and return scale, b and c."""
-    out, partial, programs, _, positions, norm = sums
-    STEP: constexpr = PARTS_AT_ONCE // channels.shape[0]
-    mean, rstd = _per_channel(norm, _MEAN, channels, C), _per_channel(norm, _RSTD, channels, C)
-    scale = _per_channel(norm, _SCALE, channels, C)
-    totals = tl.zeros([channels.shape[0], STEP], tl.float32)
-    products = tl.zeros([channels.shape[0], STEP], tl.float32)
-    for start in range(0, programs, STEP):
-        at = start + tl.arange(0, STEP)
-        totals += _load_parts(partial, programs, 0, channels, at, C)
-        products += _load_parts(partial, programs, 1, channels, at, C)
-    d_beta, d_gamma = tl.sum(totals, 1), tl.sum(products, 1) * rstd
-    b = -scale * rstd * d_gamma / positions
-    c = -scale * d_beta / positions - b * mean
-    if tl.program_id(0) == 0:
-        tl.store(out + _D_GAMMA * C + channels, d_gamma)
-        tl.store(out + _D_BETA * C + channels, d_beta)
-        tl.store(out + _D_B * C + channels, b)
-        tl.store(out + _D_C * C + channels, c)
-    return scale, b, c
-
-
-@triton.jit
-def finish(norm, sums, C: constexpr, BLOCK_C: constexpr, PDL: constexpr):
-    """Store `norm`, or with `sums` these, when no other kernel does."""
-    _wait(PDL)
-    channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    if sums is None:
-        _complete_norm(norm, channels, C)
-    else:
-        _complete_sums(sums, channels, C)
 
 
 # ---- convolutions ----
@@ -226,61 +78,116 @@ def _pixels(image, down, across, live, H: constexpr, W: constexpr, C: constexpr,
 
 
 @triton.jit
-def _window(image, h, w, dh, dw, live, H: constexpr, W: constexpr, C: constexpr, c):
+def _window(where, dh, dw, H: constexpr, W: constexpr, C: constexpr, c):
     """Return the offsets `[BLOCK, k]` of channels c of pixels (h + dh, w + dw), and which of these exist."""
+    image, h, w, live, _ = where
     at = ((image * H + h) * W + w)[:, None] + (dh * W + dw)
     h, w = h[:, None] + dh, w[:, None] + dw
     return at * C + c, live & (h >= 0) & (h < H) & (w >= 0) & (w < W)
 
 
 @triton.jit
+def _zero(count):
+    """Return a zero that the compiler does not know; with a known one, it would mask more slowly."""
+    return tl.minimum(count, 0).to(tl.float32)
+
+
+@triton.constexpr_function
+def _rest(taps, group, wide):
+    """Return how many pixels of a window to multiply after all whole groups, a power of two; or 0."""
+    rest = taps % group
+    return max(triton.next_power_of_2(rest), 16 // wide) if rest else 0
+
+
+@triton.jit
+def _taps(weight, taps, exists, MASKED: constexpr):
+    """Load weights; if `MASKED`, 0 where none exist."""
+    return tl.load(weight + taps, mask=exists[:, None], other=0.0) if MASKED else tl.load(weight + taps)
+
+
+@triton.jit
+def _forward(
+    total, x, norm, weight, n, where, start, H: constexpr, W: constexpr, C: constexpr, WINDOW: constexpr,
+    PAD: constexpr, W_I: constexpr, W_TAP: constexpr, GROUP: constexpr, MASKED: constexpr,
+):  # fmt: skip
+    """Return `total` plus the products of GROUP pixels of a window, from `start`, and their weights."""
+    WIDE: constexpr = 4 if C < 4 else C  # a power of two
+    k = tl.arange(0, GROUP * WIDE)
+    c, tap = k % WIDE, start + k // WIDE
+    at, inside = _window(where, tap // WINDOW - PAD, tap % WINDOW - PAD, H, W, C, c)
+    exists, zero = (c < C) & (tap < WINDOW * WINDOW), where[4]
+    if MASKED:
+        inside = inside & exists
+    pixels = tl.load(x + at, mask=inside, other=0.0)
+    if norm is not None:
+        scale, shift = _repeat(norm[0], GROUP), _repeat(norm[1], GROUP)
+        pixels = pixels.to(tl.float32) * scale + shift
+        pixels = _relu(tl.where(inside, pixels, zero)).to(x.dtype.element_ty)  # padding, after BatchNorm
+    taps = _taps(weight, (tap * W_TAP + c * W_I)[:, None] + n, exists, MASKED)
+    return tl.dot(pixels, taps, total, input_precision="ieee")
+
+
+@triton.jit
+def _backward(
+    total, g, z, coefficients, weight, n, where, start, H: constexpr, W: constexpr, C: constexpr,
+    WINDOW: constexpr, LAST: constexpr, W_O: constexpr, W_TAP: constexpr, GROUP: constexpr,
+    MASKED: constexpr,
+):  # fmt: skip
+    """Return `total` plus the products of GROUP gradients of a window, from `start`, and their weights."""
+    k = tl.arange(0, GROUP * C)
+    c, tap = k % C, start + k // C
+    at, inside = _window(where, LAST - tap // WINDOW, LAST - tap % WINDOW, H, W, C, c)
+    exists, zero = tap < WINDOW * WINDOW, where[4]
+    if MASKED:
+        inside = inside & exists
+    scale_g, scale_z, shift = coefficients
+    scale_g, scale_z, shift = _repeat(scale_g, GROUP), _repeat(scale_z, GROUP), _repeat(shift, GROUP)
+    d_out = tl.load(g + at, mask=inside, other=0.0).to(tl.float32) * scale_g
+    d_out += tl.load(z + at, mask=inside, other=0.0).to(tl.float32) * scale_z + shift
+    d_out = tl.where(inside, d_out, zero)
+    taps = _taps(weight, (tap * W_TAP + c * W_O)[:, None] + n, exists, MASKED)
+    return tl.dot(d_out.to(g.dtype.element_ty), taps, total, input_precision="ieee")
+
+
+@triton.jit
 def convolve(
-    x, norm, weight, z, after, shortcut, partial, patches, each, H: constexpr, W: constexpr,
+    x, norm, weight, z, after, shortcut, totals, patches, each, H: constexpr, W: constexpr,
     H_OUT: constexpr, W_OUT: constexpr, C_IN: constexpr, C_OUT: constexpr, K: constexpr, STRIDE: constexpr,
     W_O: constexpr, W_I: constexpr, W_TAP: constexpr, P: constexpr, RELU: constexpr, BLOCK: constexpr,
     GROUP: constexpr, PDL: constexpr,
 ):  # fmt: skip
     """Store z = conv(x), `[positions, C_OUT]`, or with `norm` conv(relu(x scale + shift)).
 
-    With `after`, the norm of z, store relu(z scale + shift + shortcut) instead. With `partial`, also store
-    the parts of the statistics of z.
+    With `after`, the norm of z, store relu(z scale + shift + shortcut) instead. With `totals`, also add the
+    sums of z and its squares to these.
     """
     _wait(PDL)
-    WIDE_IN: constexpr = 4 if C_IN < 4 else C_IN  # a power of two
     WINDOW: constexpr = STRIDE * (P - 1) + K
     TAPS: constexpr = WINDOW * WINDOW
-    k, n = tl.arange(0, GROUP * WIDE_IN), tl.arange(0, P * P * C_OUT)
-    c_in = k % WIDE_IN
+    REST: constexpr = _rest(TAPS, GROUP, 4 if C_IN < 4 else C_IN)
+    n, affine = tl.arange(0, P * P * C_OUT), None
     if norm is not None:
-        scale, shift = _scale_and_shift(norm, tl.arange(0, C_IN), C_IN)
-        scale, shift = _repeat(scale, GROUP), _repeat(shift, GROUP)
-    if partial is not None:
-        count, mean, squares = 0, tl.zeros([P * P * C_OUT], tl.float32), tl.zeros([P * P * C_OUT], tl.float32)
+        affine = scale_and_shift(norm, tl.arange(0, C_IN), C_IN)
+    sums, squares = tl.zeros([C_OUT], tl.float64), tl.zeros([C_OUT], tl.float64)
     for i in range(each):
         block = tl.program_id(0) * each + i
         image, down, across, live = _patches(block, patches, H_OUT, W_OUT, P, BLOCK)
         total = tl.zeros([BLOCK, P * P * C_OUT], tl.float32)
-        for start in range(0, TAPS, GROUP):  # not unrolled, which at 64 channels takes every register
-            tap = start + k // WIDE_IN
-            dh, dw, exists = tap // WINDOW - K // 2, tap % WINDOW - K // 2, live
-            if C_IN < WIDE_IN or TAPS % GROUP > 0:
-                exists = live & (c_in < C_IN) & (tap < TAPS)
-            h, w = down * (P * STRIDE), across * (P * STRIDE)
-            at, inside = _window(image, h, w, dh, dw, exists, H, W, C_IN, c_in)
-            pixels = tl.load(x + at, mask=inside, other=0.0)
-            if norm is not None:  # padding is zero after BatchNorm, not before
-                pixels = _relu(pixels.to(tl.float32) * scale + shift)
-                pixels = tl.where(inside, pixels, 0.0).to(x.dtype.element_ty)
-            taps = weight + (tap * W_TAP + c_in * W_I)[:, None] + n * W_O
-            if C_IN < WIDE_IN or TAPS % GROUP > 0:
-                taps = tl.load(taps, mask=((c_in < C_IN) & (tap < TAPS))[:, None], other=0.0)
-            else:
-                taps = tl.load(taps)
-            total = tl.dot(pixels, taps, total, input_precision="ieee")
+        where = image, down * (P * STRIDE), across * (P * STRIDE), live, _zero(patches)
+        for start in range(0, TAPS // GROUP * GROUP, GROUP):  # not unrolled, which would take every register
+            total = _forward(
+                total, x, affine, weight, n * W_O, where, start, H, W, C_IN, WINDOW, K // 2, W_I,
+                W_TAP, GROUP, C_IN < 4,
+            )  # fmt: skip
+        if REST > 0:
+            total = _forward(
+                total, x, affine, weight, n * W_O, where, TAPS // GROUP * GROUP, H, W, C_IN, WINDOW,
+                K // 2, W_I, W_TAP, REST, C_IN < 4 or TAPS % GROUP < REST,
+            )  # fmt: skip
         here, there = _pixels(image, down, across, live, H_OUT, W_OUT, C_OUT, P)
         stored = total.to(z.dtype.element_ty)
         if after is not None:
-            scale_after, shift_after = _scale_and_shift(after, n % C_OUT, C_OUT)
+            scale_after, shift_after = scale_and_shift(after, n % C_OUT, C_OUT)
             values = stored.to(tl.float32) * scale_after + shift_after
             if shortcut is not None:
                 values += tl.load(shortcut + here, mask=there, other=0.0).to(tl.float32)
@@ -288,17 +195,16 @@ def convolve(
                 values = _relu(values)
             stored = values.to(z.dtype.element_ty)
         tl.store(z + here, stored, mask=there)
-        if partial is not None:
-            rows = tl.maximum(tl.minimum(patches - block * BLOCK, BLOCK), 0)
-            values = stored.to(tl.float32)
-            count, mean, squares = _add_statistics(count, mean, squares, values, live, rows)
-    if partial is not None:
-        _store_statistics(partial, count, mean, squares, tl.arange(0, C_OUT), C_OUT)
+        if totals is not None:
+            first, second = statistics_of(stored.to(tl.float32), patches - block * BLOCK, C_OUT)
+            sums, squares = sums + first, squares + second
+    if totals is not None:
+        add_sums(totals, sums, squares, tl.arange(0, C_OUT), C_OUT)
 
 
 @triton.jit
 def convolve_backward(
-    g, z, norm, sums, weight, add, z_below, norm_below, dx, partial, patches, each, H: constexpr,
+    g, z, norm, sums, weight, add, z_below, norm_below, dx, totals, patches, each, H: constexpr,
     W: constexpr, H_OUT: constexpr, W_OUT: constexpr, C_IN: constexpr, C_OUT: constexpr, K: constexpr,
     STRIDE: constexpr, W_O: constexpr, W_I: constexpr, W_TAP: constexpr, P: constexpr, BLOCK: constexpr,
     GROUP: constexpr, PDL: constexpr,
@@ -311,44 +217,44 @@ def convolve_backward(
     LAST: constexpr = (P - 1 + K // 2) // STRIDE
     WINDOW: constexpr = K // 2 // STRIDE + LAST + 1
     TAPS: constexpr = WINDOW * WINDOW
-    k, n = tl.arange(0, GROUP * C_OUT), tl.arange(0, P * P * C_IN)
-    c_out = k % C_OUT
-    a, b, c = _gradient_coefficients(norm, sums, tl.arange(0, C_OUT), C_OUT)
-    a, b, c = _repeat(a, GROUP), _repeat(b, GROUP), _repeat(c, GROUP)
-    if partial is not None:
-        d_beta, products = tl.zeros([P * P * C_IN], tl.float32), tl.zeros([P * P * C_IN], tl.float32)
+    REST: constexpr = _rest(TAPS, GROUP, C_OUT)
+    n = tl.arange(0, P * P * C_IN)
+    coefficients = gradient_coefficients(norm, sums, tl.arange(0, C_OUT), C_OUT)
+    d_beta, products = tl.zeros([C_IN], tl.float32), tl.zeros([C_IN], tl.float32)
     for i in range(each):
         block = tl.program_id(0) * each + i
         image, down, across, live = _patches(block, patches, H, W, P, BLOCK)
         total = tl.zeros([BLOCK, P * P * C_IN], tl.float32)
-        for start in range(0, TAPS, GROUP):
-            tap, exists = start + k // C_OUT, live
-            if TAPS % GROUP > 0:
-                exists = live & (tap < TAPS)
-            dh, dw = LAST - tap // WINDOW, LAST - tap % WINDOW
-            h, w = down * (P // STRIDE), across * (P // STRIDE)
-            above, inside = _window(image, h, w, dh, dw, exists, H_OUT, W_OUT, C_OUT, c_out)
-            d_out = tl.load(g + above, mask=inside, other=0.0).to(tl.float32) * a
-            d_out += tl.load(z + above, mask=inside, other=0.0).to(tl.float32) * b + c
-            d_out = tl.where(inside, d_out, 0.0).to(g.dtype.element_ty)
-            taps = weight + (tap * W_TAP + c_out * W_O)[:, None] + n * W_I
-            exists = None if TAPS % GROUP == 0 else (tap < TAPS)[:, None]
-            taps = tl.load(taps, mask=exists, other=None if TAPS % GROUP == 0 else 0.0)
-            total = tl.dot(d_out, taps, total, input_precision="ieee")
+        where = image, down * (P // STRIDE), across * (P // STRIDE), live, _zero(patches)
+        for start in range(0, TAPS // GROUP * GROUP, GROUP):
+            total = _backward(
+                total, g, z, coefficients, weight, n * W_I, where, start, H_OUT, W_OUT, C_OUT, WINDOW, LAST,
+                W_O, W_TAP, GROUP, False,
+            )  # fmt: skip
+        if REST > 0:
+            total = _backward(
+                total, g, z, coefficients, weight, n * W_I, where, TAPS // GROUP * GROUP, H_OUT, W_OUT, C_OUT,
+                WINDOW, LAST, W_O, W_TAP, REST, TAPS % GROUP < REST,
+            )  # fmt: skip
         here, there = _pixels(image, down, across, live, H, W, C_IN, P)
         if add is not None:
             total += tl.load(add + here, mask=there, other=0.0).to(tl.float32)
         if z_below is None:
             tl.store(dx + here, total.to(dx.dtype.element_ty), mask=there)
         else:
-            below = tl.load(z_below + here, mask=there, other=0.0).to(tl.float32)
-            scale, shift = _scale_and_shift((norm_below,), n % C_IN, C_IN)
-            stored = tl.where(there & (below * scale + shift > 0), total, 0.0).to(dx.dtype.element_ty)
+            # Joined, both have one layout; otherwise Triton moves the mask between layouts, bit by bit.
+            below = tl.load(z_below + here, mask=there, other=0.0)
+            stored, below = tl.split(tl.join(total.to(dx.dtype.element_ty), below))
+            below = below.to(tl.float32)
+            scale, shift = scale_and_shift((norm_below,), n % C_IN, C_IN)
+            stored = tl.where(there & (below * scale + shift > 0), stored, 0.0)
             tl.store(dx + here, stored, mask=there)
-            values, centred = stored.to(tl.float32), below - _per_channel(norm_below, _MEAN, n % C_IN, C_IN)
-            d_beta, products = d_beta + tl.sum(values, 0), products + tl.sum(values * centred, 0)
-    if partial is not None:
-        _store_gradient(partial, d_beta, products, tl.arange(0, C_IN), C_IN)
+            values, centred = stored.to(tl.float32), below - per_channel(norm_below, MEAN, n % C_IN, C_IN)
+            both = pixels_of(values, C_IN), pixels_of(values * centred, C_IN)
+            first, second = tl.reduce(both, 0, add_pairs)
+            d_beta, products = d_beta + first, products + second
+    if totals is not None:
+        add_sums(totals, d_beta, products, tl.arange(0, C_IN), C_IN)
 
 
 # ---- elementwise ----
@@ -364,19 +270,19 @@ def _tile(block, positions, C: constexpr, BLOCK: constexpr, BLOCK_C: constexpr):
 
 @triton.jit
 def statistics(
-    z, partial, positions, each, C: constexpr, BLOCK: constexpr, BLOCK_C: constexpr, PDL: constexpr
+    z, totals, positions, each, C: constexpr, BLOCK: constexpr, BLOCK_C: constexpr, PDL: constexpr
 ):
-    """Store the parts of the statistics of z, when cuDNN computed the convolution."""
+    """Add the sums of z and its squares to `totals`, when cuDNN computed the convolution."""
     _wait(PDL)
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    count, mean, squares = 0, tl.zeros([BLOCK_C], tl.float32), tl.zeros([BLOCK_C], tl.float32)
+    sums, squares = tl.zeros([BLOCK_C], tl.float64), tl.zeros([BLOCK_C], tl.float64)
     for i in range(each):
         block = tl.program_id(0) * each + i
         here, live = _tile(block, positions, C, BLOCK, BLOCK_C)
         values = tl.load(z + here, mask=live, other=0.0).to(tl.float32)
-        rows = tl.maximum(tl.minimum(positions - block * BLOCK, BLOCK), 0)
-        count, mean, squares = _add_statistics(count, mean, squares, values, live, rows)
-    _store_statistics(partial, count, mean, squares, channels, C)
+        first, second = statistics_of(values, positions - block * BLOCK, BLOCK_C)
+        sums, squares = sums + first, squares + second
+    add_sums(totals, sums, squares, channels, C)
 
 
 @triton.jit
@@ -386,7 +292,7 @@ def activate(
 ):  # fmt: skip
     """Store y = relu(z scale + shift + shortcut) and, if `signs` is given, the signs of y."""
     _wait(PDL)
-    scale, shift = _scale_and_shift(norm, tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C), C)
+    scale, shift = scale_and_shift(norm, tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C), C)
     for i in range(each):
         block = tl.program_id(0) * each + i
         here, live = _tile(block, positions, C, BLOCK, BLOCK_C)
@@ -404,14 +310,14 @@ def activate(
 
 @triton.jit
 def mask_and_sum(
-    dy, z, norm, signs, g, partial, positions, each, C: constexpr, BLOCK: constexpr, BLOCK_C: constexpr,
+    dy, z, norm, signs, g, totals, positions, each, C: constexpr, BLOCK: constexpr, BLOCK_C: constexpr,
     PDL: constexpr,
 ):  # fmt: skip
     """Store g, dy masked by signs or else by z scale + shift, and its sums; without g, do not mask."""
     _wait(PDL)
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mean = _per_channel(norm, _MEAN, channels, C)
-    scale, shift = _scale_and_shift((norm,), channels, C)
+    mean = per_channel(norm, MEAN, channels, C)
+    scale, shift = scale_and_shift((norm,), channels, C)
     d_beta, products = tl.zeros([BLOCK_C], tl.float32), tl.zeros([BLOCK_C], tl.float32)
     for i in range(each):
         here, live = _tile(tl.program_id(0) * each + i, positions, C, BLOCK, BLOCK_C)
@@ -426,8 +332,9 @@ def mask_and_sum(
             gradient = tl.where(positive, gradient, 0.0)
             tl.store(g + here, gradient, mask=live)
         gradient = gradient.to(tl.float32)
-        d_beta, products = d_beta + tl.sum(gradient, 0), products + tl.sum(gradient * (values - mean), 0)
-    _store_gradient(partial, d_beta, products, channels, C)
+        first, second = tl.reduce((gradient, gradient * (values - mean)), 0, add_pairs)
+        d_beta, products = d_beta + first, products + second
+    add_sums(totals, d_beta, products, channels, C)
 
 
 @triton.jit
@@ -437,7 +344,7 @@ def gradient(
     """Store dz, the gradient of a convolution's output, for weights that train or for cuDNN's backward."""
     _wait(PDL)
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    a, b, c = _gradient_coefficients(norm, sums, channels, C)
+    a, b, c = gradient_coefficients(norm, sums, channels, C)
     for i in range(each):
         here, live = _tile(tl.program_id(0) * each + i, positions, C, BLOCK, BLOCK_C)
         d_out = tl.load(g + here, mask=live, other=0.0).to(tl.float32) * a
@@ -454,7 +361,18 @@ def norm_of(mean, var, gamma, beta, norm, eps, C: constexpr, BLOCK: constexpr, P
     rstd = 1 / tl.sqrt(tl.load(var + channels, mask=live, other=1.0) + eps)
     scale, mean = tl.load(gamma + channels, mask=live) * rstd, tl.load(mean + channels, mask=live)
     shift = tl.load(beta + channels, mask=live) - mean * scale
-    _store_norm(norm, mean, rstd, scale, shift, channels, C)
+    store_norm(norm, mean, rstd, scale, shift, channels, C)
+
+
+@triton.jit
+def finish(norm, sums, C: constexpr, BLOCK_C: constexpr, PDL: constexpr):
+    """Store `norm`, or with `sums` these, when no other kernel does."""
+    _wait(PDL)
+    channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    if sums is None:
+        complete_norm(norm, channels, C)
+    else:
+        complete_sums(sums, channels, C)
 
 
 # ---- the start and the end of a step ----

@@ -10,7 +10,7 @@ from torch import nn
 import data
 import kernels
 import models
-from kernels import cuda
+from kernels import cuda, device
 from kernels.choices import CONFIGS, Choices, Config
 from kernels.cuda import WIDEST, CudaPasses
 from kernels.reference import BatchNorm, Conv, TorchPasses, pack
@@ -62,7 +62,7 @@ def fused(config: Config = CONFIGS[0]) -> CudaPasses:
 
 def configs(channels: int, *sides: int) -> list[Config]:
     """Return the configs by which a convolution can compute images of so many channels and these sides."""
-    some = CONFIGS if GPU else (CONFIGS[0], CONFIGS[4])
+    some = CONFIGS if GPU else (CONFIGS[3], CONFIGS[4])  # many pixels of a window at once, and single ones
     return [
         c
         for c in some
@@ -184,7 +184,7 @@ def test_sums_of_many_programs_are_added_up_in_the_same_order_each_time(most):
     torch.manual_seed(0)
     passes, z, bn = fused(), image(5, 64, 32, 40), bn_of(64)  # 100 blocks
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(cuda, "PARTS", most)
+        patched.setattr(cuda, "ADDERS", most)
         norms = [passes.statistics(z, copied(bn, torch.float32, DEVICE)) for _ in range(2)]
         sums = [passes.mask_and_sum(z, z, norms[0])[1] for _ in range(2)]
     assert torch.equal(*norms) and torch.equal(*sums)
@@ -257,8 +257,7 @@ def test_nan_passes_through_activate_and_convolve():
 def test_a_block_and_all_its_gradients_equal_pytorchs(
     memory, c_out, stride, train_weights, most, monkeypatch
 ):
-    monkeypatch.setattr(cuda, "PARTS", most)
-    monkeypatch.setattr(cuda, "READERS", most)
+    monkeypatch.setattr(cuda, "ADDERS", most)
     c_in = 16
 
     def results_of(passes: TorchPasses, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
@@ -282,7 +281,7 @@ def test_a_block_and_all_its_gradients_equal_pytorchs(
         results_of(TorchPasses(), torch.float64, "cpu"),
     )
     assert_close(results_of(unfinished, torch.float32, DEVICE), expected, 2e-5)
-    assert not unfinished.parts
+    assert not unfinished.unfinished
 
 
 @pytest.mark.parametrize(
@@ -328,7 +327,7 @@ def test_a_captured_block_replays_to_the_same_bits(dtype, tmp_path):
     assert len(passes.choose.made) == 2
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with device.captured(graph):
         captured = step()
     for _ in range(3):
         graph.replay()
