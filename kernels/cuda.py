@@ -41,15 +41,35 @@ ZEROS = 1 << 16  # numbers that are zeroed at once, for the sums of several kern
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-class Unfinished(NamedTuple):
-    """What completes a norm or the sums of a gradient: sums over positions; see triton_sums.py.
-
-    `of` is the BatchNorm of a norm, or the norm that the sums of a gradient depend on.
-    """
+class NormSums(NamedTuple):
+    """What completes a norm in training: sums over positions, see triton_sums.py, and the BatchNorm."""
 
     totals: Tensor
     positions: int
-    of: BatchNorm | Tensor
+    gamma: Tensor
+    beta: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    eps: float
+    momentum: float
+
+
+class GradientSums(NamedTuple):
+    """What completes the sums of a gradient: sums over positions, and the norm."""
+
+    totals: Tensor
+    positions: int
+    norm: Tensor
+
+
+class Running(NamedTuple):
+    """What completes a norm in evaluation."""
+
+    mean: Tensor
+    var: Tensor
+    gamma: Tensor
+    beta: Tensor
+    eps: float
 
 
 @functools.cache
@@ -142,7 +162,8 @@ class CudaPasses(TorchPasses):
             totals = None
             if of is not None:
                 totals, out = self.totals(image), image.new_empty(4, channels, dtype=torch.float32)
-                self.unfinished[out] = Unfinished(totals, positions, of)
+                rest = NormSums(totals, positions, *of) if isinstance(of, BatchNorm) else None
+                self.unfinished[out] = rest or GradientSums(totals, positions, of)
                 each = -(-blocks // max(1, ADDERS // tiles))
             arguments = *arguments, totals
         grid = -(-blocks // each), tiles
@@ -165,16 +186,13 @@ class CudaPasses(TorchPasses):
 
     def given(self, values: Tensor | None) -> tuple | None:
         """Return a norm or sums as kernels receive them, with what completes them if they are unfinished."""
-        if values is None or values not in self.unfinished:
-            return values if values is None else (values,)
-        *sums, of = self.unfinished.pop(values)
-        return (values, *sums, *of) if isinstance(of, BatchNorm) else (values, *sums, of)
+        return None if values is None else (values, *self.unfinished.pop(values, ()))
 
     def finish(self, *values):
         for out in (out for out in values if out in self.unfinished):
-            is_norm, (_, channels) = isinstance(self.unfinished[out].of, BatchNorm), out.shape
-            block_c, given = min(64, channels & -channels), self.given(out)
-            both = (given, None) if is_norm else (None, given)
+            is_norm, channels = not isinstance(self.unfinished[out], GradientSums), out.shape[1]
+            both = (self.given(out), None) if is_norm else (None, self.given(out))
+            block_c = min(64, channels & -channels)
             grid, constants = (1, channels // block_c), {"C": channels, "BLOCK_C": block_c}
             self.launch(triton_kernels.finish, grid, *both, **constants)
 
@@ -183,11 +201,11 @@ class CudaPasses(TorchPasses):
         rest = None if needed is None else self.unfinished.get(needed)
 
         @functools.cache
-        def spare() -> Unfinished:  # the running statistics must be updated only once
-            if not isinstance(rest.of, BatchNorm):
+        def spare() -> NormSums | GradientSums | Running:  # running statistics must be updated only once
+            if not isinstance(rest, NormSums):
                 return rest
-            mean, var = rest.of.running_mean.clone(), rest.of.running_var.clone()
-            return rest._replace(of=rest.of._replace(running_mean=mean, running_var=var))
+            mean, var = rest.running_mean.clone(), rest.running_var.clone()
+            return rest._replace(running_mean=mean, running_var=var)
 
         def tried(config: Config | None) -> Sequence[Tensor | None]:
             if rest is not None:
@@ -263,7 +281,7 @@ class CudaPasses(TorchPasses):
 
         # The key omits whether statistics are wanted: what is faster with them is also faster without.
         key = _key("convolve", x.shape, weight, conv, norm=norm, after=after, shortcut=shortcut)
-        return compute(self.chosen(key, attempt, norm))
+        return compute(self.chosen(key, attempt, norm if after is None else norm_after))
 
     def convolve_backward(self, g, z, norm, sums, weight, conv, x_shape, below=None, add=None, dz=None):
         z_below, norm_below = below or (None, None)
@@ -298,9 +316,8 @@ class CudaPasses(TorchPasses):
     def norm(self, mean, var, bn):
         if mean.dtype != torch.float32:
             return super().norm(mean, var, bn)
-        out, block = mean.new_empty(4, len(mean)), 128
-        tensors = mean, var, bn.gamma, bn.beta, out, bn.eps
-        self.launch(triton_kernels.norm_of, (-(-len(mean) // block),), *tensors, C=len(mean), BLOCK=block)
+        out = mean.new_empty(4, len(mean))
+        self.unfinished[out] = Running(mean, var, bn.gamma, bn.beta, bn.eps)
         return out
 
     def statistics(self, z, bn):

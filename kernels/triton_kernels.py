@@ -22,14 +22,12 @@ from kernels.triton_sums import (
     MEAN,
     add_pairs,
     add_sums,
-    complete_norm,
     complete_sums,
     gradient_coefficients,
     per_channel,
     pixels_of,
     scale_and_shift,
     statistics_of,
-    store_norm,
 )
 
 
@@ -353,24 +351,12 @@ def gradient(
 
 
 @triton.jit
-def norm_of(mean, var, gamma, beta, norm, eps, C: constexpr, BLOCK: constexpr, PDL: constexpr):
-    """Store the norm for given statistics, for evaluation."""
-    _wait(PDL)
-    channels = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    live = channels < C
-    rstd = 1 / tl.sqrt(tl.load(var + channels, mask=live, other=1.0) + eps)
-    scale, mean = tl.load(gamma + channels, mask=live) * rstd, tl.load(mean + channels, mask=live)
-    shift = tl.load(beta + channels, mask=live) - mean * scale
-    store_norm(norm, mean, rstd, scale, shift, channels, C)
-
-
-@triton.jit
 def finish(norm, sums, C: constexpr, BLOCK_C: constexpr, PDL: constexpr):
     """Store `norm`, or with `sums` these, when no other kernel does."""
     _wait(PDL)
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     if sums is None:
-        complete_norm(norm, channels, C)
+        scale_and_shift(norm, channels, C)
     else:
         complete_sums(sums, channels, C)
 

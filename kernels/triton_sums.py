@@ -3,7 +3,8 @@
 They are sums over all positions, so a kernel cannot both compute and use them. Each program of one kernel
 adds its sums to `totals`, float64 `[2, COPIES, 2, C]`, and each program of the next kernel computes what it
 needs from these. So a kernel receives a norm or sums as a tuple: `(values,)` if the values are complete, else
-also what completes them; then its first program stores them for later kernels.
+also what completes them; then its first program stores them for later kernels. In evaluation, the running
+statistics complete a norm.
 
 A sum is kept in COPIES copies, so that fewer programs add to the same address, and each copy in two numbers,
 multiples of COARSE and of FINE. Additions are exact, so the sums do not depend on their order (Demmel and
@@ -80,6 +81,8 @@ def scale_and_shift(norm, channels, C: constexpr):
     """Return the scale and shift of a norm, complete or not."""
     if len(norm) == 1:
         scale, shift = per_channel(norm[0], SCALE, channels, C), per_channel(norm[0], SHIFT, channels, C)
+    elif len(norm) == 6:
+        scale, shift = running_norm(norm, channels, C)
     else:
         scale, shift = complete_norm(norm, channels, C)
     return scale, shift
@@ -100,7 +103,7 @@ def complete_norm(norm, channels, C: constexpr):
     scale = gamma * rstd
     shift = beta - mean * scale
     if tl.program_id(0) == 0:
-        store_norm(out, mean, rstd, scale, shift, channels, C)
+        _store_norm(out, mean, rstd, scale, shift, channels, C)
         unbiased = var * (positions / (positions - 1))
         tl.store(running_mean + channels, mean_before + momentum * (mean - mean_before))
         tl.store(running_var + channels, var_before + momentum * (unbiased - var_before))
@@ -108,12 +111,23 @@ def complete_norm(norm, channels, C: constexpr):
 
 
 @triton.jit
-def store_norm(norm, mean, rstd, scale, shift, channels, C: constexpr):
-    live = channels < C
-    tl.store(norm + MEAN * C + channels, mean, mask=live)
-    tl.store(norm + RSTD * C + channels, rstd, mask=live)
-    tl.store(norm + SCALE * C + channels, scale, mask=live)
-    tl.store(norm + SHIFT * C + channels, shift, mask=live)
+def running_norm(norm, channels, C: constexpr):
+    """Return scale and shift of a norm, given running statistics; also store it."""
+    out, mean, var, gamma, beta, eps = norm
+    mean, rstd = tl.load(mean + channels), tl.rsqrt(tl.load(var + channels) + eps)
+    scale = tl.load(gamma + channels) * rstd
+    shift = tl.load(beta + channels) - mean * scale
+    if tl.program_id(0) == 0:
+        _store_norm(out, mean, rstd, scale, shift, channels, C)
+    return scale, shift
+
+
+@triton.jit
+def _store_norm(norm, mean, rstd, scale, shift, channels, C: constexpr):
+    tl.store(norm + MEAN * C + channels, mean)
+    tl.store(norm + RSTD * C + channels, rstd)
+    tl.store(norm + SCALE * C + channels, scale)
+    tl.store(norm + SHIFT * C + channels, shift)
 
 
 @triton.jit

@@ -55,6 +55,10 @@ class Finished(CudaPasses):
             self.finish(out)
         return out
 
+    def norm(self, *arguments):
+        self.finish(out := super().norm(*arguments))
+        return out
+
 
 def fused(config: Config = CONFIGS[0]) -> CudaPasses:
     return Finished(lambda key, attempt: config)
