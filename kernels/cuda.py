@@ -118,7 +118,8 @@ def check_sums(passes: TorchPasses, device: torch.device) -> None:
         graph = torch.cuda.CUDAGraph()
         with captured(graph):
             found.append(sums_by(passes))
-        graph.replay()
+        for _ in range(2):
+            graph.replay()
     if not all(agrees(sums, sums_by(TorchPasses())) for sums in found):
         raise RuntimeError("sums over a batch are wrong")
 

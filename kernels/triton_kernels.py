@@ -20,7 +20,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.triton_sums import (
     MEAN,
-    add_pairs,
     add_sums,
     complete_sums,
     gradient_coefficients,
@@ -248,9 +247,8 @@ def convolve_backward(
             stored = tl.where(there & (below * scale + shift > 0), stored, 0.0)
             tl.store(dx + here, stored, mask=there)
             values, centred = stored.to(tl.float32), below - per_channel(norm_below, MEAN, n % C_IN, C_IN)
-            both = pixels_of(values, C_IN), pixels_of(values * centred, C_IN)
-            first, second = tl.reduce(both, 0, add_pairs)
-            d_beta, products = d_beta + first, products + second
+            d_beta += tl.sum(pixels_of(values, C_IN), 0)
+            products += tl.sum(pixels_of(values * centred, C_IN), 0)
     if totals is not None:
         add_sums(totals, d_beta, products, tl.arange(0, C_IN), C_IN)
 
@@ -330,8 +328,7 @@ def mask_and_sum(
             gradient = tl.where(positive, gradient, 0.0)
             tl.store(g + here, gradient, mask=live)
         gradient = gradient.to(tl.float32)
-        first, second = tl.reduce((gradient, gradient * (values - mean)), 0, add_pairs)
-        d_beta, products = d_beta + first, products + second
+        d_beta, products = d_beta + tl.sum(gradient, 0), products + tl.sum(gradient * (values - mean), 0)
     add_sums(totals, d_beta, products, channels, C)
 
 

@@ -45,15 +45,10 @@ def _add(at, values, C: constexpr):
 
 
 @triton.jit
-def add_pairs(a, b, c, d):
-    return a + c, b + d
-
-
-@triton.jit
 def load_totals(totals, channels, C: constexpr):
     """Return both sums of `totals`, float64 `[C]`."""
     at = totals + tl.arange(0, 2 * COPIES)[:, None] * C + channels
-    return tl.reduce((tl.load(at), tl.load(at + 2 * COPIES * C)), 0, add_pairs)
+    return tl.sum(tl.load(at), 0), tl.sum(tl.load(at + 2 * COPIES * C), 0)
 
 
 @triton.jit
