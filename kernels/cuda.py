@@ -219,11 +219,12 @@ class CudaPasses(TorchPasses):
         return config
 
     def taps(self, weight: Tensor, stride: int, patch: int, backward: bool) -> tuple[Tensor, dict[str, int]]:
-        """Return the weight `[C_out, C_in, k, k]` for patches of this side, and its strides; see `expand`.
+        """Return a weight for patches of this side, see `expand`, its strides, and the side of their windows.
 
         The expansion of a frozen weight is kept for as long as the weight exists; one that trains is expanded
         in every step.
         """
+        window = len(_taps(weight.shape[2], stride, patch, backward, weight.device))
         if patch == 1:
             w_o, w_i, _, w_tap = weight.stride()
         else:
@@ -235,7 +236,7 @@ class CudaPasses(TorchPasses):
             weight = kept[key]
             w_tap, inner, _, outer = weight.stride()
             w_o, w_i = (inner, outer) if backward else (outer, inner)
-        return weight, {"W_O": w_o, "W_I": w_i, "W_TAP": w_tap, "P": patch}
+        return weight, {"W_O": w_o, "W_I": w_i, "W_TAP": w_tap, "P": patch, "WINDOW": window}
 
     def convolve(self, x, norm, weight, conv, bn=None):
         return self._convolve(x, norm, weight, conv, bn)
@@ -267,10 +268,10 @@ class CudaPasses(TorchPasses):
                 raise NotImplementedError("the image is not a whole number of patches")
             taps, strides = self.taps(weight, shape["STRIDE"], config.patch, backward=False)
             check_width(config.patch**2 * shape["C_OUT"])
-            window = shape["STRIDE"] * (config.patch - 1) + shape["K"]
-            constants = shape | strides | {"RELU": relu, "GROUP": group(config, shape["C_IN"], window)}
+            constants = shape | strides | {"GROUP": group(config, shape["C_IN"], strides["WINDOW"])}
             given = x, self.given(norm), taps, z, self.given(norm_after), shortcut
-            return z, self.over(triton_kernels.convolve, z, *given, of=bn, config=config, **constants)
+            kernel = triton_kernels.convolve
+            return z, self.over(kernel, z, *given, of=bn, config=config, RELU=relu, **constants)
 
         def attempt(config: Config | None) -> tuple[Tensor | None, ...]:
             if bn is None:
@@ -297,8 +298,7 @@ class CudaPasses(TorchPasses):
             patch = max(config.patch, shape["STRIDE"])
             check_width(patch**2 * shape["C_IN"])
             taps, strides = self.taps(weight, shape["STRIDE"], patch, backward=True)
-            window = shape["K"] // 2 // shape["STRIDE"] + (patch - 1 + shape["K"] // 2) // shape["STRIDE"] + 1
-            constants = shape | strides | {"GROUP": group(config, shape["C_OUT"], window)}
+            constants = shape | strides | {"GROUP": group(config, shape["C_OUT"], strides["WINDOW"])}
             self.finish(norm, norm_below)
             given = g, z, norm, self.given(sums), taps, add, z_below, norm_below, dx
             kernel = triton_kernels.convolve_backward

@@ -89,11 +89,8 @@ class Forecast(CudaPasses):
 
     def launch(self, kernel, grid, *arguments, config=ELEMENTWISE, **constants):
         given = dict(zip(kernel.arg_names, arguments, strict=False))
-        k, p, stride, group = (constants.get(name, 1) for name in ("K", "P", "STRIDE", "GROUP"))
-        back = k // 2 // stride + (p - 1 + k // 2) // stride + 1
-        windows = {"convolve": stride * (p - 1) + k, "convolve_backward": back}
-        taps = windows.get(kernel.__name__, 1) ** 2
-        loops = given.get("each", 1), taps // group
+        window, patch, group = (constants.get(name, 1) for name in ("WINDOW", "P", "GROUP"))
+        taps, loops = window**2, (given.get("each", 1), window**2 // group)
         fixed = (*constants.items(), ("PDL", self.pdl))
         code = compiled(kernel, typed(tuple(given.items())), config, fixed, loops)
         programs, warps, bytes_s = math.prod(grid), config.warps, sum(map(bytes_of, arguments)) / BYTES_PER_S
@@ -102,7 +99,7 @@ class Forecast(CudaPasses):
         issue_s = code.instructions * -(-programs // SMS) * warps / PER_CLOCK / CLOCK_HZ
         waits = PROGRAM_S + ROUND_S * loops[0] * -(-taps // group)
         alone_s = waves * (waits + CLOCKS * code.instructions / CLOCK_HZ)
-        product = taps * p * p * constants.get("C_IN", 0) * constants.get("C_OUT", 0)
+        product = taps * patch**2 * constants.get("C_IN", 0) * constants.get("C_OUT", 0)
         product_s = 2 * programs * loops[0] * config.block * product / FLOP_PER_S
         seconds = START_S + max(bytes_s, product_s, issue_s, alone_s)
         form = "{C_IN}->{C_OUT} {H}x{W} k{K} s{STRIDE}" if "K" in constants else "{C}"

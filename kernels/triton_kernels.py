@@ -150,8 +150,8 @@ def _backward(
 def convolve(
     x, norm, weight, z, after, shortcut, totals, patches, each, H: constexpr, W: constexpr,
     H_OUT: constexpr, W_OUT: constexpr, C_IN: constexpr, C_OUT: constexpr, K: constexpr, STRIDE: constexpr,
-    W_O: constexpr, W_I: constexpr, W_TAP: constexpr, P: constexpr, RELU: constexpr, BLOCK: constexpr,
-    GROUP: constexpr, PDL: constexpr,
+    W_O: constexpr, W_I: constexpr, W_TAP: constexpr, P: constexpr, WINDOW: constexpr, GROUP: constexpr,
+    RELU: constexpr, BLOCK: constexpr, PDL: constexpr,
 ):  # fmt: skip
     """Store z = conv(x), `[positions, C_OUT]`, or with `norm` conv(relu(x scale + shift)).
 
@@ -159,7 +159,6 @@ def convolve(
     sums of z and its squares to these.
     """
     _wait(PDL)
-    WINDOW: constexpr = STRIDE * (P - 1) + K
     TAPS: constexpr = WINDOW * WINDOW
     REST: constexpr = _rest(TAPS, GROUP, 4 if C_IN < 4 else C_IN)
     n, affine = tl.arange(0, P * P * C_OUT), None
@@ -203,8 +202,8 @@ def convolve(
 def convolve_backward(
     g, z, norm, sums, weight, add, z_below, norm_below, dx, totals, patches, each, H: constexpr,
     W: constexpr, H_OUT: constexpr, W_OUT: constexpr, C_IN: constexpr, C_OUT: constexpr, K: constexpr,
-    STRIDE: constexpr, W_O: constexpr, W_I: constexpr, W_TAP: constexpr, P: constexpr, BLOCK: constexpr,
-    GROUP: constexpr, PDL: constexpr,
+    STRIDE: constexpr, W_O: constexpr, W_I: constexpr, W_TAP: constexpr, P: constexpr,
+    WINDOW: constexpr, GROUP: constexpr, BLOCK: constexpr, PDL: constexpr,
 ):  # fmt: skip
     """Store dx, the gradient of x, `[positions, C_IN]`; or with z_below the g of the unit below and its sums.
 
@@ -212,7 +211,6 @@ def convolve_backward(
     """
     _wait(PDL)
     LAST: constexpr = (P - 1 + K // 2) // STRIDE
-    WINDOW: constexpr = K // 2 // STRIDE + LAST + 1
     TAPS: constexpr = WINDOW * WINDOW
     REST: constexpr = _rest(TAPS, GROUP, C_OUT)
     n = tl.arange(0, P * P * C_IN)
