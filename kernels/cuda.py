@@ -36,6 +36,7 @@ ELEMENTWISE = Config(0, 4, 1)
 TILE = 4096  # elements per program of an elementwise kernel
 LARGEST_TILE = 16384  # the most elements that a program of the head can hold at once
 WIDEST = 128  # the most columns of a convolution's matrix product
+UNROLLED = 4096  # the most multiplications that a thread does at once in fp32; more would compile slowly
 ADDERS = 512  # the most programs of a kernel that adds to sums over a batch
 ZEROS = 1 << 16  # numbers that are zeroed at once, for the sums of several kernels
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -267,8 +268,9 @@ class CudaPasses(TorchPasses):
             if config.patch > 1 and (z.shape[2] % config.patch or z.shape[3] % config.patch):
                 raise NotImplementedError("the image is not a whole number of patches")
             taps, strides = self.taps(weight, shape["STRIDE"], config.patch, backward=False)
-            check_width(config.patch**2 * shape["C_OUT"])
             constants = shape | strides | {"GROUP": group(config, shape["C_IN"], strides["WINDOW"])}
+            depth, columns = constants["GROUP"] * shape["C_IN"], config.patch**2 * shape["C_OUT"]
+            check_product(config, depth, columns, x.dtype)
             given = x, self.given(norm), taps, z, self.given(norm_after), shortcut
             kernel = triton_kernels.convolve
             return z, self.over(kernel, z, *given, of=bn, config=config, RELU=relu, **constants)
@@ -296,9 +298,10 @@ class CudaPasses(TorchPasses):
                 return TorchPasses.convolve_backward(self, g, z, norm, sums, *rest)
             dx, shape = empty_image(g, x_shape), _shape(x_shape, weight, conv)
             patch = max(config.patch, shape["STRIDE"])
-            check_width(patch**2 * shape["C_IN"])
             taps, strides = self.taps(weight, shape["STRIDE"], patch, backward=True)
             constants = shape | strides | {"GROUP": group(config, shape["C_OUT"], strides["WINDOW"])}
+            depth, columns = constants["GROUP"] * shape["C_OUT"], patch**2 * shape["C_IN"]
+            check_product(config, depth, columns, g.dtype)
             self.finish(norm, norm_below)
             given = g, z, norm, self.given(sums), taps, add, z_below, norm_below, dx
             kernel = triton_kernels.convolve_backward
@@ -460,10 +463,14 @@ def group(config: Config, channels: int, window: int) -> int:
     return max(16 // wide, min(config.depth // wide, taps), 1)
 
 
-def check_width(columns: int) -> None:
-    """Raise NotImplementedError if a product of so many columns needs more registers than there are."""
-    if columns > WIDEST:
-        raise NotImplementedError(f"{columns} columns need too many registers")
+def check_product(config: Config, depth: int, columns: int, dtype: torch.dtype) -> None:
+    """Raise NotImplementedError if a product `[block, depth]` by `[depth, columns]` needs too many registers.
+
+    In fp32, which has no matrix instruction, every multiplication of a thread is an instruction of its own.
+    """
+    unrolled = config.block * depth * columns // (32 * config.warps) if dtype == torch.float32 else 0
+    if columns > WIDEST or unrolled > UNROLLED:
+        raise NotImplementedError(f"{config} needs too many registers for {depth} by {columns} values")
 
 
 def empty_image(like: Tensor, shape: Sequence[int]) -> Tensor:
