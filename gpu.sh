@@ -28,7 +28,7 @@ rest     all other tests that use a GPU
 grid     the grid of results/, as far as time allows; call it again to continue"
 SLICES=$(awk '{print $1}' <<<"$ABOUT")
 MOST="captured_block or two_steps_and or bfloat16-8 or passes_are_tritons or head_gives or batch_of_resident"
-MOST+=" or kernel_for or many_programs"
+MOST+=" or kernel_for or many_programs or order_in_which"
 
 DATA=${DATA:-cifar10} DATA_DIR=${DATA_DIR:-data}
 python=python3
@@ -55,7 +55,7 @@ pytest_gpu() {
   [[ $device == cpu ]] || "$python" -c "import xdist" 2>/dev/null || collect=() # without xdist, one test at a time
   "$python" -m pytest -m gpu -q "${collect[@]}" "$@"
 }
-tests() { pytest_gpu -k "$MOST" tests/test_kernels_{cuda,triton}.py tests/test_step_triton.py; }
+tests() { pytest_gpu -k "$MOST" tests/test_kernels_{cuda,sums,triton}.py tests/test_step_triton.py; }
 rest() { pytest_gpu -k "not ($MOST)"; }
 short() {
   local caches folder=$CACHE/short # of its own, so that the other slices keep theirs

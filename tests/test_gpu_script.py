@@ -33,7 +33,8 @@ def test_list_shows_every_slice_and_those_already_done(tmp_path):
 
 def test_the_most_telling_tests_exist():
     named = "".join(re.findall(r'^MOST\+?="(.*)"', (ROOT / "gpu.sh").read_text(), re.MULTILINE)).split(" or ")
-    files = [f"tests/test_{name}.py" for name in ("kernels_triton", "kernels_cuda", "step_triton")]
+    rooms = "kernels_triton", "kernels_sums", "kernels_cuda", "step_triton"
+    files = [f"tests/test_{room}.py" for room in rooms]
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *files]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert len(named) > 7 and [name for name in named if name not in listed.stdout] == []
