@@ -157,6 +157,10 @@ class Loader:
         whole, rest = divmod(self.num_images, self.batch_size * self.processes)
         return whole if self.train else whole + (rest > 0)
 
+    @property
+    def batch_shape(self) -> tuple[int, int, int, int]:
+        return self.batch_size, 3, self.dataset.image_size, self.dataset.image_size
+
     def drawn(self, epoch: int) -> tuple[np.ndarray, torch.Tensor]:
         """Return an epoch's positions in the split, int64 [n], in order, and their augmentation draws [n, k].
 

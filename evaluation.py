@@ -58,6 +58,8 @@ class Evaluation:
     @torch.no_grad()
     def __call__(self) -> Scores:
         self.model.eval()
+        if self.captured and self.compiles:
+            kernels.compile_ahead(self.model, self.loader.batch_shape, self.dtype)
         self.compiles = False
         self.sums.zero_()
         self.position.zero_()

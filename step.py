@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from config import Options
-from kernels import passes_for
+from kernels import compile_ahead, passes_for
 from kernels.device import EAGER_CALLS, Captured, keep_freed_memory
 from kernels.distributed import ALONE, Group
 
@@ -170,6 +170,8 @@ class Step:
         if self.loader is not loader:
             self.loader, self.batch, self.lrs = loader, None, torch.zeros(len(lrs), device=self.device)
             self.replay = Captured(self._next_step) if self.captures else self._next_step
+            if self.captures:
+                compile_ahead(self.model, loader.batch_shape, self.dtype)
         self.lrs.copy_(torch.tensor(lrs))
         batches = loader.start(epoch) if loader.resident else loader.epoch(epoch)
         for _ in lrs:

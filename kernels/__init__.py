@@ -28,12 +28,13 @@ class Execution(NamedTuple):
     keeps each block's input and computes its convolutions twice; "stock" keeps what autograd keeps. If
     `compiled`, our own kernels run where they cover the device, dtype and shape, and PyTorch's run elsewhere;
     otherwise only PyTorch's run. If a `group` of processes is given, BatchNorm normalises over their combined
-    batches in training; see `Synced`.
+    batches in training; see `Synced`. If `passes` are given, they run, even on tensors without memory.
     """
 
     memory: str = "lean"
     compiled: bool = True
     group: Group | None = None
+    passes: TorchPasses | None = None
 
 
 DEFAULT = Execution()
@@ -68,13 +69,14 @@ def conv_bn_relu(
     """
     training = units[0][1].training
     keeps_all = execution.memory == "stock" if training else torch.is_grad_enabled()
-    if keeps_all or x.is_meta:
+    passes = execution.passes
+    if keeps_all or (x.is_meta and passes is None):
         return stock(x, units, shortcut, relu)
     device_type = x.device.type
-    if torch.is_autocast_enabled(device_type):
+    if not x.is_meta and torch.is_autocast_enabled(device_type):
         cast = x.to(torch.get_autocast_dtype(device_type))
         x, shortcut = cast, cast if shortcut is x else shortcut
-    passes = passes_for(device_type, execution.compiled)
+    passes = passes or passes_for(device_type, execution.compiled)
     if training:
         passes = passes if execution.group is None else Synced(passes, execution.group)
         return train_block(passes, x, units, shortcut, relu, execution.memory == "recompute")
@@ -183,6 +185,19 @@ def passes_for(device_type: str, compiled: bool = True) -> TorchPasses:
 
         return cuda.passes()
     return TorchPasses()
+
+
+def compile_ahead(model: nn.Module, shape: Sequence[int], dtype: torch.dtype) -> None:
+    """Compile, several at once, what a GPU will try for `model` and images of `shape` `[N, 3, H, W]`.
+
+    It is optional: each kernel is compiled when it is first tried. The mode of `model`, training or not, is
+    the one that it will run in. On a CPU, this does nothing.
+    """
+    passes = passes_for(next(model.parameters()).device.type)
+    if passes.name == "triton":
+        from kernels import ahead
+
+        ahead.compile_all(passes, model, shape, dtype)
 
 
 def _weight(conv: nn.Conv2d, dtype: torch.dtype) -> Tensor:

@@ -139,10 +139,13 @@ class CudaPasses(TorchPasses):
         self.expanded, self.unfinished = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
         self.zeros = {}  # by stream: zeros that are still unused, and the capture that they belong to
 
-    def launch(self, kernel, grid: tuple[int, ...], *arguments, config: Config = ELEMENTWISE, **constants):
+    def launch(
+        self, kernel, grid: tuple[int, ...], *arguments, config=ELEMENTWISE, compile_only=False, **constants
+    ):
+        """Launch `kernel`, or only compile it; return the compiled kernel."""
         options = config.options() | ({"launch_pdl": True} if self.pdl else {})
-        compile_only = getattr(self.choose, "compiling", False)
-        kernel.run(*arguments, grid=grid, warmup=compile_only, **constants, PDL=self.pdl, **options)
+        compile_only = compile_only or getattr(self.choose, "compiling", False)
+        return kernel.run(*arguments, grid=grid, warmup=compile_only, **constants, PDL=self.pdl, **options)
 
     def over(self, kernel, image: Tensor, *arguments, of=None, config: Config = ELEMENTWISE, **constants):
         """Launch `kernel` over the positions of `image`, or over its patches of side P.

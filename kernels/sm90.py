@@ -7,7 +7,8 @@ launch takes the longest of four times, and START_S before: the time for its byt
 its instructions, and for the instructions and waits of a program, times the waves in which programs run. A
 program waits for memory once per iteration of its loops. The constants for instructions and waits are those
 with which forecasts of earlier kernels came closest to their times on an H200: 295 convolutions, within a
-factor of 1.24 (root mean square); results/speed.md says more.
+factor of 1.24 (root mean square); results/speed.md says more. The total is given a second time for programs
+that never wait: a launch then takes 2 us, or longer for its bytes or for four instructions a clock.
 """
 
 import argparse
@@ -24,18 +25,18 @@ import torch
 import triton
 from torch import Tensor, nn
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from kernels import infer_block, train_block
+from kernels.ahead import Compiler
 from kernels.choices import CONFIGS, Config
-from kernels.cuda import DTYPES, ELEMENTWISE, CudaPasses, empty_image
+from kernels.cuda import ELEMENTWISE, CudaPasses, empty_image
 
 HOPPER = GPUTarget("cuda", 90, 32)
 BYTES_PER_S, FLOP_PER_S = 4.3e12, 790e12  # of an H200, as others have measured
 SMS, CLOCK_HZ, REGISTERS, WARPS, SHARED_BYTES = 132, 1.755e9, 65536, 64, 227 * 1024
 START_S, PROGRAM_S, ROUND_S = 1.2e-6, 0.7e-6, 0.5e-6  # per launch, wave of programs, and iteration of a loop
+LEAST_S, FULL_ISSUE = 2e-6, 4  # without waiting: of a launch; instructions per clock
 CLOCKS, PER_CLOCK = 2.6, 3.2  # clocks per instruction of one warp; instructions per clock of all warps
-POINTERS = DTYPES | {torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64", torch.float64: "fp64"}
 OPTIONAL = ("norm", "after", "add", "z_below", "shortcut", "signs", "g")  # arguments that tell variants apart
 EVALUATION = 24  # launches of PyTorch's kernels per evaluation batch, for the head and the scores
 
@@ -63,14 +64,14 @@ class Launch(NamedTuple):
     seconds: float = 2e-6
 
 
-class Forecast(CudaPasses):
-    """Passes over tensors without memory, which record each launch instead of launching it.
+class Forecast(Compiler):
+    """Passes over tensors without memory, which compile each kernel and record its launch.
 
     Each convolution uses whichever of the given `configs` has the shortest forecast.
     """
 
     def __init__(self, configs: tuple[Config, ...] = CONFIGS):
-        super().__init__(self.fastest, pdl=True)
+        super().__init__(HOPPER, self.fastest)
         self.configs, self.launches, self.best = configs, [], {}
 
     def fastest(self, key, attempt):
@@ -91,8 +92,7 @@ class Forecast(CudaPasses):
         given = dict(zip(kernel.arg_names, arguments, strict=False))
         window, patch, group = (constants.get(name, 1) for name in ("WINDOW", "P", "GROUP"))
         taps, loops = window**2, (given.get("each", 1), window**2 // group)
-        fixed = (*constants.items(), ("PDL", self.pdl))
-        code = compiled(kernel, typed(tuple(given.items())), config, fixed, loops)
+        code = code_of(super().launch(kernel, grid, *arguments, config=config, **constants), loops)
         programs, warps, bytes_s = math.prod(grid), config.warps, sum(map(bytes_of, arguments)) / BYTES_PER_S
         fitting = min(REGISTERS // (32 * warps * max(code.registers, 32)), WARPS // warps)
         waves = -(-programs // SMS // min(fitting, SHARED_BYTES // (code.shared_bytes + 1024)))
@@ -114,39 +114,9 @@ def bytes_of(value: object) -> int:
     return value.nbytes if isinstance(value, Tensor) else 0  # those of a norm and its sums are few
 
 
-def typed(value: object) -> object:
-    """Return arguments as the compiler sees them: a type, and whether the value is a multiple of 16."""
-    if isinstance(value, tuple):
-        return tuple(map(typed, value))
-    if isinstance(value, Tensor):
-        return ("*" + POINTERS[value.dtype], True)
-    if value is None or value == 1:  # Triton compiles these into the kernel
-        return ("constexpr", value)
-    kinds = {int: "i32", float: "fp32"}
-    return (
-        value if isinstance(value, str) else (kinds[type(value)], isinstance(value, int) and value % 16 == 0)
-    )
-
-
 @functools.cache
-def compiled(kernel, given: tuple, config: Config, constants: tuple, loops: tuple[int, int]) -> Code:
-    """Compile a kernel for Hopper; see `executed` for its `loops`."""
-    signature, fixed, attributes = dict.fromkeys(kernel.arg_names, "constexpr"), dict(constants), {}
-
-    def kind_of(value: tuple, path: tuple[int, ...]) -> object:
-        if isinstance(value[0], tuple):
-            return tuple(kind_of(inner, (*path, i)) for i, inner in enumerate(value))
-        kind, detail = value
-        if kind == "constexpr":
-            fixed[path] = detail
-        elif detail:
-            attributes[path] = [["tt.divisibility", 16]]
-        return kind
-
-    for i, (name, value) in enumerate(given):
-        signature[name] = kind_of(value, (i,))
-    source = ASTSource(kernel, signature, fixed, attributes)
-    made = triton.compile(source, target=HOPPER, options=config.options())
+def code_of(made: triton.compiler.CompiledKernel, loops: tuple[int, int]) -> Code:
+    """Return what a kernel was compiled to; see `executed` for its `loops`."""
     usage, sass = (read(made.asm["cubin"], what) for what in ("--dump-resource-usage", "-sass"))
     registers, stack, local = (int(re.search(rf"{w}:(\d+)", usage)[1]) for w in ("REG", "STACK", "LOCAL"))
     matrix = next((name for name in ("wgmma", "mma.sync") if name in made.asm["ptx"]), "-")
@@ -232,8 +202,10 @@ def show(title: str, launches: list[Launch], times: int = 1) -> None:
         print(f"{patch:2}{depth:6}{most or '-':>5}{launch.programs:9}{code.registers:5}", end="")
         print(f"{code.spilt_bytes:6}{code.shared_bytes:8} {code.matrix:9}{code.instructions:6}", end="")
         print("{:10.2f}{:10.2f}{:6.2f}".format(*(s * 1e6 for s in launch[-3:])))
-    seconds = times * sum(launch.seconds for launch in launches)
-    print(f"{title}: {times * len(launches)} launches, {1e3 * seconds:.3f} ms")
+    ms = 1e3 * times * sum(launch.seconds for launch in launches)
+    counted = [max(LEAST_S, launch.bytes_s, launch.issue_s * PER_CLOCK / FULL_ISSUE) for launch in launches]
+    print(f"{title}: {times * len(launches)} launches, {ms:.3f} ms", end="")
+    print(f"; {1e3 * times * sum(counted):.3f} ms if programs never waited")
 
 
 def main() -> None:

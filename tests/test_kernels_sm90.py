@@ -66,7 +66,7 @@ def test_kernels_access_no_memory_before_the_previous_kernel_is_done(tmp_path):
 def test_a_step_and_an_evaluation_have_the_expected_launches(tmp_path):
     program = """if True:
         from kernels import sm90
-        sm90.compiled = lambda *_: sm90.Code(instructions=1000)
+        sm90.Compiler.launch, sm90.code_of = (lambda *_, **__: None), lambda *_: sm90.Code(instructions=1000)
         for train in (True, False):
             passes = sm90.Forecast()
             sm90.resnet(passes, 32, 128, train)
@@ -110,15 +110,9 @@ def test_no_config_overwrites_what_a_running_product_still_reads(tmp_path):
 def test_all_configs_of_a_convolution_compile_together_and_none_is_launched(tmp_path):
     program = """if True:
         import pathlib, torch
-        from triton.runtime import driver
-        from kernels import choices, cuda, sm90, triton_kernels
+        from kernels import ahead, choices, cuda, sm90, triton_kernels
         from kernels.reference import BatchNorm, Conv
-
-        class Hopper:  # stands for its driver; a launch would ask it for more
-            get_current_device = get_current_stream = lambda *_: 0
-            get_current_target = lambda _: sm90.HOPPER
-
-        driver.set_active(Hopper())
+        ahead.driver.set_active(ahead.Driver(sm90.HOPPER))  # a launch would ask it for more
         choices.CONFIGS = choices.CONFIGS[:1] + choices.CONFIGS[-1:]
         chooses = choices.Choices(pathlib.Path("/dev/null/none"))
         passes = cuda.CudaPasses(chooses)
