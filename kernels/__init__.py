@@ -111,7 +111,7 @@ def infer_block(
     passes: TorchPasses, x: Tensor, units: Units, shortcut: Tensor | None, relu: bool = True
 ) -> Tensor:
     """Compute `conv_bn_relu` in evaluation with `passes`."""
-    x = _channels_last(x)
+    x = channels_last(x)
     for i, (conv, bn) in enumerate(units, start=1):
         last, weight = i == len(units), _weight(conv, x.dtype)
         norm = passes.norm(bn.running_mean, bn.running_var, BatchNorm.of(bn))
@@ -126,14 +126,14 @@ class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx, plan: tuple, x: Tensor, shortcut: Tensor | None, *parameters: Tensor) -> Tensor:
         passes, convs, batch_norms, relu, identity, recompute = plan
-        count, x = len(convs), _channels_last(x)
+        count, x = len(convs), channels_last(x)
         weights, done = parameters[:count], [(x, None)]
         for bn, weight, conv in zip(batch_norms, weights, convs, strict=True):
             done.append(passes.convolve(*done[-1], weight, conv, bn))
             if done[-1][0].numel() == len(bn.gamma):
                 raise ValueError(f"BatchNorm needs more than one value per channel, not {tuple(x.shape)}")
         zs, norms = zip(*done[1:], strict=True)
-        added = x if identity else _channels_last(shortcut)
+        added = x if identity else channels_last(shortcut)
         y, signs = passes.activate(*done[-1], added, relu, want_signs=relu and added is not None)
 
         needed = ctx.needs_input_grad[3 : 3 + count]
@@ -158,7 +158,7 @@ class _Block(torch.autograd.Function):
 
         needs_x, needs_shortcut = ctx.needs_input_grad[1:3]
         d_weights, d_bn = [None] * count, [None] * (2 * count)
-        g, sums = passes.mask_and_sum(_channels_last(dy), zs[-1], norms[-1], signs, relu)
+        g, sums = passes.mask_and_sum(channels_last(dy), zs[-1], norms[-1], signs, relu)
         d_shortcut, added = passes.dense(g) if needs_shortcut else None, g if identity else None
         for i in reversed(range(count)):
             d_bn[2 * i : 2 * i + 2] = sums[D_GAMMA], sums[D_BETA]
@@ -216,5 +216,5 @@ def _weight(conv: nn.Conv2d, dtype: torch.dtype) -> Tensor:
     return conv._converted[1]
 
 
-def _channels_last(x: Tensor | None) -> Tensor | None:
+def channels_last(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous(memory_format=torch.channels_last)

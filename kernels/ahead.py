@@ -1,9 +1,9 @@
 """Compile Triton kernels without a GPU: for a network, all that it will try, before its first step.
 
 If each kernel were compiled on first use, a first step would wait a minute or more: a ResNet has about thirty
-different convolutions, each with a dozen configurations. Python's lock lets threads compile only about three
-kernels at a time, so there is a process per core. Each runs the network once, on tensors without memory, and
-compiles those of its kernels that no other process has taken. Triton's cache holds them afterwards.
+different convolutions, each with a dozen configurations. Threads would wait for each other, because a quarter
+of the work holds Python's lock, so there is a process per core. Each runs the network once, on tensors
+without memory, and compiles those of its kernels that no other process has taken. Triton's cache keeps them.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from kernels import device
+from kernels import channels_last, device
 from kernels.choices import CONFIGS, Attempt, Config
 from kernels.cuda import ELEMENTWISE, CudaPasses
 
@@ -35,14 +36,17 @@ class OnMeta(CudaPasses):
     """Passes over tensors without memory, on which PyTorch's convolutions forget the memory format."""
 
     def statistics(self, z, bn):
-        return super().statistics(z.contiguous(memory_format=torch.channels_last), bn)
+        return super().statistics(channels_last(z), bn)
+
+    def activate(self, z, *arguments, **more):
+        return super().activate(channels_last(z), *arguments, **more)
 
     def mask_and_sum(self, dy, *arguments):
-        return super().mask_and_sum(dy.contiguous(memory_format=torch.channels_last), *arguments)
+        return super().mask_and_sum(channels_last(dy), *arguments)
 
     def convolve_backward(self, *arguments, **more):
         dx, sums = super().convolve_backward(*arguments, **more)
-        return dx.contiguous(memory_format=torch.channels_last), sums
+        return channels_last(dx), sums
 
 
 class Compiler(OnMeta):
@@ -130,7 +134,7 @@ def compile_all(passes: CudaPasses, model: nn.Module, shape: Sequence[int], dtyp
     """Compile all that `passes` will try for `model`, in its mode, on images of `shape` `[N, 3, H, W]`.
 
     Does nothing if all choices are made, or if the model cannot be run in another process, as when its class
-    is defined in a script; then they are compiled when they are tried.
+    is local to a function; then kernels are compiled when they are tried.
     """
     try:
         given = pickled((model, tuple(shape), dtype))
@@ -141,26 +145,26 @@ def compile_all(passes: CudaPasses, model: nn.Module, shape: Sequence[int], dtyp
     if trials.keys <= passes.choose.made.keys():
         return
     count = min(len(os.sched_getaffinity(0)), device.memory_bytes(torch.device("cpu")) // BYTES_PER_PROCESS)
-    with tempfile.TemporaryDirectory() as claims:
-        share = pickle.dumps((claims, driver.active.get_current_target(), passes.pdl))
-        with contextlib.suppress(OSError):  # there is no room for another process
-            in_processes(share + given, max(1, count))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.suppress(OSError),
+    ):  # no room, or no more processes
+        work = pickle.dumps((driver.active.get_current_target(), passes.pdl))
+        Path(folder, "work").write_bytes(work + given)
+        in_processes(max(1, count), folder)
 
 
-def in_processes(given: bytes, count: int) -> None:
-    """Run this module as a program in `count` processes, which read `given`, and wait for all."""
+def in_processes(count: int, folder: str) -> None:
+    """Run this module as a program in `count` processes, and wait for all."""
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    options = {"cwd": Path(__file__).parents[1], "env": environment, "stdin": subprocess.PIPE}
-    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    command = [sys.executable, "-m", "kernels.ahead"]
-    processes = [subprocess.Popen(command, **options, **silent) for _ in range(count)]
+    silent = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    root, processes, until = Path(__file__).parents[1], [], time.monotonic() + LONGEST_S
     try:
+        for _ in range(count):
+            command = [sys.executable, "-m", "kernels.ahead", folder]
+            processes.append(subprocess.Popen(command, cwd=root, env=environment, **silent))
         for process in processes:
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.write(given)
-                process.stdin.close()
-        for process in processes:
-            process.wait(LONGEST_S)
+            process.wait(max(0, until - time.monotonic()))
     except subprocess.TimeoutExpired:
         pass
     finally:
@@ -193,7 +197,7 @@ def run(passes: CudaPasses, model: nn.Module, shape: Iterable[int], dtype: torch
     """Run `model`, which has no memory, up to its output layer: in training mode forward and backward."""
     for module in model.modules():
         if hasattr(module, "execution"):
-            module.execution = module.execution._replace(compiled=True, group=None, passes=passes)
+            module.execution = module.execution._replace(group=None, passes=passes)
     trained = [p for p in model.parameters() if p.requires_grad and model.training]
     x = torch.empty(shape, dtype=dtype, device="meta").to(memory_format=torch.channels_last)
     with torch.set_grad_enabled(bool(trained)):
@@ -202,10 +206,13 @@ def run(passes: CudaPasses, model: nn.Module, shape: Iterable[int], dtype: torch
         torch.autograd.grad(y, trained, torch.empty_like(y), allow_unused=True)
 
 
-def main() -> None:
-    claims, target, pdl = pickle.load(sys.stdin.buffer)
-    run(Share(Path(claims), target, pdl), *pickle.load(sys.stdin.buffer))
+def main(folder: str) -> None:
+    """Do this process's share of the work that `compile_all` has written to a folder."""
+    with open(Path(folder, "work"), "rb") as file:
+        target, pdl = pickle.load(file)
+        given = pickle.load(file)
+    run(Share(Path(folder), target, pdl), *given)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

@@ -252,9 +252,8 @@ class CudaPasses(TorchPasses):
         """Compute `convolve`; with `after` = (norm, shortcut, relu), also apply `activate` to the result."""
 
         def by_cudnn(bn: BatchNorm | None) -> tuple[Tensor, Tensor | None]:
-            if after is None:
-                return TorchPasses.convolve(self, x, norm, weight, conv, bn)
-            return TorchPasses.infer(self, x, weight, conv, *after), None
+            z, norm_z = TorchPasses.convolve(self, x, norm, weight, conv, bn)
+            return (z, norm_z) if after is None else (self.activate(z, *after)[0], None)
 
         norm_after, shortcut, relu = after or (None, None, False)
         fewest = 3 if norm is None else 16
