@@ -288,7 +288,7 @@ Measured = Iterator[tuple[str, dict]]
 
 def speed(options: Namespace, dataset: data.Dataset) -> Measured:
     """Time training steps; on a GPU, also measure its copy and matrix rates and the share of them reached."""
-    device, dtype, rates, peaks = options.device, DTYPES[options.dtype], None, {}
+    device, rates, peaks = options.device, None, {}
     if device.type == "cuda":
         rates = roofline.device_rates(device)
         dataset.train.on(device)  # the resident images count for no implementation
@@ -300,13 +300,20 @@ def speed(options: Namespace, dataset: data.Dataset) -> Measured:
         makes = {i: partial(training, i, arch, mode, dataset, options) for i in options.impl}
         if rates:
             peaks = {impl: peak_bytes(make, device) for impl, make in makes.items()}
-            weights_train = mode in ("all", "random") or "conv" in mode
-            cost = roofline.cost(freeze.empty(arch), dataset.image_size)
-            least_s = roofline.least_s(cost, weights_train, dtype, rates)
+            least_s = least_seconds(arch, mode, dataset, options, rates)
         for impl, timed in take_turns(makes, options).items():
             share = timed["images_per_s"] * least_s if rates else None
             on_gpu = {"peak_memory_bytes": peaks.get(impl), "share_of_floor": share}
             yield impl, {"arch": arch, "mode": mode, **on_gpu, **timed}
+
+
+def least_seconds(
+    arch: str, mode: str, dataset: data.Dataset, options: Namespace, rates: tuple[float, float]
+) -> float:
+    """Return the least seconds of a step per image, at a GPU's copy and matrix rates; see roofline.py."""
+    cost = roofline.cost(freeze.empty(arch), dataset.image_size)
+    convolutions_train = mode in ("all", "random") or "conv" in mode.split("+")
+    return roofline.least_s(cost, convolutions_train, DTYPES[options.dtype], rates)
 
 
 def memory(options: Namespace, dataset: data.Dataset) -> Measured:
@@ -440,8 +447,7 @@ def profile(options: Namespace, dataset: data.Dataset) -> Measured:
         for name, count, us in [*rows, total]:
             each = {"step_ms": us / 1e3 / options.steps, "launches": count / options.steps}
             if rates and name == "all" and us:
-                cost = roofline.cost(freeze.empty(arch), dataset.image_size)
-                least_s = roofline.least_s(cost, mode in ("all", "random"), DTYPES[options.dtype], rates)
+                least_s = least_seconds(arch, mode, dataset, options, rates)
                 each["share_of_floor"] = 1e3 * least_s * options.batch_size / each["step_ms"]
             yield impl, {"arch": arch, "mode": mode, "kernel": name[:60], **each, "n": options.steps}
 

@@ -48,7 +48,7 @@ class Options:
         "resnet32", "the network: resnetD (D = 6n+2), resnetD_wK (K times as wide), vgg11|13|16|19, "
         "resnet18|34|50|...|200")
     mode: str = setting(
-        "bn_only", f"what trains: all, none, random, bn_only, or a sum of {MODE_PARTS} with +")
+        "bn_only", f"what trains: all, none, random, bn_only, or any of {MODE_PARTS}, joined by +")
     per_channel: int = option(2, "with --mode random, train N weights of each filter", limits=SIZE)
     shortcut: str = option(
         "projection", "shortcut of a block whose output has another shape", choices=models.SHORTCUTS)
@@ -93,11 +93,11 @@ class Options:
         "val/<class>/*")
     data_dir: str = logistics("data", "folder in which data sets are looked for and kept")
     image_size: int | None = setting(
-        None, "side of the images in pixels; default: 32, for imagenette 128, for a folder that of its "
-        "images if all are squares of one size, else 128", limits=(sources.SMALLEST, sources.LARGEST))
+        None, "side of the images in pixels; default: 32; imagenette: 128; a folder: that of its images if "
+        "all are squares of one size, else 128", limits=(sources.SMALLEST, sources.LARGEST))
     augment: str = option(
         "paper", "random augmentation of training images: paper (crop+flip), photo (all but crop), none, "
-        f"or a sum of {IMAGE_PARTS} with +")
+        f"or any of {IMAGE_PARTS}, joined by +")
     train_subset: int | None = setting(
         None, "train on only N images, the same number of each class", limits=SIZE)
     val_split: int | None = setting(

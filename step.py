@@ -173,7 +173,10 @@ class Step:
             if self.captures:
                 compile_ahead(self.model, loader.batch_shape, self.dtype)
         self.lrs.copy_(torch.tensor(lrs))
-        batches = loader.start(epoch) if loader.resident else loader.epoch(epoch)
+        if loader.resident:
+            loader.start(epoch)
+        else:
+            batches = loader.epoch(epoch)
         for _ in lrs:
             if not loader.resident:
                 batch = next(batches)

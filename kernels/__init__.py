@@ -2,7 +2,7 @@
 
 `conv_bn_relu` computes a block as one differentiable function. With frozen weights, it keeps for its backward
 pass only each convolution's output once, and one bit per element if a shortcut is added. Autograd on its own
-also keeps every convolution's input, although frozen weights need no gradient (pytorch issue 133566).
+also keeps every ReLU's output, which is the next convolution's input.
 reference.py has the formulas; cpu.py and cuda.py compute them faster.
 """
 
