@@ -429,13 +429,13 @@ def profile(options: Namespace, dataset: data.Dataset) -> Measured:
     """Profile train.py's step: time and launches of each kernel (on a CPU, of each operator), and totals."""
     device = options.device
     rates = roofline.device_rates(device) if device.type == "cuda" else None
-    if rates:
-        kernels.passes_for("cuda", True).pdl = False  # with PDL, a kernel's time includes a wait
     for arch, mode, impl in itertools.product(options.arch, options.mode, options.impl):
         steps = training(impl, arch, mode, dataset, options)
-        take(options.warm_up, steps, device)
-        with torch.profiler.profile() as profiled:
-            take(options.steps, steps, device)
+        take(1, steps, device)  # which chooses kernels as they will be launched, with dependent launch
+        with plainly_launched(device):
+            take(options.warm_up, steps, device)
+            with torch.profiler.profile() as profiled:
+                take(options.steps, steps, device)
         steps.close()
         # Kernels are events of their own; the operators that launch them would count their time again.
         kind = torch.autograd.DeviceType.CUDA if rates else torch.autograd.DeviceType.CPU
@@ -450,6 +450,18 @@ def profile(options: Namespace, dataset: data.Dataset) -> Measured:
                 least_s = least_seconds(arch, mode, dataset, options, rates)
                 each["share_of_floor"] = 1e3 * least_s * options.batch_size / each["step_ms"]
             yield impl, {"arch": arch, "mode": mode, "kernel": name[:60], **each, "n": options.steps}
+
+
+@contextlib.contextmanager
+def plainly_launched(device: torch.device) -> Iterator[None]:
+    """Launch kernels without dependent launch, with which the time of each would include a wait."""
+    passes = kernels.passes_for(device.type)
+    before = getattr(passes, "pdl", False)
+    passes.pdl = False
+    try:
+        yield
+    finally:
+        passes.pdl = before
 
 
 # ---- options and table ----

@@ -207,6 +207,7 @@ def _weight(conv: nn.Conv2d, dtype: torch.dtype) -> Tensor:
     """
     weight = conv.effective_weight() if hasattr(conv, "effective_weight") else conv.weight
     if weight is not conv.weight or weight.requires_grad:
+        conv._converted = None, None  # the optimiser's changes do not show in `_version`
         return weight.to(dtype).requires_grad_(weight.requires_grad or not torch.is_grad_enabled())
     if weight.dtype == dtype:
         return weight

@@ -7,11 +7,13 @@ without memory, and compiles those of its kernels that no other process has take
 """
 
 import contextlib
+import ctypes
 import functools
 import hashlib
 import io
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,7 +22,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -29,6 +31,7 @@ from kernels.choices import CONFIGS, Attempt, Config
 from kernels.cuda import ELEMENTWISE, CudaPasses
 
 BYTES_PER_PROCESS = 2 << 30  # more than a process needs
+MOST_PROCESSES = 16  # each takes seconds to start
 LONGEST_S = 600  # after this, training starts with what has been compiled
 
 
@@ -133,9 +136,12 @@ def _kind(argument: object) -> object:
 def compile_all(passes: CudaPasses, model: nn.Module, shape: Sequence[int], dtype: torch.dtype) -> None:
     """Compile all that `passes` will try for `model`, in its mode, on images of `shape` `[N, 3, H, W]`.
 
-    Does nothing if all choices are made, or if the model cannot be run in another process, as when its class
-    is local to a function; then kernels are compiled when they are tried.
+    Does nothing if all choices are made. Nor does it if torchrun has started processes that would all do the
+    same, or if the model cannot be run in another process, as when its class is local to a function; then
+    kernels are compiled when they are tried.
     """
+    if distributed.is_available() and distributed.is_initialized():
+        return
     try:
         given = pickled((model, tuple(shape), dtype))
         trials = Trials()
@@ -144,25 +150,25 @@ def compile_all(passes: CudaPasses, model: nn.Module, shape: Sequence[int], dtyp
         return
     if trials.keys <= passes.choose.made.keys():
         return
-    count = min(len(os.sched_getaffinity(0)), device.memory_bytes(torch.device("cpu")) // BYTES_PER_PROCESS)
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        contextlib.suppress(OSError),
-    ):  # no room, or no more processes
-        work = pickle.dumps((driver.active.get_current_target(), passes.pdl))
+    fitting = device.memory_bytes(torch.device("cpu")) // BYTES_PER_PROCESS
+    count = max(1, min(len(os.sched_getaffinity(0)), fitting, MOST_PROCESSES))
+    work = pickle.dumps((driver.active.get_current_target(), passes.pdl))
+    # Without room for a file, or for more processes, training does without.
+    with contextlib.suppress(OSError), tempfile.TemporaryDirectory() as folder:
         Path(folder, "work").write_bytes(work + given)
-        in_processes(max(1, count), folder)
+        in_processes(count, folder)
 
 
 def in_processes(count: int, folder: str) -> None:
     """Run this module as a program in `count` processes, and wait for all."""
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {"PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     silent = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    root, processes, until = Path(__file__).parents[1], [], time.monotonic() + LONGEST_S
+    command = [sys.executable or "python3", "-P", "-m", "kernels.ahead", folder]  # -P: no module from here
+    processes, until = [], time.monotonic() + LONGEST_S
     try:
         for _ in range(count):
-            command = [sys.executable, "-m", "kernels.ahead", folder]
-            processes.append(subprocess.Popen(command, cwd=root, env=environment, **silent))
+            processes.append(subprocess.Popen(command, env=os.environ | environment, **silent))
         for process in processes:
             process.wait(max(0, until - time.monotonic()))
     except subprocess.TimeoutExpired:
@@ -208,6 +214,7 @@ def run(passes: CudaPasses, model: nn.Module, shape: Iterable[int], dtype: torch
 
 def main(folder: str) -> None:
     """Do this process's share of the work that `compile_all` has written to a folder."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the process that started this one
     with open(Path(folder, "work"), "rb") as file:
         target, pdl = pickle.load(file)
         given = pickle.load(file)

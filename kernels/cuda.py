@@ -233,6 +233,8 @@ class CudaPasses(TorchPasses):
             w_o, w_i, _, w_tap = weight.stride()
         else:
             # `_version` does not show that the optimiser has changed the vector of which a weight is a view.
+            if weight.requires_grad:
+                self.expanded.pop(weight, None)
             kept = {} if weight.requires_grad else self.expanded.setdefault(weight, {})
             key = (weight._version, stride, patch, backward)
             if key not in kept:

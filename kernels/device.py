@@ -20,6 +20,7 @@ import torch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 captures = 0  # how many CUDA graphs this process has begun to capture
+CONTAINER_LIMITS = "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"  # cgroup v2, v1
 EAGER_CALLS = 3  # before a graph is captured, to initialise libraries and to compile and choose kernels
 
 torch.backends.cudnn.allow_tf32 = False  # float32 keeps its full precision; bf16 is there for speed
@@ -148,12 +149,17 @@ def keep_freed_memory() -> None:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Return a GPU's total memory; on a CPU the machine's, or the limit set by `ulimit -v` if it is lower."""
+    """Return a GPU's total memory; on a CPU the machine's, or the limit of `ulimit -v` or a container."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    return there if limit == resource.RLIM_INFINITY else min(limit, there)
+    if limit != resource.RLIM_INFINITY:
+        limits.append(limit)
+    for file in CONTAINER_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # no such file, or it says "max"
+            limits.append(int(Path(file).read_text()))
+    return min(limits)
 
 
 def reset_peak_memory(device: torch.device) -> None:

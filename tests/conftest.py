@@ -16,6 +16,14 @@ if not torch.cuda.is_available():  # set before Triton is imported, so that it i
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_configure(config):
+    """On a GPU machine, give each of pytest-xdist's workers its share of the cores, as tests use all."""
+    if torch.cuda.is_available() and (given := getattr(config, "workerinput", None)):
+        first, count = int(given["workerid"].removeprefix("gw")), given["workercount"]
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, cores[first::count] or cores)
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest applies -m
 def pytest_collection_modifyitems(items):
     """Mark the tests of modules whose DEVICE is "cuda" as `gpu`, and skip such tests if there is no GPU.

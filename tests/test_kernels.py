@@ -19,6 +19,7 @@ from kernels import Execution
 from kernels.distributed import Group
 from kernels.reference import pack, unpack
 from models import Conv2d
+from step import flatten
 
 ROOT = Path(models.__file__).parent
 PARTS_TRAINED = [("bn",), ("gamma",), ("beta",), ("conv",), ("values",), ("bn", "conv"), ()]
@@ -267,6 +268,18 @@ def test_a_frozen_weight_is_converted_again_only_after_a_change():
     assert torch.equal(kernels._weight(conv, torch.bfloat16), 2 * first)
 
 
+def test_a_frozen_weight_is_converted_again_after_it_was_trained():
+    """A step changes the vector of which the weight is a view; the weight's version does not show that."""
+    _, units, _, _ = make(BASIC, torch.float32)
+    conv = units[0][0].requires_grad_(True)
+    flat = flatten([conv.weight])
+    for value in range(3):
+        assert kernels._weight(conv.requires_grad_(True), torch.bfloat16).requires_grad
+        with torch.no_grad():
+            flat.fill_(value)
+        assert (kernels._weight(conv.requires_grad_(False), torch.bfloat16) == value).all()
+
+
 def test_weights_with_trained_values_are_converted_every_time(monkeypatch):
     """In evaluation they need no gradient, and the allocator may give each the address of the last."""
     _, units, _, _ = make(BASIC, torch.float32)
@@ -275,6 +288,15 @@ def test_weights_with_trained_values_are_converted_every_time(monkeypatch):
     for value in range(3):
         memory[:] = value
         assert (kernels._weight(conv, torch.bfloat16) == value).all()
+
+
+def test_a_machines_memory_is_that_of_its_container(tmp_path, monkeypatch):
+    cpu, files = torch.device("cpu"), [tmp_path / "memory.max", tmp_path / "none"]
+    monkeypatch.setattr(kernels.device, "CONTAINER_LIMITS", files)
+    files[0].write_text("max\n")
+    machine = kernels.device.memory_bytes(cpu)
+    files[0].write_text(f"{machine // 2}\n")
+    assert kernels.device.memory_bytes(cpu) == machine // 2
 
 
 def test_importing_kernels_sets_cache_folders_and_cudnn_flags(tmp_path):

@@ -61,19 +61,23 @@ def test_what_is_compiled_ahead_is_all_that_a_step_and_an_evaluation_compile(tmp
 
 
 def test_processes_share_the_kernels_of_a_network(tmp_path):
-    program = """if True:
-        import pathlib, torch
+    for name in ("kernels", "torch", "pickle"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit")
+    program = f"""if True:
+        import os, pathlib, torch
         import models
         from kernels import ahead, choices, sm90
-        ahead.os.sched_getaffinity = lambda _: {0, 1}
+        os.chdir({str(tmp_path)!r})
+        os.environ["TRITON_CACHE_DIR"] = "cache"
+        ahead.os.sched_getaffinity = lambda _: {{0, 1}}
         ahead.driver.set_active(ahead.Driver(sm90.HOPPER))
         chooses = choices.Choices(pathlib.Path("/dev/null/none"))
         model = models.build("vgg11").eval()
         model.layers = torch.nn.Sequential(model.layers[0])
         passes = ahead.CudaPasses(chooses, pdl=True)
         ahead.compile_all(passes, model, (8, 3, 8, 8), torch.bfloat16)
-        cubins = set(pathlib.Path(ahead.os.environ["TRITON_CACHE_DIR"]).rglob("*.cubin"))
-        print(len(cubins), *{file.stem for file in cubins})
+        cubins = set(pathlib.Path("cache").rglob("*.cubin"))
+        print(len(cubins), *{{file.stem for file in cubins}})
         ahead.in_processes = lambda *_: print("again")
         chooses.made = dict.fromkeys(["convolve 3->64 8x8 k3 s1 n8 bf16 after trains"])
         ahead.compile_all(passes, model, (8, 3, 8, 8), torch.bfloat16)

@@ -10,6 +10,7 @@ from kernels import choices, cuda
 from kernels.choices import CONFIGS, Choices
 from kernels.cuda import CudaPasses
 from kernels.reference import Conv, TorchPasses
+from step import flatten
 
 
 @pytest.fixture
@@ -156,6 +157,17 @@ def test_trained_and_frozen_weights_have_separate_choices(dtype):
         with torch.no_grad():
             kernels.infer_block(passes, x, [(conv, layer_of(16))], None)
     assert [len(made) for made in keys.values()] == [3, 3] and not {*keys[True]} & {*keys[False]}
+
+
+def test_a_frozen_weight_is_expanded_again_after_it_was_trained():
+    passes, weight = CudaPasses(None), nn.Parameter(torch.zeros(16, 16, 3, 3, device=DEVICE))
+    flat = flatten([weight])
+    for value in range(3):
+        passes.taps(weight.requires_grad_(True), 1, 2, backward=False)
+        with torch.no_grad():
+            flat.fill_(value)
+        taps, _ = passes.taps(weight.requires_grad_(False), 1, 2, backward=False)
+        assert taps.amax() == value
 
 
 def test_without_triton_pytorchs_passes_are_used_with_a_warning(monkeypatch):
