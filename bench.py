@@ -491,6 +491,8 @@ def parse_options(argv: list[str] | None) -> Namespace:
     add("--json", metavar="FILE", help="write the rows to FILE, one JSON object per line")
     options = parser.parse_args(argv)
     part, options.device = options.part, kernels.device.choose(options.device)
+    if (part == "table") != bool(options.files):
+        raise OptionError("table: name files that --json wrote; the other parts take none")
     on_gpu = options.device.type == "cuda"
     skipped = {"graphed"}
     if WORKERS["stock_workers"] <= 2 or part == "memory":
@@ -521,7 +523,8 @@ def parse_options(argv: list[str] | None) -> Namespace:
     if options.budget is not None and part != "memory":
         raise OptionError(f"--budget: {part} takes none; it goes with memory")
     file = Path(options.json or "rows.jsonl").absolute()
-    if options.json and (file.is_dir() or not file.parent.is_dir() or not os.access(file.parent, os.W_OK)):
+    usable = file.is_file() or not file.exists()
+    if options.json and not (usable and file.parent.is_dir() and os.access(file.parent, os.W_OK)):
         raise OptionError(f"--json {options.json}: name a file in a folder that exists and can be written to")
     if "graphed" in options.impl and on_gpu and options.dtype == "fp16":
         raise OptionError("--impl graphed: fp16 needs its loss scale between steps; give another --dtype")

@@ -177,7 +177,7 @@ def _initial_path(path: str | Path, spec: NetworkSpec, init_from: str | None) ->
     if init_from or Path(spec.init_from).exists():
         return init_from or spec.init_from
     folder, start = Path(path), Path(spec.init_from)  # perhaps both runs were moved together
-    folder = folder if folder.is_dir() else folder.parent
+    folder = (folder if folder.is_dir() else folder.parent).resolve()
     return str(folder.parent / (start.parent if start.name == CHECKPOINT else start).name)
 
 

@@ -253,7 +253,7 @@ def check(options: Options) -> None:
             least, greatest = limits
             need(least <= value <= greatest, name, f"from {show(least)} to {show(greatest)}")  # NaN fails too
         need(value != "", name, "a non-empty name")
-    need(options.min_lr <= options.lr, "min_lr", f"from 0 to --lr, {options.lr:g}")
+    need(options.min_lr <= options.lr, "min_lr", f"from 0 to --lr, {show(options.lr)}")
     need(options.warmup_epochs <= options.epochs, "warmup_epochs", f"at most --epochs, {options.epochs}")
     increasing = sorted({m for m in options.milestones if 0 < m <= EPOCHS[1]})
     need(increasing == list(options.milestones), "milestones", "increasing numbers of epochs")
@@ -287,4 +287,6 @@ def show(value: object) -> str:
     """Format an option's value as in a command line; None and empty sequences give "none"."""
     if isinstance(value, (list, tuple)):
         return " ".join(map(show, value)) or "none"
-    return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
+    if isinstance(value, float):
+        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    return "none" if value is None else str(value)

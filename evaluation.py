@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     model, spec = checkpoint.restore(options.run, options.init_from)
     name, folder = image_place(options.run, spec, options.data_dir)
     dataset = data.open_dataset(options.data or name, folder, image_size=spec.image_size, say=note)
-    if dataset.classes != spec.classes:
+    if tuple(map(progress.printable, dataset.classes)) != spec.classes:
         raise data.DataError(f"--data {dataset.name}: its classes are not those of {options.run}")
     if dataset.fingerprint != spec.fingerprint:
         note(f"these are not the images of the run ({dataset.fingerprint}, not {spec.fingerprint})")

@@ -54,7 +54,9 @@ def canonical_mode(mode: str) -> str:
     asked = {"bn" if part == "bn_only" else part for part in mode.split("+")}
     if unknown := asked - PARTS.keys():
         known = f"all, none, random, bn_only, or parts joined by +: {', '.join(PARTS)}"
-        raise ModeError(f"--mode {mode}: {min(unknown)!r} is not known; choose {known}")
+        alone = unknown & {"all", "none", "random"}
+        what = f"{min(alone)!r} cannot be joined with others" if alone else f"{min(unknown)!r} is not known"
+        raise ModeError(f"--mode {mode}: {what}; choose {known}")
     asked |= {"bn"} if {"gamma", "beta"} <= asked else set()
     asked -= {within for part in asked for within in CONTAINED.get(part, ())}
     return "bn_only" if asked == {"bn"} else "+".join(part for part in PARTS if part in asked)

@@ -1,5 +1,7 @@
 """What a script prints: progress bars (lines in a file or pipe), notes, errors; exit statuses; times."""
 
+# ruff: noqa: E402
+
 import argparse
 import errno
 import importlib
@@ -13,6 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, TextIO
 
+# Our scripts import this module first, so that until `run` is called Ctrl-C ends them without a traceback.
+_script = Path(getattr(sys.modules["__main__"], "__file__", "/")).resolve()
+if _script.parent == Path(__file__).resolve().parent and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+# isort: split
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
@@ -20,11 +28,6 @@ from rich.text import Text
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, user's quota or process's file-size limit
 BATCHED = ("train.py", "bench.py")  # the scripts that have --batch-size
-
-# Our scripts import this module first, so that until `run` is called Ctrl-C ends them without a traceback.
-_script = Path(getattr(sys.modules["__main__"], "__file__", "/")).resolve()
-if _script.parent == Path(__file__).resolve().parent and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # ---- notes, command lines and exit statuses, the same for every script ----
 

@@ -60,7 +60,7 @@ def _plain(text: str) -> str:
 
 def _shortened(text: str, longest: int) -> str:
     """Return `text`, or if it exceeds `longest` bytes, its beginning and eight hex digits of its SHA-256."""
-    whole = text.encode()
+    whole = text.encode(errors="surrogateescape")
     if len(whole) <= longest:
         return text
     return f"{whole[: longest - 9].decode(errors='ignore')}-{hashlib.sha256(whole).hexdigest()[:8]}"
@@ -131,7 +131,7 @@ def environment(device: torch.device, runs_on_it: int) -> dict[str, object]:
 def run_folders(given: Sequence[str | Path], say: Callable[[str], None]) -> Iterator[tuple[Path, str]]:
     """Yield every run folder in or under `given` once, with its display name.
 
-    A folder counts as a run if it has config.json or summary.json. Hidden folders and symbolic links are
+    Folders of which `is_run` says so are runs. Hidden folders and symbolic links are
     skipped. `say` receives a one-line note on each link to a run and each unreadable folder. Raises RunError
     if a folder in `given` does not exist.
     """
@@ -140,13 +140,13 @@ def run_folders(given: Sequence[str | Path], say: Callable[[str], None]) -> Iter
         if not top.is_dir():
             raise RunError(f"{top}: no such folder; give run folders, or a folder that contains some")
         walk = os.walk(top, onerror=lambda error: say(f"left out {error.filename}: {error.strerror}"))
-        for path, folders, names in walk:
+        for path, folders, _ in walk:
             here = Path(path)
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for link in (here / name for name in folders if (here / name).is_symlink()):
-                if any((link / name).exists() for name in ("config.json", "summary.json")):
+                if is_run(link):
                     say(f"left out {link}: it is a symbolic link; give it on the command line to include it")
-            if {"config.json", "summary.json"} & set(names):
+            if is_run(here):
                 folders.clear()
                 if here.resolve() not in seen:
                     seen.add(here.resolve())

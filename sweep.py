@@ -58,6 +58,7 @@ class Cell:
     reached: str = ""  # the epochs done, or the test accuracy of a finished run
     seconds: float | None = None  # estimated time left, if known
     log: Path | None = None  # explains the failure; set once this sweep has given the cell up
+    verified: bool = False  # whether train.py, called by this sweep, found nothing left to do or did it
 
     @property
     def parent(self) -> Path | None:
@@ -87,8 +88,13 @@ class Cell:
             self.status, self.why = "failed", str(error)
         if self.status == "done":
             differing = found and config.differing(found.options, self.options, "variant", "setting")
-            if not found or differing.keys() - {"data", "init_from"}:  # these have several spellings
+            if not found or differing.keys() - {"data", "init_from"}:
                 self.status, self.why = "failed", None  # train.py refuses the folder of another run
+            elif not self.verified and any(
+                os.path.realpath(value or "") != os.path.realpath(getattr(self.options, name) or "")
+                for name, value in differing.items()
+            ):
+                self.status = "to do"  # train.py decides whether these are the same images and weights
             else:
                 self.reached = f"{summary.final_test_acc:.2f} %"
                 runs.tidy(self.path)
@@ -107,6 +113,8 @@ def make_grid(environment: Mapping[str, str], argv: Sequence[str]) -> list[Cell]
     for key, values in chosen.items():
         if not values:
             raise OptionError(f'{key}="": name at least one, or leave it out for "{grid[key]}"')
+    if wrong := [seed for seed in chosen["SEEDS"] if not seed.isdecimal()]:
+        raise OptionError(f"SEEDS: {wrong[0]!r} is not a whole number")
     (options, *_), given = config.parse_options([*argv], __doc__)
     if taken := sorted(given & {"arch", "mode", "seed"}):
         raise OptionError(f"--{taken[0]}: a sweep takes {taken[0].upper()}S from the environment")
@@ -160,10 +168,10 @@ def retraining(usual: tuple[str, ...], options: Options) -> Iterator[tuple[str, 
     epochs = max(2, options.epochs // 8)
     schedule = f"--epochs {epochs} --milestones {config.show(sorted({epochs // 2, 3 * epochs // 4}))}"
     schedule += warm_up_within(epochs, options)
-    for lr in (options.lr, options.lr / 10):
-        schedule += f" --min-lr {lr:g}" if options.min_lr > lr else ""
+    for lr in (options.lr, float(f"{options.lr / 10:.12g}")):
+        schedule += f" --min-lr {config.show(lr)}" if options.min_lr > lr else ""
         for what in ("--mode bn_only", "--mode bn_only --reset-bn", ""):
-            yield going_on(usual, f"{schedule} --lr {lr:g} {what}", parent=usual)
+            yield going_on(usual, f"{schedule} --lr {config.show(lr)} {what}", parent=usual)
 
 
 def warm_up_within(epochs: int, options: Options) -> str:
@@ -322,6 +330,9 @@ class Sweep:
         refused = job.process.returncode == 2
         taken = any(cell.status == "running" for cell in job.cells)  # another sweep started them first
         for cell in job.cells:
+            if job.process.returncode == 0:
+                cell.verified = True
+                cell.look()
             if cell.status == "done":
                 took = duration(sum(epoch.epoch_s for epoch in cell.epochs))
                 self.say(f"done {cell.path.name}: {cell.reached} in {took}; {self.count()}")

@@ -177,15 +177,23 @@ def prepare(folder: Path, found: sources.Found, say: Say) -> Dataset:
             return Dataset(*facts, *(Split(images[split], source.labels[split], None) for split in counts))
         for split in counts:
             entry[split]["file"] = f"{found.name}-{size}px-{fingerprint}-{split}.beton"
-            os.replace(folder / f"{split}.beton.part", folder / entry[split]["file"])
+            images[split].flush()
+            _rename_whole(folder / f"{split}.beton.part", folder / entry[split]["file"])
         part = folder / "index.json.part"
         told = {key: known.model_dump() for key, known in index.items()}
         part.write_text(json.dumps(told | {found.key: {**entry, "facts": facts}}, indent=1) + "\n")
-        os.replace(part, folder / "index.json")
+        _rename_whole(part, folder / "index.json")
     finally:
         for name in _HALF_WRITTEN:
             (folder / name).unlink(missing_ok=True)
     return load(folder, found)
+
+
+def _rename_whole(part: Path, file: Path) -> None:
+    """Give a file its final name after all of it is on the disk, in case the power fails."""
+    with open(part, "rb") as written:
+        os.fsync(written.fileno())
+    os.replace(part, file)
 
 
 def _index(folder: Path) -> dict[str, _Entry]:

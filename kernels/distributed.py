@@ -142,7 +142,7 @@ def joined() -> Iterator[Group]:
 
     If this process has a GPU, it becomes CUDA's current device. Without other processes, ALONE is yielded.
     """
-    if not distributed.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
+    if not distributed.is_torchelastic_launched() or os.environ.get("WORLD_SIZE", "1") == "1":
         yield ALONE
         return
     names = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_RANK")

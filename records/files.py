@@ -1,5 +1,6 @@
 """Write files atomically, and read the files of a run without trusting them."""
 
+import errno
 import fcntl
 import os
 import pickle
@@ -62,10 +63,13 @@ def load_tensors(file: Path) -> object:
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Replace the file at `path` with `content` atomically, even if the power fails.
 
-    Also removes temporary files that killed processes left in its folder. Raises OSError if writing fails.
+    Also removes temporary files that killed processes left in its folder. Raises OSError if writing fails, or
+    if something else than a file is there, such as a folder, a device or a pipe.
     """
     beside = None
     try:
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "something else than a file is there")
         remove_half_written(path.parent)
         with _open_beside(path) as file:
             beside = Path(file.name)

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from tabulate import tabulate
 
-from progress import OptionError
-from records.files import write_atomically
+from progress import OptionError, printable
+from records.files import RunError, read_text, write_atomically
 
 COLUMNS = {  # key of a row (its value may be None): title, format and unit of the table's column
     "arch": ("arch", "", 1),
@@ -60,12 +60,14 @@ def show_markdown(paths: Sequence[str]) -> None:
     """
     for file in paths:
         try:
-            rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
-            where = WHERE.format_map(rows[0])
+            rows = [json.loads(line) for line in (read_text(Path(file)) or "").splitlines()]
+            title = f"{Path(file).name}, {WHERE.format_map(rows[0])}, batches of {rows[-1]['batch_size']}"
             table = tabulate(cells(rows), headers="keys", tablefmt="pipe", disable_numparse=True)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        except RunError as error:
+            raise OptionError(str(error)) from None
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, ArithmeticError) as error:
             raise OptionError(f"{file}: is not what --json has written ({error})") from None
-        print(f"{Path(file).name}, {where}, batches of {rows[-1]['batch_size']}\n\n{table}\n")
+        print(*map(printable, f"{title}\n\n{table}\n".split("\n")), sep="\n")
 
 
 def show(rows: Sequence[dict], how: str = "") -> None:

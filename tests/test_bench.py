@@ -255,6 +255,9 @@ def test_the_stock_loader_crops_flips_and_normalises():
         (["speed", "--batch-size", "0"], "--batch-size 0: must be 1 or more"),
         (["speed", "--json", "no/such/folder.jsonl"], "--json no/such/folder.jsonl: name a file"),
         (["velocity"], "velocity"),
+        (["table"], "table: name files"),
+        (["speed", "rows.jsonl"], "the other parts take none"),
+        (["speed", "--json", "/dev/null"], "--json /dev/null: name a file"),
         (["speed", "--dtype", "int8"], "int8"),
         (["data", "--batch-size", "100"], "--batch-size 100"),
         (["memory", "--arch", "resnet9998_w1000"], "--arch resnet9998_w1000 is too large: about 1.6e+14"),
@@ -317,10 +320,21 @@ def test_rows_that_cannot_be_written_are_shown(small, monkeypatch, capsys):
     assert "can be written to" in capsys.readouterr().err
 
 
-def test_rows_nested_too_deeply_are_refused(tmp_path, capsys):
-    (tmp_path / "rows.jsonl").write_text("[" * 10**5)
-    assert status_of("table", str(tmp_path / "rows.jsonl")) == 2
-    assert "is not what --json has written" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "changed", [{"batch_size": None}, {"step_ms": 10**400}, {"versions": {}}, None], ids=str
+)
+def test_rows_that_bench_did_not_write_are_refused(tmp_path, capsys, changed):
+    rows = tmp_path / "rows.jsonl"
+    few = ("--arch", "resnet8", "--impl", "lean", "--batch-size", "8")
+    assert status_of("memory", *few, "--json", str(rows)) == 0
+    row = json.loads(rows.read_text().splitlines()[0])
+    assert status_of("table", str(rows)) == 0
+    row = {name: value for name, value in (row | (changed or {})).items() if value is not None}
+    rows.write_text(json.dumps(row) if changed else "[" * 10**5)
+    capsys.readouterr()
+    assert status_of("table", str(rows)) == 2
+    said = capsys.readouterr()
+    assert "is not what --json has written" in said.err and not said.out
 
 
 @pytest.mark.parametrize("given", [["memory", "--budget", "much"], ["speed", "--budget", "1GB"]])

@@ -1,5 +1,7 @@
 """Evaluation counts every image once, even if the last batch is not full, and gives the top-5 accuracy."""
 
+import shutil
+
 import pytest
 import torch
 from layouts import silent, tiny_cifar100, write_python100
@@ -7,6 +9,7 @@ from networks import SPEC, batch, network
 from small_runs import SMALL, exit_status, only_run, summary
 from torch.nn import functional as F
 
+import analysis
 import data
 import evaluation
 from evaluation import Evaluation
@@ -77,6 +80,18 @@ def test_training_and_evaluation_show_top5_accuracy_for_100_classes(
     assert top5 in capsys.readouterr().out and reached["data_title"].startswith("CIFAR-100")
     assert exit_status([str(only_run())], evaluation) == 0
     assert f"{reached['final_test_acc']:.2f} % test accuracy, {top5}, loss " in capsys.readouterr().out
+
+
+def test_a_class_whose_name_is_shown_otherwise_stays_the_same(tiny_folder, tmp_path, monkeypatch):
+    """Persian, among others, needs a character that counts as unprintable."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_folder, "trees")
+    for split in ("train", "test"):
+        (tmp_path / "trees" / split / "oak").rename(tmp_path / "trees" / split / "o\u200cak")
+    assert exit_status([*SMALL, "--data", "trees", "--epochs", "1", "--milestones"]) == 0
+    assert exit_status([str(only_run())], evaluation) == 0
+    assert exit_status(["runs"], analysis) == 0
+    assert (only_run() / "analysis.json").exists()
 
 
 def test_a_network_whose_loss_is_not_finite_has_no_accuracy(small, capsys, monkeypatch):

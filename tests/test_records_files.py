@@ -26,6 +26,14 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_only_a_file_is_replaced(tmp_path, make):
+    make(tmp_path / "out")
+    with pytest.raises(OSError, match="something else than a file is there"):
+        files.write_atomically(tmp_path / "out", "new")
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"] and not (tmp_path / "out").is_file()
+
+
 # A process that kills itself, or waits for its stdin to end, just before it renames its temporary file.
 WRITER = """
 import os, pathlib, signal, sys

@@ -167,6 +167,12 @@ def test_a_run_without_summary_has_not_ended(tmp_path):
     assert (run.status, run.done, run.epochs_done) == ("not ended", False, 4)
 
 
+def test_runs_below_another_tools_configuration_are_read(tmp_path):
+    write_run(tmp_path / "runs")
+    (tmp_path / "config.json").write_text("{}")
+    assert len(read(tmp_path)) == 1 and not told
+
+
 def test_control_characters_in_names_are_replaced(tmp_path):
     write_run(tmp_path / "\x1b[31m", data_title="a\x1b[2Jb\nc")
     [run] = read(tmp_path)

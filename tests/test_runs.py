@@ -118,6 +118,11 @@ def test_different_options_give_different_names_even_if_shortened():
     assert len(set(names)) == len(names)
 
 
+def test_rates_that_differ_in_the_last_digit_give_different_names():
+    names = {run_name(Options(lr=lr), "cifar10") for lr in (0.12345678, 0.12345679, 1.0)}
+    assert len(names) == 3 and any(each.endswith("-lr1") for each in names)
+
+
 def test_logistics_options_do_not_change_the_name():
     logistics = {
         "data_dir": "/x",

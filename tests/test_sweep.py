@@ -357,7 +357,7 @@ def test_a_terminal_shows_live_progress(small, monkeypatch):
     [
         ({"GRID": "breadth"}, [], "GRID=breadth: choose from depth"),
         ({"SEEDS": ""}, [], 'SEEDS=""'),
-        ({"SEEDS": "0 x"}, [], "--seed"),
+        ({"SEEDS": "0 --lr 3"}, [], "SEEDS: '--lr' is not a whole number"),
         ({"ARCHS": "resnet32 resnet33"}, [], "--arch resnet33"),
         ({"MODES": "batchnorm"}, [], "--mode batchnorm"),
         ({"JOBS": "0"}, [], "JOBS=0"),
