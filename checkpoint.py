@@ -95,6 +95,7 @@ def read_safetensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str
     """Return a file's tensors by name, and its metadata. Raises FileNotFoundError if it is no plain file."""
     if not file.is_file():
         raise FileNotFoundError(file)
+    file.open("rb").close()  # safetensors calls a file missing that may not be read
     with safe_open(file, "pt") as opened:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, not a dict
         return tensors, opened.metadata() or {}

@@ -98,8 +98,8 @@ def run(script: str, main: Callable[[], int | None]) -> int:
 
     An exception with an attribute `exit_status` (1: the run failed, 2: unusable options or data) gives that
     status. I/O errors, lack of memory, and interruption by Ctrl-C or SIGTERM give 1; a file name that is too
-    long gives 2. Each of these prints a note of a line or two. A closed pipe gives 0 without a note. Every
-    other exception propagates.
+    long, or a file that may not be opened, gives 2. Each of these prints a note of a line or two. A closed
+    pipe gives 0 without a note. Every other exception propagates.
     """
     ours = [signal.SIGTERM] + [signal.SIGINT] * (signal.getsignal(signal.SIGINT) != signal.SIG_IGN)
     before = {number: signal.signal(number, interrupt) or signal.SIG_DFL for number in ours}
@@ -120,7 +120,7 @@ def run(script: str, main: Callable[[], int | None]) -> int:
     except Exception as error:
         status, why = getattr(error, "exit_status", None), str(error)
         if isinstance(error, OSError) and status is None:
-            status = 2 if error.errno == errno.ENAMETOOLONG else 1
+            status = 2 if error.errno in (errno.ENAMETOOLONG, errno.EACCES) else 1
             if error.errno in FULL and not error.filename:
                 why += ", where its output goes; free some space, or send it elsewhere"
         if status is None and out_of_memory(error):

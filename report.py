@@ -15,6 +15,7 @@ import progress  # isort: split
 import base64
 import concurrent.futures
 import ctypes
+import itertools
 import multiprocessing
 import os
 import signal
@@ -86,6 +87,7 @@ def write_section(setting: Setting, out: Path) -> dict[str, Any]:
     made = [tables.accuracy(of, setting), *(answer.table for answer in answered)]
     made += [tables.stored(of), tables.parameters(setting.runs), tables.time(machines)]
     made += [tables.not_finished(setting.runs), tables.every_run(setting.runs)]
+    names = {table.name for table in made}
     made = [table for table in made if table.rows]
     written = {f"{table.name}.{end}": text for table in made for end, text in table.files().items()}
     drawn, shown = figures.figures_of(of, machines, setting.known == "cifar10"), {}
@@ -102,6 +104,9 @@ def write_section(setting: Setting, out: Path) -> dict[str, Any]:
     (out / setting.folder).mkdir(parents=True, exist_ok=True)
     for name, content in written.items():
         files.write_atomically(out / setting.folder / name, content)
+    for name in itertools.product(names | drawn.keys(), ("csv", "md", "tex", "png", "pdf")):
+        if (file := ".".join(name)) not in written:  # an earlier report's
+            (out / setting.folder / file).unlink(missing_ok=True)
     answer_texts = {answer.table.name: answer.text for answer in answered}
     return {"tables": made, "figures": shown, "answers": answer_texts}
 

@@ -41,6 +41,7 @@ def test_the_exit_status_is_what_main_returns_or_0(capsys):
         (Unusable("--lr 0: must be more"), 2, "--lr 0: must be more"),
         (Failed("runs/a: diverged"), 1, "runs/a: diverged"),
         (OSError(28, "No space left on device", "runs/a"), 1, "No space left on device: 'runs/a'"),
+        (PermissionError(13, "Permission denied", "a/b"), 2, "Permission denied: 'a/b'"),
         (ConnectionError("another process has ended"), 1, "another process has ended"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), 1, "out of memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "out of memory; use a machine"),

@@ -164,6 +164,25 @@ def test_the_same_runs_give_the_same_files(tmp_path, monkeypatch):
         )
 
 
+def test_what_an_earlier_report_showed_and_this_one_does_not_is_removed(tmp_path):
+    out = tmp_path / "report"
+    folder = write_run(tmp_path / "runs", analysis=False)
+    why = {"why": "the loss is not finite", "final_test_acc": None}
+    write_run(tmp_path / "runs", seed=1, analysis=False, status="diverged", **why)
+    write_run(tmp_path / "runs", "resnet32", analysis=False)
+    assert render(tmp_path / "runs", out=out)[0] == 0
+    (shown,) = (file.parent for file in out.rglob("not-finished.md"))
+    (shown / "mine.png").touch()
+    before = {file.name for file in shown.iterdir()}
+    assert render(folder, out=out)[0] == 0
+    left = {file.name for file in shown.iterdir()}
+    assert left < before and {"mine.png", "runs.csv"} <= left and "not-finished.md" not in left
+    assert render(folder, out=tmp_path / "new")[0] == 0
+    assert left == {file.name for file in (tmp_path / "new" / shown.relative_to(out)).iterdir()} | {
+        "mine.png"
+    }
+
+
 def test_temporary_files_of_a_killed_report_are_removed(tmp_path):
     other = tmp_path / "other-data" / "5-epochs"
     other.mkdir(parents=True)
