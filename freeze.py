@@ -79,15 +79,16 @@ def choose_random_features(model: nn.Module, per_channel: int, seed: int) -> Non
     Two per filter are as many as BatchNorm trains; this is the control experiment of Frankle et al. 2020.
     Raises ModeError if `per_channel` is below 1, or above the number of weights in some filter.
     """
-    for name, module in model.named_modules():
-        if isinstance(module, models.Conv2d):
-            size = module.weight[0].numel()
-            if not 1 <= per_channel <= size:
-                what = f"must be from 1 to {size}, the weights of a filter of {name}"
-                raise ModeError(f"--per-channel {per_channel}: {what}")
-            rng = models.stream(seed, f"random/{name}")
-            places = [rng.choice(size, per_channel, replace=False) for _ in range(len(module.weight))]
-            module.set_apart(torch.from_numpy(np.stack(places).astype(np.int64)))
+    convolutions = {n: module for n, module in model.named_modules() if isinstance(module, models.Conv2d)}
+    sizes = {name: conv.weight[0].numel() for name, conv in convolutions.items()}
+    smallest = min(sizes, key=sizes.get)
+    if not 1 <= per_channel <= sizes[smallest]:
+        what = f"must be from 1 to {sizes[smallest]}, the weights of a filter of {smallest}"
+        raise ModeError(f"--per-channel {per_channel}: {what}")
+    for name, conv in convolutions.items():
+        rng = models.stream(seed, f"random/{name}")
+        places = [rng.choice(sizes[name], per_channel, replace=False) for _ in range(len(conv.weight))]
+        conv.set_apart(torch.from_numpy(np.stack(places).astype(np.int64)))
 
 
 def freeze(model: nn.Module, mode: str, per_channel: int = 2, seed: int = 0) -> None:
