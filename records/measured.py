@@ -10,7 +10,7 @@ from rich.table import Table
 from tabulate import tabulate
 
 from progress import OptionError, printable
-from records.files import RunError, read_text, write_atomically
+from records.files import read_text, write_atomically
 
 COLUMNS = {  # key of a row (its value may be None): title, format and unit of the table's column
     "arch": ("arch", "", 1),
@@ -59,12 +59,12 @@ def show_markdown(paths: Sequence[str]) -> None:
     Raises OptionError if a file is not one that bench.py --json wrote.
     """
     for file in paths:
+        if (text := read_text(Path(file))) is None:
+            raise OptionError(f"{file}: there is no such file")
         try:
-            rows = [json.loads(line) for line in (read_text(Path(file)) or "").splitlines()]
+            rows = [json.loads(line) for line in text.splitlines()]
             title = f"{Path(file).name}, {WHERE.format_map(rows[0])}, batches of {rows[-1]['batch_size']}"
             table = tabulate(cells(rows), headers="keys", tablefmt="pipe", disable_numparse=True)
-        except RunError as error:
-            raise OptionError(str(error)) from None
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError, ArithmeticError) as error:
             raise OptionError(f"{file}: is not what --json has written ({error})") from None
         print(*map(printable, f"{title}\n\n{table}\n".split("\n")), sep="\n")
