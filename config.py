@@ -253,6 +253,9 @@ def check(options: Options) -> None:
             least, greatest = limits
             need(least <= value <= greatest, name, f"from {show(least)} to {show(greatest)}")  # NaN fails too
         need(value != "", name, "a non-empty name")
+        for character in value if isinstance(value, str) else ():
+            what = f"spelt without U+{ord(character):04X}, which the records of a run cannot hold"
+            need(character.isprintable(), name, what)
     need(options.min_lr <= options.lr, "min_lr", f"from 0 to --lr, {show(options.lr)}")
     need(options.warmup_epochs <= options.epochs, "warmup_epochs", f"at most --epochs, {options.epochs}")
     increasing = sorted({m for m in options.milestones if 0 < m <= EPOCHS[1]})

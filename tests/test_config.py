@@ -68,6 +68,8 @@ WHOLE_NUMBERS = [n for n, field in FIELDS.items() if field.metadata["argparse"].
         ("--mode random --arch resnet50 --per-channel 4609", "--per-channel 4609: must be at most 4608"),
         ("--arch resnet9998_w1000", "--arch resnet9998_w1000 is too large"),
         ("--data-dir ~no_such_user", "--data-dir ~no_such_user"),
+        ("--data a\u00a0b", "must be spelt without U+00A0"),
+        ("--init-from caf\udce9.pt", "must be spelt without U+DCE9"),
         ("--data-dir " + "a" * 5000, "--data-dir aaa"),
         *((f"{config.flag(name)} {'9' * 5000}", config.flag(name)) for name in WHOLE_NUMBERS),
     ],
