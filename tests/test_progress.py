@@ -188,3 +188,17 @@ def test_characters_that_the_output_cannot_encode_are_escaped():
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT, env=environment)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, b"\\xd7\n", b"")
+
+
+@pytest.mark.parametrize(
+    "given, spins",
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+    ids=str,
+)
+def test_openmp_waits_awake_only_briefly_unless_the_user_says_otherwise(given, spins):
+    program = "import progress, os, sys; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    command = [sys.executable, "-c", program]
+    folder = Path(progress.__file__).parent
+    ended = subprocess.run(command, env=environment | given, cwd=folder, capture_output=True, text=True)
+    assert ended.stdout.split() == [spins, "False"], "it must be set before torch loads OpenMP"
