@@ -21,7 +21,7 @@ if _script.parent == Path(__file__).resolve().parent and signal.getsignal(signal
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # It also comes before OpenMP is loaded, whose threads wait awake for each other. For as long as they do by
-# default, 300,000 rounds or 20 ms on some CPUs, they keep a core from the very threads that they wait for.
+# default, 300,000 rounds or some milliseconds, they keep a core from the very threads that they wait for.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
